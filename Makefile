@@ -1,0 +1,50 @@
+# `make demo` and `make test` need Python >= 3.11 with pip, and make. They set everything up by themselves.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+# Two test processes of one thread each are faster on two cores than one process of two threads.
+WORKERS ?= 2
+
+.PHONY: help setup demo test lint format slow bench clean
+
+help:
+	@echo "make demo    train the three ensembles of the demo and look at runs/demo/demo.png (about 4 minutes)"
+	@echo "make test    lint, type-check and test"
+	@echo "make lint    ruff and mypy alone"
+	@echo "make slow    the tests that take minutes: real data, three seeds of the demo"
+	@echo "make bench   the benchmarks"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/renyi demo
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+bench: $(READY)
+	$(BIN)/python benchmarks/four_domains.py
+	$(BIN)/python benchmarks/demo_seeds.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
