@@ -1,0 +1,269 @@
+"""Members as PEFT knows them: which layers they touch, how they are drawn, and how they lie on disk.
+
+This is the one file that touches PEFT's own layers. PEFT chooses the targets and draws the weights; we take its
+matrices, stack them over members and put our joint layer in the place of its layer. Nothing here runs a model.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from renyi.ensemble.lora import JointLora, MemberSelection
+from renyi.errors import ConfigError, EnsembleFormatError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_KEY_PREFIX = "base_model.model."
+
+# What PEFT can do and an ensemble cannot, and why. A truthy value of the field is refused.
+_REFUSED = {
+    "use_dora": "a magnitude vector is not a low-rank update",
+    "modules_to_save": "members may differ in their adapters only; the base is shared",
+    "target_parameters": "adapters on bare parameters have no member-major rows",
+    "layer_replication": "the base is shared and keeps its depth",
+    "trainable_token_indices": "members may differ in their adapters only; the base is shared",
+    "lora_bias": "a bias is not a low-rank update",
+    "use_qalora": "pooled inputs are not plain LoRA",
+    "alora_invocation_tokens": "an adapter that switches on mid-sequence is not plain LoRA",
+}
+_INITS = (True, False, "gaussian", "orthogonal")
+
+
+def joint_layers(model: nn.Module) -> dict[str, JointLora]:
+    """The joint layers inside `model` by their names, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, JointLora)}
+
+
+def draw_members(
+    model: PreTrainedModel, peft_config: PeftConfig, num_members: int, seed: int, selection: MemberSelection
+) -> LoraConfig:
+    """Replace the target layers of `model` by joint layers holding freshly drawn members.
+
+    Member m is exactly what `peft.get_peft_model` draws after `torch.manual_seed(seed + m)`. The global random state
+    is left as it was.
+
+    Args:
+        model: a causal language model; changed in place, its own parameters frozen.
+        peft_config: rank, scaling, dropout and targets, as for PEFT.
+        num_members: M ≥ 1.
+        seed: of member 0.
+        selection: shared by all layers made here.
+
+    Returns:
+        The config as PEFT resolved it (`"all-linear"` becomes a list of modules).
+
+    Raises:
+        ConfigError: the config asks for what an ensemble cannot do, or names no layer of this model.
+    """
+    if num_members < 1:
+        raise ConfigError(f"num_members is {num_members}", hint="An ensemble needs at least one member.")
+    peft_config = check_config(peft_config)
+    drawn: list[dict[str, tuple[Tensor, Tensor]]] = []
+    resolved = peft_config
+    with torch.random.fork_rng():
+        for member in range(num_members):
+            torch.manual_seed(seed + member)
+            with _peft_layers(model, peft_config) as (layers, resolved):
+                drawn.append(
+                    {n: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for n, layer in layers}
+                )
+                plain = {n: (layer.get_base_layer(), layer.scaling["default"]) for n, layer in layers}
+    for name, (base_layer, scaling) in plain.items():
+        lora_A, lora_B = (torch.stack([member[name][i].detach() for member in drawn]) for i in (0, 1))
+        joint = JointLora(base_layer, lora_A, lora_B, scaling, peft_config.lora_dropout, selection)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, joint)
+    model.requires_grad_(False)
+    for layer in joint_layers(model).values():
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+    return resolved
+
+
+def check_config(config: PeftConfig, where: str | None = None) -> LoraConfig:
+    """`config`, if it describes plain LoRA that never touches the base weights; else raise `ConfigError`."""
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(
+            f"{type(config).__name__} is not LoRA",
+            where=where,
+            hint="Give a peft.LoraConfig: members are LoRA adapters.",
+        )
+    for name, why in _REFUSED.items():
+        if getattr(config, name, None):
+            raise ConfigError(
+                f"{name} is set, which an ensemble does not support", where=where, hint=f"Unset it: {why}."
+            )
+    if config.bias != "none":
+        raise ConfigError(
+            f"bias is {config.bias!r}", where=where, hint="Use 'none': the base is shared by all members."
+        )
+    if config.init_lora_weights not in _INITS:
+        raise ConfigError(
+            f"init_lora_weights is {config.init_lora_weights!r}",
+            where=where,
+            hint=f"Use one of {_INITS}: the others change the base weights or need data.",
+        )
+    if config.r < 1:
+        raise ConfigError(f"lora_r is {config.r}", where=where, hint="The rank is a positive integer.")
+    return config
+
+
+@contextmanager
+def _peft_layers(model: PreTrainedModel, config: LoraConfig) -> Iterator[tuple[list[tuple[str, Any]], Any]]:
+    """Let PEFT adapt `model`, hand out its layers, and take them out again."""
+    config = copy.deepcopy(config)
+    config.task_type = config.task_type or "CAUSAL_LM"
+    with warnings.catch_warnings():
+        # PEFT warns that the model carries the name or config of an adapter drawn a moment ago.
+        warnings.simplefilter("ignore")
+        try:
+            peft_model: Any = get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(
+                f"lora_target_modules {_shown(config.target_modules)} fit no layer of {type(model).__name__} ({error})",
+                hint=f"Linear layers of this model: {', '.join(_linear_names(model))}. Or use 'all-linear'.",
+            ) from error
+    try:
+        layers = [(n, m) for n, m in peft_model.base_model.model.named_modules() if isinstance(m, LoraLayer)]
+        for name, layer in layers:
+            _check_layer(name, layer, model)
+        yield layers, peft_model.peft_config["default"]
+    finally:
+        peft_model.unload()
+        model.__dict__.pop("peft_config", None)
+
+
+def _check_layer(name: str, layer: LoraLayer, model: PreTrainedModel) -> None:
+    base: Any = layer.get_base_layer()
+    if (
+        "default" not in layer.lora_A
+        or getattr(base, "weight", None) is None
+        or (base.weight.dim() > 2 and not _quantised(base.weight))
+    ):
+        raise ConfigError(
+            f"{name} is a {type(base).__name__}",
+            where="lora_target_modules",
+            hint="Only linear layers can be adapted.",
+        )
+    if layer is model.get_output_embeddings():
+        raise ConfigError(
+            f"{name} is the language-model head",
+            where="lora_target_modules",
+            hint="Leave it out: the head is frozen so that log-likelihoods need no logits in memory.",
+        )
+    if ".experts." in f".{name}.":
+        raise ConfigError(
+            f"{name} is inside a mixture of experts",
+            where="lora_target_modules",
+            hint="Adapt the attention layers instead: routed tokens are not in member-major order.",
+        )
+
+
+def _quantised(weight: Tensor) -> bool:
+    return not weight.dtype.is_floating_point
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """The distinct last names of the model's linear layers, such as q_proj."""
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def _shown(targets: object) -> str:
+    return str(sorted(targets)) if isinstance(targets, set) else repr(targets)
+
+
+class Adapter(NamedTuple):
+    """One member as it lies on disk: its PEFT config, and its (A [R, I], B [O, R]) by layer name."""
+
+    config: LoraConfig
+    weights: dict[str, tuple[Tensor, Tensor]]
+
+
+def write_adapter(folder: Path, config: LoraConfig, weights: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Write one member as an ordinary PEFT adapter folder."""
+    folder.mkdir(parents=True)
+    config = copy.deepcopy(config)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for name, (lora_A, lora_B) in weights.items():
+        tensors[f"{_KEY_PREFIX}{name}.lora_A.weight"] = lora_A.detach().cpu().contiguous()
+        tensors[f"{_KEY_PREFIX}{name}.lora_B.weight"] = lora_B.detach().cpu().contiguous()
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an ordinary PEFT LoRA adapter folder, whoever wrote it.
+
+    Raises:
+        EnsembleFormatError: a file is missing or damaged.
+        ConfigError: the adapter is not plain LoRA.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise EnsembleFormatError(
+                f"there is no {name}",
+                where=str(folder),
+                hint="A member is a PEFT adapter folder with both files.",
+            )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise EnsembleFormatError(f"cannot be read ({error})", where=str(folder / CONFIG_FILE)) from error
+    config = check_config(config, where=str(folder / CONFIG_FILE))
+    try:
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise EnsembleFormatError(
+            f"is damaged or cut short ({error})",
+            where=str(folder / WEIGHTS_FILE),
+            hint="Copy it again, or load the ensemble from an earlier checkpoint.",
+        ) from error
+    weights = {}
+    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
+        key_B = key.replace(".lora_A.", ".lora_B.")
+        if key_B not in tensors:
+            raise EnsembleFormatError(f"has {key} without its lora_B", where=str(folder / WEIGHTS_FILE))
+        name = key.removeprefix(_KEY_PREFIX).removesuffix(".lora_A.weight")
+        weights[name] = (tensors.pop(key), tensors.pop(key_B))
+    if tensors:
+        raise EnsembleFormatError(f"holds {min(tensors)}, which is not LoRA", where=str(folder / WEIGHTS_FILE))
+    return Adapter(config, weights)
+
+
+def fill_member(layers: dict[str, JointLora], member: int, adapter: Adapter, where: str) -> None:
+    """Copy one adapter's matrices into member `member` of the joint layers.
+
+    Raises:
+        EnsembleFormatError: the adapter's layers or shapes are not those of the joint layers.
+    """
+    if layers.keys() != adapter.weights.keys():
+        odd = sorted(layers.keys() ^ adapter.weights.keys())
+        raise EnsembleFormatError(
+            f"adapts other layers than its companions or this base has (for example {odd[0]})",
+            where=where,
+            hint="Members of one ensemble share their base model and their target modules.",
+        )
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for stacked, weight in zip((layer.lora_A, layer.lora_B), adapter.weights[name], strict=True):
+                if stacked.shape[1:] != weight.shape:
+                    raise EnsembleFormatError(
+                        f"{name} has shape {tuple(weight.shape)} where {tuple(stacked.shape[1:])} is needed",
+                        where=where,
+                        hint="Members of one ensemble share their rank and their base model.",
+                    )
+                stacked[member].copy_(weight)

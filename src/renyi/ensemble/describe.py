@@ -1,0 +1,116 @@
+"""An ensemble as its files tell it: what it stands on, how big it is, and how far apart its members are.
+
+Reads adapters only and never loads the base model. It knows nothing about printing.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from renyi.ensemble.adapters import Adapter, read_adapter
+from renyi.ensemble.storage import Manifest, read_manifest, resolve_folder
+from renyi.errors import EnsembleFormatError
+
+
+class Description(NamedTuple):
+    """What the files of an ensemble of M members say. An update is scaling·BA, all layers of a member as one vector.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what `ensemble.json` holds.
+        rank: of every member, as configured.
+        lora_alpha: numerator of the scaling.
+        rslora: whether the scaling is lora_alpha/√rank.
+        targets: last names of the adapted layers.
+        layers: number of adapted layers.
+        parameters: of one member.
+        bytes: of all adapter files.
+        norms: ‖update_m‖_F, [M].
+        distances: ‖update_m − update_n‖_F, [M, M].
+        cosines: ⟨update_m, update_n⟩ / (‖update_m‖·‖update_n‖), [M, M]; 0 where an update is 0.
+    """
+
+    folder: Path
+    manifest: Manifest
+    rank: int
+    lora_alpha: int
+    rslora: bool
+    targets: list[str]
+    layers: int
+    parameters: int
+    bytes: int
+    norms: Tensor
+    distances: Tensor
+    cosines: Tensor
+
+
+def describe(path: str | Path) -> Description:
+    """Describe an ensemble given as a folder or a hub id.
+
+    Raises:
+        EnsembleFormatError: something is missing or damaged.
+    """
+    folder = resolve_folder(path)
+    manifest = read_manifest(folder)
+    members = [read_adapter(folder / name) for name in manifest.members]
+    _check_same_layers(folder, manifest, members)
+    config, weights = members[0]
+    gram = update_gram(members)
+    norms = gram.diagonal().clamp(min=0).sqrt()
+    square_distances = norms.square()[:, None] + norms.square()[None, :] - 2 * gram
+    products = norms[:, None] * norms[None, :]
+    return Description(
+        folder=folder,
+        manifest=manifest,
+        rank=config.r,
+        lora_alpha=config.lora_alpha,
+        rslora=config.use_rslora,
+        targets=sorted({name.rpartition(".")[2] for name in weights}),
+        layers=len(weights),
+        parameters=sum(A.numel() + B.numel() for A, B in weights.values()),
+        bytes=sum(f.stat().st_size for name in manifest.members for f in (folder / name).iterdir() if f.is_file()),
+        norms=norms,
+        distances=square_distances.clamp(min=0).sqrt().fill_diagonal_(0),
+        cosines=torch.where(products > 0, gram / products.clamp(min=1e-300), 0.0),
+    )
+
+
+def update_gram(members: Sequence[Adapter]) -> Tensor:
+    """Inner products of the members' updates, float64 [M, M].
+
+    With updates s·BA of rank R, ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ): two R × R matrices, and no update is ever formed.
+    """
+    gram = torch.zeros(len(members), len(members), dtype=torch.float64)
+    for layer in members[0].weights:
+        scaled = []
+        for config, weights in members:
+            A, B = (matrix.double() for matrix in weights[layer])
+            scaled.append((A, B * _scaling(config, layer, rank=len(A))))
+        for m, (A_m, B_m) in enumerate(scaled):
+            for n, (A_n, B_n) in enumerate(scaled[: m + 1]):
+                gram[m, n] += ((B_m.T @ B_n) * (A_m @ A_n.T)).sum()
+    return gram + gram.tril(-1).T
+
+
+def _scaling(config: LoraConfig, layer: str, rank: int) -> float:
+    patterns = config.alpha_pattern or {}
+    lora_alpha = patterns.get(get_pattern_key(list(patterns), layer), config.lora_alpha)
+    return lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def _check_same_layers(folder: Path, manifest: Manifest, members: Sequence[Adapter]) -> None:
+    shapes = [{n: (A.shape[1], len(B)) for n, (A, B) in weights.items()} for _, weights in members]
+    for name, shape in zip(manifest.members, shapes, strict=True):
+        if shape != shapes[0]:
+            odd = next(iter(dict(shape.items() ^ shapes[0].items())))
+            raise EnsembleFormatError(
+                f"adapts other layers than its companions (for example {odd})",
+                where=str(folder / name),
+                hint="Members of one ensemble share their base model and their target modules.",
+            )

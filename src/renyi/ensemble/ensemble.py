@@ -1,0 +1,474 @@
+"""M LoRA adapters on one frozen base model, and the joint forward that runs them all at once.
+
+One pass of the base over M·B *member-major* rows: each block of B rows sees its own member, and the base's weights
+are read once. Training and scoring both go through it. This file knows nothing about objectives, files or trainers:
+it turns token ids into log-likelihoods.
+"""
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from renyi import __version__
+from renyi.ensemble import adapters, storage
+from renyi.ensemble.head import LogitTransform, token_scores
+from renyi.ensemble.lora import MemberSelection
+from renyi.errors import ConfigError, EnsembleFormatError
+
+IGNORED = -100  # the label of a token that is not trained, as everywhere in transformers
+
+
+class JointOutput(NamedTuple):
+    """What the joint forward returns. Position t of the last dimension predicts token t + 1.
+
+    Attributes:
+        log_probs: [M, B, T−1] float32, nats; zero where not trained. Carries the gradient.
+        label_mask: [B, T−1] bool, where a token is trained.
+        entropy: [M, B, T−1] float32, nats; zero where not trained; no gradient.
+        is_top1: [M, B, T−1] bool, whether the token is the member's most likely one.
+    """
+
+    log_probs: Tensor
+    label_mask: Tensor
+    entropy: Tensor
+    is_top1: Tensor
+
+
+class LoraEnsemble(nn.Module):
+    """A distribution over LoRA adapters: M members with mixture weights on one frozen base.
+
+    Make one with `from_base` or `load`.
+
+    Attributes:
+        base: the transformers model, with joint layers in the places of its target layers; frozen but for them.
+        peft_config: the LoRA config shared by all members.
+        weights: mixture weights [M], float32, summing to one.
+        alpha: Rényi order the ensemble was trained with.
+        routing_quantity: what was routed, "sequence" or "length_normalised".
+    """
+
+    weights: Tensor
+
+    def __init__(self, base: PreTrainedModel, peft_config: LoraConfig, selection: MemberSelection, num_members: int):
+        super().__init__()
+        self.base = base
+        self.peft_config = peft_config
+        self.alpha = 1.0
+        self.routing_quantity = "sequence"
+        self._selection = selection
+        self._logit_transform = LogitTransform.from_config(base.config)
+        self.register_buffer("weights", torch.full((num_members,), 1 / num_members, device=base.device))
+
+    @classmethod
+    def from_base(
+        cls, model: PreTrainedModel | str | Path, num_members: int, peft_config: PeftConfig, seed: int = 0
+    ) -> "LoraEnsemble":
+        """Draw M fresh members on a base model.
+
+        Member m is what PEFT draws after `torch.manual_seed(seed + m)`: its A is random and its B zero, so all
+        members agree until training breaks the tie.
+
+        Args:
+            model: a loaded causal language model (changed in place and frozen), a local folder or a hub id.
+            num_members: M ≥ 1.
+            peft_config: rank, alpha, rsLoRA, dropout and targets of every member, as for PEFT.
+            seed: of member 0.
+
+        Raises:
+            ConfigError: `peft_config` or `num_members` cannot make an ensemble on this model.
+        """
+        base = _load_base(model) if isinstance(model, str | Path) else model
+        if adapters.joint_layers(base):
+            raise ConfigError("the model already carries an ensemble", hint="Load the base model anew.")
+        _check_head(base)
+        selection = MemberSelection()
+        resolved = adapters.draw_members(base, peft_config, num_members, seed, selection)
+        return cls(base, resolved, selection, num_members)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path | Sequence[str | Path],
+        base: PreTrainedModel | str | Path | None = None,
+    ) -> "LoraEnsemble":
+        """Load an ensemble folder, a hub id, or a list of existing PEFT adapters as an ensemble.
+
+        Args:
+            path: a folder that `save` or a trainer wrote; a hub id; or a list of PEFT LoRA adapter folders of one
+                rank and one set of targets, which get uniform weights.
+            base: the base model, loaded or by name; by default the one that the ensemble names.
+
+        Raises:
+            EnsembleFormatError: something is missing or damaged, or members do not fit together or to the base.
+        """
+        if isinstance(path, str | Path):
+            folder = storage.resolve_folder(path)
+            manifest = storage.read_manifest(folder)
+            folders = [folder / name for name in manifest.members]
+        else:
+            folders = [storage.resolve_folder(p) for p in path]
+            manifest = None
+        if not folders:
+            raise EnsembleFormatError("the list of adapters is empty", hint="Give at least one PEFT adapter folder.")
+        read = [adapters.read_adapter(f) for f in folders]
+        for adapter, where in zip(read[1:], folders[1:], strict=True):
+            _check_same_config(read[0].config, adapter.config, str(folders[0]), str(where))
+        named = manifest.base_model if manifest else read[0].config.base_model_name_or_path
+        if base is None:
+            if not named:
+                raise EnsembleFormatError("the base model is not named", where=str(folders[0]), hint="Give `base`.")
+            base = named
+        ensemble = cls.from_base(base, len(folders), read[0].config)
+        layers = adapters.joint_layers(ensemble.base)
+        for member, (adapter, where) in enumerate(zip(read, folders, strict=True)):
+            adapters.fill_member(layers, member, adapter, str(where))
+        if manifest:
+            ensemble.weights.copy_(torch.tensor(manifest.weights))
+            ensemble.alpha, ensemble.routing_quantity = manifest.alpha, manifest.routing_quantity
+        return ensemble
+
+    def save(self, path: str | Path) -> None:
+        """Write the ensemble folder: `ensemble.json` and one ordinary PEFT adapter a member.
+
+        Raises:
+            SaveError: something could not be written; what was there before is untouched.
+        """
+        manifest = storage.Manifest(
+            base_model=self.base_model_name,
+            members=[storage.member_name(m) for m in range(self.num_members)],
+            weights=self.weights.tolist(),
+            alpha=self.alpha,
+            routing_quantity=self.routing_quantity,
+            renyi_version=__version__,
+        )
+        storage.write_folder(
+            Path(path),
+            manifest,
+            lambda m, folder: adapters.write_adapter(folder, self.peft_config, self.adapter(m)),
+        )
+
+    def restore(self, path: str | Path) -> None:
+        """Read members, weights and alpha back from a folder that this very ensemble was saved to.
+
+        Raises:
+            EnsembleFormatError: the folder is damaged, or holds another number or shape of members.
+        """
+        manifest = storage.read_manifest(Path(path))
+        if len(manifest.members) != self.num_members:
+            raise EnsembleFormatError(
+                f"holds {len(manifest.members)} members, not {self.num_members}",
+                where=str(path),
+                hint="Resume with the same num_members, or choose another output_dir.",
+            )
+        layers = adapters.joint_layers(self.base)
+        for member, name in enumerate(manifest.members):
+            adapters.fill_member(layers, member, adapters.read_adapter(Path(path) / name), f"{path}/{name}")
+        self.weights.copy_(torch.tensor(manifest.weights))
+        self.alpha, self.routing_quantity = manifest.alpha, manifest.routing_quantity
+
+    # ---- Members -----------------------------------------------------------------------------------------------
+
+    @property
+    def num_members(self) -> int:
+        return self.weights.shape[0]
+
+    def adapter(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
+        """One member's (A [R, I], B [O, R]) by layer name: views, not copies."""
+        return {n: (lay.lora_A[member], lay.lora_B[member]) for n, lay in adapters.joint_layers(self.base).items()}
+
+    def using(self, members: Sequence[int]) -> AbstractContextManager[None]:
+        """Run forwards with these members only (`()`: the base alone); M is then `len(members)`."""
+        return self._selection.using(members)
+
+    def add_member(self, path: str | Path) -> None:
+        """Append a PEFT adapter of the same rank and targets as a member with weight 1/(M + 1); the others shrink.
+
+        Raises:
+            EnsembleFormatError: the adapter does not fit.
+        """
+        adapter = adapters.read_adapter(Path(path))
+        _check_same_config(self.peft_config, adapter.config, "the ensemble", str(path))
+        layers = adapters.joint_layers(self.base)
+        grown = [*range(self.num_members), 0]
+        self._keep(grown, self.weights)
+        try:
+            adapters.fill_member(layers, self.num_members - 1, adapter, str(path))
+        except EnsembleFormatError:
+            self._keep(grown[:-1], self.weights)
+            raise
+        weights = self.weights * (self.num_members - 1) / self.num_members
+        weights[-1] = 1 / self.num_members
+        self.weights = weights / weights.sum()
+
+    def drop_member(self, member: int) -> None:
+        """Remove a member; the weights of the others keep their ratios."""
+        if not 0 <= member < self.num_members or self.num_members == 1:
+            raise ConfigError(f"cannot drop member {member} of {self.num_members}")
+        kept = [m for m in range(self.num_members) if m != member]
+        self._keep(kept, self.weights)
+        self.weights = self.weights / self.weights.sum()
+
+    def _keep(self, members: list[int], weights: Tensor) -> None:
+        with torch.no_grad():
+            for layer in adapters.joint_layers(self.base).values():
+                layer.lora_A = nn.Parameter(layer.lora_A[members].clone())
+                layer.lora_B = nn.Parameter(layer.lora_B[members].clone())
+        self.weights = weights[members].clone()
+
+    def merged(self, member: int) -> PreTrainedModel:
+        """One member alone as a plain transformers model, its update merged into a copy of the base by PEFT."""
+        plain = copy.deepcopy(self.base)
+        for name, layer in adapters.joint_layers(plain).items():
+            parent, _, child = name.rpartition(".")
+            setattr(plain.get_submodule(parent), child, layer.base_layer)
+        with tempfile.TemporaryDirectory() as folder:
+            adapters.write_adapter(Path(folder) / "member", self.peft_config, self.adapter(member))
+            return PeftModel.from_pretrained(plain, str(Path(folder) / "member")).merge_and_unload()
+
+    # ---- The joint forward -------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> JointOutput:
+        """Log-probabilities of the labels under every member, in one pass of the base over M·B rows.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 1 where there is a token.
+            labels: [B, T], −100 where not trained; by default every attended token is.
+            kwargs: what TRL's collators add for packed batches (`position_ids`, `cu_seq_lens_q`, …) and anything
+                else that the backbone takes; tensors whose first dimension is B are repeated for every member.
+        """
+        if labels is None:
+            labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
+        hidden_MBTD = self._hidden_states(input_ids, attention_mask, kwargs)
+        targets_BT = labels[:, 1:].to(hidden_MBTD.device)
+        mask_BT = targets_BT != IGNORED
+        if attention_mask is not None:
+            # Nothing but padding precedes the first token of a left-padded row.
+            mask_BT = mask_BT & (attention_mask[:, :-1] != 0).to(mask_BT.device)
+        # Supervised rows are gathered before the head: it is the largest matrix of a small model.
+        hidden_MND = hidden_MBTD[:, :, :-1][:, mask_BT]
+        num_members, num_targets, _ = hidden_MND.shape
+        scores = token_scores(
+            hidden_MND.flatten(0, 1),
+            self.base.get_output_embeddings(),
+            targets_BT[mask_BT].repeat(num_members),
+            self._logit_transform,
+        )
+        shape = (num_members, *mask_BT.shape)
+        where = mask_BT.expand(shape)
+
+        def scattered(values: Tensor) -> Tensor:
+            return values.new_zeros(shape).masked_scatter(where, values.view(num_members, num_targets))
+
+        return JointOutput(scattered(scores.log_probs), mask_BT, scattered(scores.entropy), scattered(scores.is_top1))
+
+    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        """Last hidden states [M, B, T, D] of the backbone over member-major rows."""
+        num_members = self._num_active()
+        batch, length = input_ids.shape
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs, "use_cache": False}
+        if "cu_seq_lens_q" in inputs and "flash" in str(self.base.config._attn_implementation):
+            # Variable-length kernels see one long row: the members' copies of the packed row, one after another.
+            inputs = _repeat_packed(inputs, num_members)
+        else:
+            # Without them, boundaries follow from `position_ids`, row by row.
+            inputs = {k: v for k, v in inputs.items() if not k.startswith(("cu_seq_lens", "max_length"))}
+            inputs = {k: _repeat_rows(v, num_members, batch) for k, v in inputs.items()}
+        hidden = self.base.base_model(**inputs).last_hidden_state
+        return hidden.view(num_members, batch, length, hidden.shape[-1])
+
+    def _num_active(self) -> int:
+        selected = self._selection.members
+        return self.num_members if selected is None else max(1, len(selected))
+
+    def token_log_likelihood(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Log-likelihood of every token under every member: float32 [M, B, T], nats.
+
+        Entry t is log p_m(label_t | x_<t); it is zero at t = 0 and where the label is −100.
+        """
+        kwargs = {}
+        if attention_mask is not None and bool((attention_mask[:, 0] == 0).any()):
+            # Left-padded rows: positions count from the first real token.
+            kwargs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        log_probs = self(input_ids, attention_mask, labels, **kwargs).log_probs
+        return torch.cat([log_probs.new_zeros(*log_probs.shape[:2], 1), log_probs], dim=-1)
+
+    def log_likelihood(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """log p_m(y | x) of every example under every member: float32 [M, B], nats, summed over trained tokens.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T]; either side may be padded.
+            labels: [B, T], −100 where not trained; by default every attended token is.
+        """
+        return self.token_log_likelihood(input_ids, attention_mask, labels).sum(dim=-1)
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Next-token logits [M, B, T, V] as the model's own forward computes them; for small inputs only."""
+        num_members = self._num_active()
+        rows = {
+            "input_ids": _repeat_rows(input_ids, num_members, len(input_ids)),
+            "attention_mask": _repeat_rows(attention_mask, num_members, len(input_ids)),
+        }
+        logits = self.base(**rows, use_cache=False).logits
+        return logits.view(num_members, *input_ids.shape, logits.shape[-1])
+
+    # ---- What trainers ask of a model --------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    @property
+    def generation_config(self) -> Any:
+        return self.base.generation_config
+
+    @property
+    def loss_type(self) -> str | None:
+        return self.base.loss_type
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def base_model_name(self) -> str:
+        """Hub id or folder of the base model, as it was loaded."""
+        name = self.base.config._name_or_path
+        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.base.activation_checkpointing_enable(**kwargs)
+
+    def add_model_tags(self, tags: list[str] | str) -> None:
+        self.base.add_model_tags(tags)
+
+
+def _load_base(name: str | Path) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise EnsembleFormatError(
+            f"the base model could not be loaded ({error})",
+            where=str(name),
+            hint="Give `base`: a folder or a hub id.",
+        ) from error
+
+
+def _check_head(base: PreTrainedModel) -> None:
+    """Raise `ConfigError` unless our head, on the backbone's hidden states, gives the model's own probabilities."""
+    head = base.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), Tensor) or base.base_model is base:
+        raise ConfigError(f"{type(base).__name__} is not a causal language model with a linear head", where="model")
+    if base.device.type == "meta":
+        return
+    ids = torch.arange(3, device=base.device)[None]
+    targets = torch.linspace(
+        0, head.weight.shape[0] - 1, 8, device=base.device
+    ).long()  # tokens all over the vocabulary
+    training = base.training
+    base.eval()  # a base with dropout of its own answers differently each time
+    for module in base.modules():
+        if isinstance(module, nn.Linear):
+            module.train()  # on a CPU, bitsandbytes repacks a layer for good in evaluation; it has no gradient then
+    with torch.no_grad():
+        hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        transform = LogitTransform.from_config(base.config)
+        rows, row_targets = hidden.repeat_interleave(len(targets), 0), targets.repeat(len(hidden))
+        ours = token_scores(rows, head, row_targets, transform).log_probs
+        theirs = base(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)[:, targets].flatten()
+    base.train(training)
+    if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05):
+        raise ConfigError(
+            f"{type(base).__name__} does something to its hidden states or logits that this version does not know",
+            where="model",
+            hint="Log-likelihoods would be wrong. Please report the architecture.",
+        )
+
+
+def _check_same_config(first: LoraConfig, other: LoraConfig, first_where: str, other_where: str) -> None:
+    """Members share one config: their scaling and shapes are the ensemble's."""
+    for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        if getattr(first, name) != getattr(other, name):
+            raise EnsembleFormatError(
+                f"{name} is {getattr(other, name)}, but {getattr(first, name)} in {first_where}",
+                where=other_where,
+                hint="Members of one ensemble share rank, scaling and targets.",
+            )
+
+
+def _repeat_rows(value: Any, num_members: int, batch: int) -> Any:
+    """Rows of a batch once for every member, member-major; anything that has no rows as it is."""
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
+        return value
+    return value.repeat(num_members, *[1] * (value.dim() - 1))
+
+
+def _repeat_packed(inputs: dict[str, Any], num_members: int) -> dict[str, Any]:
+    """One packed row [1, T] as [1, M·T], its sequence boundaries repeated behind each other."""
+    length = inputs["input_ids"].shape[1]
+    repeated = dict(inputs)
+    for name, value in inputs.items():
+        if name.startswith("cu_seq_lens"):
+            starts = torch.arange(num_members, device=value.device, dtype=value.dtype)[:, None] * length
+            repeated[name] = torch.cat([value[:1], (value[1:] + starts).flatten()])
+        elif name == "seq_idx":
+            sequences = value.max() + 1
+            repeated[name] = torch.cat([value + m * sequences for m in range(num_members)], dim=1)
+        elif isinstance(value, Tensor) and value.dim() == 2:
+            repeated[name] = value.repeat(1, num_members)
+    return repeated
+
+
+def example_log_likelihood(output: JointOutput, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sum token log-probabilities by example.
+
+    A row is one example, or, in a packed row, several: each begins where `position_ids` is 0.
+
+    Args:
+        output: of the joint forward over B rows of T tokens.
+        position_ids: [B, T] of a packed batch; None where each row is one example.
+
+    Returns:
+        Log-likelihoods [M, E] in nats and trained tokens [E], of the E examples that have any.
+    """
+    tokens_BT = output.label_mask
+    if position_ids is None:
+        ell_ME, tokens_E = output.log_probs.sum(dim=-1), tokens_BT.sum(dim=-1)
+    else:
+        example_BT = (position_ids == 0).flatten().cumsum(0).view_as(position_ids)[:, 1:] - 1
+        num_examples = int(example_BT.max()) + 1
+        index = example_BT.flatten()
+        ell_ME = output.log_probs.new_zeros(output.log_probs.shape[0], num_examples)
+        ell_ME = ell_ME.index_add(1, index, output.log_probs.flatten(1))
+        tokens_E = tokens_BT.new_zeros(num_examples, dtype=torch.long).index_add(0, index, tokens_BT.flatten().long())
+    trained = tokens_E > 0
+    return ell_ME[:, trained], tokens_E[trained]

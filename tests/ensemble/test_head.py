@@ -1,0 +1,157 @@
+"""The frozen head against plain autograd: values, gradients and chunks, with what models do to their logits."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_model
+from torch import Tensor, nn
+from transformers import Gemma2Config, GraniteConfig, LlamaConfig
+
+from renyi.ensemble import head
+from renyi.ensemble.head import LogitTransform, token_scores
+
+VOCABULARY, FEATURES, ROWS = 23, 6, 11
+
+
+def naive(
+    hidden: Tensor, linear: nn.Linear, targets: Tensor, transform: LogitTransform
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability, entropy and top-1 hit, as anybody would write them, in the precision of `hidden`."""
+    logits = transform.scale * (hidden @ linear.weight.to(hidden.dtype).T)
+    if linear.bias is not None:
+        logits = logits + transform.scale * linear.bias.to(hidden.dtype)
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return log_p.gather(1, targets[:, None]).squeeze(1), entropy, log_p.argmax(-1) == targets
+
+
+def problem(bias: bool, size: float = 2.0, seed: int = 0) -> tuple[Tensor, nn.Linear, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(FEATURES, VOCABULARY, bias=bias).requires_grad_(False)
+    linear.weight.copy_(torch.randn(VOCABULARY, FEATURES, generator=generator))
+    if bias:
+        linear.bias.copy_(torch.randn(VOCABULARY, generator=generator))
+    hidden = size * torch.randn(ROWS, FEATURES, generator=generator)
+    targets = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    return hidden, linear, targets, torch.randn(ROWS, generator=generator)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [1, 3, 11, 1000])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.4), LogitTransform(0.5, 3.0)])
+def test_values_and_gradients_are_the_naive_ones_in_float64(monkeypatch, transform, bias, rows_per_chunk):
+    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", rows_per_chunk * VOCABULARY)
+    hidden, linear, targets, upstream = problem(bias)
+    ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    scores = token_scores(ours, linear, targets, transform)
+    log_probs, entropy, is_top1 = naive(exact, linear, targets, transform)
+    torch.testing.assert_close(scores.log_probs.double(), log_probs, atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(scores.entropy.double(), entropy, atol=3e-6, rtol=3e-6)
+    assert torch.equal(scores.is_top1, is_top1)
+    (scores.log_probs * upstream).sum().backward()
+    (log_probs * upstream.double()).sum().backward()
+    torch.testing.assert_close(ours.grad.double(), exact.grad, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    scale=st.floats(0.05, 8.0),
+    softcap=st.none() | st.floats(0.5, 50.0),
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([0.01, 1.0, 10.0]),
+)
+def test_gradient_is_the_finite_difference(scale, softcap, seed, size):
+    """Along a random direction, in float64 throughout, against the naive value moved by a little."""
+    transform = LogitTransform(scale, softcap)
+    hidden, linear, targets, upstream = problem(bias=True, size=size, seed=seed)
+    hidden.requires_grad_()
+    (token_scores(hidden, linear, targets, transform).log_probs * upstream).sum().backward()
+    direction = torch.randn(ROWS, FEATURES, generator=torch.Generator().manual_seed(seed)).double()
+    step = 1e-5
+
+    def value(sign: int) -> Tensor:
+        moved = hidden.detach().double() + sign * step * direction
+        return (naive(moved, linear, targets, transform)[0] * upstream.double()).sum()
+
+    expected = (value(1) - value(-1)) / (2 * step)
+    scale_of_terms = (hidden.grad.double() * direction).abs().sum()
+    assert abs((hidden.grad.double() * direction).sum() - expected) <= 1e-4 * scale_of_terms + 1e-5
+
+
+def test_no_gradient_for_the_head_and_none_through_entropy():
+    hidden, linear, targets, _ = problem(bias=True)
+    scores = token_scores(hidden.requires_grad_(), linear.requires_grad_(True), targets, LogitTransform())
+    assert scores.log_probs.requires_grad
+    assert not scores.entropy.requires_grad
+    scores.log_probs.sum().backward()
+    assert linear.weight.grad is None
+    assert linear.bias.grad is None
+
+
+def test_half_precision_rows_are_summed_in_float32():
+    """bf16 logits are rounded once, as the model rounds them; the softmax over them is not."""
+    hidden, linear, targets, _ = problem(bias=False)
+    hidden, linear = hidden.bfloat16(), linear.bfloat16()
+    scores = token_scores(hidden, linear, targets, LogitTransform())
+    assert scores.log_probs.dtype == scores.entropy.dtype == torch.float32
+    exact = linear(hidden).double().log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    torch.testing.assert_close(scores.log_probs.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_a_token_of_probability_zero_adds_nothing_to_the_entropy():
+    linear = nn.Linear(1, 3, bias=True).requires_grad_(False)
+    linear.weight.zero_()
+    linear.bias.copy_(torch.tensor([0.0, 0.0, -torch.inf]))
+    scores = token_scores(torch.zeros(2, 1), linear, torch.tensor([0, 2]), LogitTransform())
+    torch.testing.assert_close(scores.entropy, torch.full((2,), 2.0).log())
+    assert scores.log_probs[1] == -torch.inf
+
+
+def test_no_rows_give_no_scores():
+    _, linear, _, _ = problem(bias=False)
+    scores = token_scores(torch.zeros(0, FEATURES), linear, torch.zeros(0, dtype=torch.long), LogitTransform())
+    assert [part.shape for part in scores] == [(0,)] * 3
+
+
+def test_gradients_of_a_second_backward_are_refused():
+    """The stored row gradient is no function of the rows: a double backward must fail, not be silently zero."""
+    hidden, linear, targets, _ = problem(bias=False)
+    hidden.requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        token_scores(hidden, linear, targets, LogitTransform()).log_probs.sum(), hidden, create_graph=True
+    )
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+# What configs declare
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(), LogitTransform()),
+        (Gemma2Config(final_logit_softcapping=30.0), LogitTransform(1.0, 30.0)),
+        (Gemma2Config(final_logit_softcapping=None), LogitTransform()),
+        (GraniteConfig(logits_scaling=4.0), LogitTransform(0.25)),
+    ],
+    ids=["llama", "gemma2", "gemma2-uncapped", "granite"],
+)
+def test_the_transform_is_read_off_the_config(config, expected):
+    assert LogitTransform.from_config(config) == expected
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "gemma2", "cohere", "granite"])
+def test_the_head_on_the_backbone_gives_the_models_probabilities(kind):
+    model = tiny_model(kind)
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ids).last_hidden_state[0, :-1]
+        scores = token_scores(
+            hidden, model.get_output_embeddings(), ids[0, 1:], LogitTransform.from_config(model.config)
+        )
+        expected = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
+    torch.testing.assert_close(scores.log_probs, expected, atol=1e-5, rtol=1e-5)

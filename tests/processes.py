@@ -1,0 +1,159 @@
+"""Training runs in processes of their own, that can be killed at any point or joined by others.
+
+Processes are forked from a server that has imported the libraries once, so one costs a second and not ten.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["renyi.training"])
+
+RESULT, KILLED = "result.json", 9
+
+
+def run(target: Any, *args: Any, processes: int = 1, seconds: float = 240) -> list[int | None]:
+    """Call `target(rank, *args)` in processes of their own and return their exit codes."""
+    children = [_context.Process(target=target, args=(rank, *args)) for rank in range(processes)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(seconds)
+        if child.is_alive():
+            child.kill()
+    return [child.exitcode for child in children]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def interrupted_run(rank: int, output_dir: str, kill: tuple[str, int] | None) -> None:
+    """Train, or go on training, in `output_dir`; `kill` names an event and the step at which the process dies in it.
+
+    Nothing that could differ between two runs is left out: dropout, accumulation, two epochs, a ramping alpha, learned
+    weights, a prior, evaluations with early stopping, and logs that fall between checkpoints.
+    """
+    import torch
+    from tiny import lora, text_rows, trainer_of
+    from transformers import TrainerCallback
+
+    import renyi.training.trainer as training
+    from renyi.ensemble import adapters
+
+    _quiet()
+    torch.set_num_threads(1)
+    event, step = kill or ("never", -1)
+
+    class Killer(TrainerCallback):
+        def _at(self, name: str, state: Any) -> None:
+            if event == name and state.global_step == step:
+                os._exit(KILLED)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self._at("after the step", state)
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            self._at("between micro-batches", state)
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            self._at("after evaluating", state)
+
+        def on_save(self, args, state, control, **kwargs):
+            self._at("after saving", state)
+
+    trainer = trainer_of(
+        output_dir,
+        text_rows(24),
+        eval_dataset=text_rows(6, seed=1),
+        peft_config=lora(lora_dropout=0.1),
+        callbacks=[Killer()],
+        num_members=2,
+        max_steps=8,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=5e-2,
+        alpha_hold_ratio=0.125,
+        alpha_ramp_ratio=0.5,
+        mixture_weights="learned",
+        mixture_weights_rate=0.2,
+        prior_std=0.5,
+        logging_steps=3,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=4,
+        metric_for_best_model="eval_loss",
+        early_stopping_patience=5,
+    )
+    if event in ("writing a member", "before the seal"):
+        module, name = (adapters, "write_adapter") if event == "writing a member" else (training, "seal")
+        plain = getattr(module, name)
+
+        def die(*args: Any) -> None:
+            if trainer.state.global_step == step and (name == "seal" or args[0].name == "member_1"):
+                os._exit(KILLED)
+            plain(*args)
+
+        setattr(module, name, die)
+    trainer.train(resume_from_checkpoint=True)
+    trainer.save_model()
+    trainer.model.save(Path(output_dir) / "final")
+    _write_result(trainer, output_dir)
+
+
+def distributed_run(rank: int, output_dir: str, world_size: int, port: int, settings: dict[str, Any]) -> None:
+    """Train with others over gloo; the first process writes the result."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    import torch
+    from tiny import text_rows, trainer_of
+
+    _quiet()
+    torch.set_num_threads(1)
+    evaluated = {"eval_dataset": text_rows(8, seed=1)} if "eval_strategy" in settings else {}
+    trainer = trainer_of(output_dir, text_rows(32), ddp_backend="gloo", **settings, **evaluated)
+    assert trainer.accelerator.num_processes == world_size
+    trainer.train()
+    if rank == 0:
+        trainer.model.save(Path(output_dir) / "final")
+        _write_result(trainer, output_dir)
+    if world_size > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _write_result(trainer: Any, output_dir: str) -> None:
+    (Path(output_dir) / RESULT).write_text(json.dumps(trainer.state.log_history))
+
+
+def read_log(output_dir: Path) -> list[dict[str, float]]:
+    """What a run logged, without the times."""
+    times = ("runtime", "per_second")
+    rows = json.loads((output_dir / RESULT).read_text())
+    return [{k: v for k, v in row.items() if not k.endswith(times)} for row in rows]
+
+
+def _quiet() -> None:
+    import logging
+
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    for name in ("accelerate", "trl", "renyi"):
+        logging.getLogger(name).setLevel(logging.ERROR)
