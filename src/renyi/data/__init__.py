@@ -1,0 +1,28 @@
+"""Datasets and tokenizers: loading them, saying which row is wrong and why, and turning rows into tokens and labels.
+
+Training and scoring both stand on this, so that a label means the same to both. Nothing here knows about models.
+"""
+
+from renyi.data.load import choose_split, load_chat_template, load_splits, load_tokenizer, load_tokenizer_of
+from renyi.data.prepare import Counts, Preparation, checked, count_tokens, prepare, sample, training_template
+from renyi.data.rows import ROW_COLUMN, check_rows, form_of, number_rows, with_messages
+
+__all__ = [
+    "ROW_COLUMN",
+    "Counts",
+    "Preparation",
+    "check_rows",
+    "checked",
+    "choose_split",
+    "count_tokens",
+    "form_of",
+    "load_chat_template",
+    "load_splits",
+    "load_tokenizer",
+    "load_tokenizer_of",
+    "number_rows",
+    "prepare",
+    "sample",
+    "training_template",
+    "with_messages",
+]

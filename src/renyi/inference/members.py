@@ -1,0 +1,60 @@
+"""What each member learned, read off the scores of examples.
+
+Knows scores and weights. It does not know what the examples say.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from renyi.inference.score import Score
+
+
+class MemberSummary(NamedTuple):
+    """One member among the others, over a set of scored examples.
+
+    Attributes:
+        weight: its mixture weight.
+        load: its mean responsibility.
+        leads: how many examples it explains best, weights counted; a tie goes to the first member.
+        nll_led: its NLL on those, nats per token; None if there are none.
+        nll_others: its NLL on all others, nats per token; None if there are none.
+        clearest: position in the scores of the example, of those it leads, that it explains better than the mean member
+            by the widest margin; None if it leads none. A lone member has no margin: the example it finds likeliest.
+    """
+
+    weight: float
+    load: float
+    leads: int
+    nll_led: float | None
+    nll_others: float | None
+    clearest: int | None
+
+
+def summarise_members(scores: Sequence[Score], weights: Tensor) -> list[MemberSummary]:
+    """Summarise members from the scores of at least one example and the mixture weights [M]."""
+    ell_MN = torch.tensor([s.log_likelihood for s in scores], dtype=torch.float64).T
+    tokens_N = torch.tensor([s.tokens for s in scores])
+    loads_M = torch.tensor([s.responsibilities for s in scores], dtype=torch.float64).mean(dim=0)
+    leader_N = (ell_MN + weights.cpu().double().log()[:, None]).argmax(dim=0)
+    margin_MN = ell_MN - ell_MN.mean(dim=0) if len(weights) > 1 else ell_MN / tokens_N
+
+    def nll(member: int, chosen_N: Tensor) -> float | None:
+        tokens = int(tokens_N[chosen_N].sum())
+        return float(-ell_MN[member, chosen_N].sum()) / tokens if tokens else None
+
+    def summary(member: int) -> MemberSummary:
+        led_N = leader_N == member
+        clearest = int(margin_MN[member].masked_fill(~led_N, -torch.inf).argmax()) if led_N.any() else None
+        return MemberSummary(
+            weight=float(weights[member]),
+            load=float(loads_M[member]),
+            leads=int(led_N.sum()),
+            nll_led=nll(member, led_N),
+            nll_others=nll(member, ~led_N),
+            clearest=clearest,
+        )
+
+    return [summary(member) for member in range(len(weights))]

@@ -1,0 +1,128 @@
+"""How likely each example is to every member, and which member would learn from it.
+
+The same tokens, labels and joint forward as in training, so that a score is what training would have seen. It knows
+nothing about files.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from renyi.data import Preparation, prepare
+from renyi.ensemble import LoraEnsemble
+from renyi.errors import EnsembleFormatError
+from renyi.objectives import jensen_gap, renyi_loss, responsibilities
+
+
+class Score(NamedTuple):
+    """What an ensemble of M members says about one example; everything in nats, summed over its trained tokens.
+
+    Attributes:
+        index: row of the dataset, counted from 0.
+        tokens: trained tokens.
+        log_likelihood: log p_m(y | x), [M].
+        responsibilities: share of the example that each member would learn from at the ensemble's alpha, [M].
+        mixture_nll: −log Σ_m π_m p_m(y | x).
+        jensen_gap: mean member NLL − mixture NLL ≥ 0.
+    """
+
+    index: int  # type: ignore[assignment]
+    tokens: int
+    log_likelihood: list[float]
+    responsibilities: list[float]
+    mixture_nll: float
+    jensen_gap: float
+
+
+def score(
+    ensemble: LoraEnsemble,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    preparation: Preparation | None = None,
+    *,
+    tokens_per_batch: int = 16_384,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[Score]:
+    """Score every example of a dataset under every member.
+
+    Args:
+        ensemble: M members.
+        dataset: rows of any of TRL's forms, or prepared ones (`input_ids`, and `labels` with −100 where not trained).
+        tokenizer: of the base; not needed for prepared rows.
+        preparation: how rows become tokens and labels; by default as TRL would, see `Preparation`. That of a saved
+            ensemble is `Preparation.read(folder)`.
+        tokens_per_batch: limit on members × rows × length in one forward. A longer single row is scored alone.
+        progress: called after each batch with the number of examples done.
+
+    Returns:
+        One score a row, in the dataset's order.
+
+    Raises:
+        DataError: a row is malformed, or nothing of it is trained.
+        EnsembleFormatError: a member gives no finite likelihood.
+    """
+    if not {"input_ids", "labels"}.issubset(dataset.column_names):
+        if tokenizer is None:
+            raise ValueError("the dataset is not prepared: a tokenizer is needed")
+        dataset = prepare(dataset, tokenizer, preparation or Preparation())
+    scores: list[Score] = []
+    training = ensemble.training
+    ensemble.eval()
+    try:
+        with torch.inference_mode():
+            for rows in _batches(dataset, tokens_per_batch // ensemble.num_members):
+                scores += _score_batch(ensemble, rows, dataset[rows])
+                progress(len(scores))
+    finally:
+        ensemble.train(training)
+    return sorted(scores)
+
+
+def _batches(dataset: Dataset, tokens: int) -> Iterator[list[int]]:
+    """Row indices, rows of like length together, no more than `tokens` tokens with their padding."""
+    lengths = [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[row] > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _score_batch(ensemble: LoraEnsemble, rows: list[int], columns: dict[str, list[list[int]]]) -> list[Score]:
+    input_ids, attention_mask = _padded(columns["input_ids"], 0), _padded([[1] * len(x) for x in columns["labels"]], 0)
+    labels = _padded(columns["labels"], -100)
+    ell_MB = ensemble.log_likelihood(*(x.to(ensemble.device) for x in (input_ids, attention_mask, labels))).cpu()
+    if not ell_MB.isfinite().all():
+        bad = int((~ell_MB.isfinite()).any(dim=0).nonzero()[0])
+        raise EnsembleFormatError(
+            "a member's log-likelihood is no finite number",
+            where=f"row {rows[bad] + 1}",
+            hint="Its training diverged, or the base is loaded in a precision too low for it.",
+        )
+    tokens_B = (labels[:, 1:] != -100).sum(dim=1)
+    log_weights = ensemble.weights.cpu().log()
+    routed_B = tokens_B.clamp(min=1) if ensemble.routing_quantity == "length_normalised" else torch.ones_like(tokens_B)
+    return [
+        Score(*values)
+        for values in zip(
+            rows,
+            tokens_B.tolist(),
+            ell_MB.T.tolist(),
+            responsibilities(ell_MB / routed_B, ensemble.alpha, log_weights).T.tolist(),
+            renyi_loss(ell_MB, 1.0, log_weights).tolist(),
+            jensen_gap(ell_MB, log_weights).tolist(),
+            strict=True,
+        )
+    ]
+
+
+def _padded(rows: list[list[int]], value: int) -> Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])

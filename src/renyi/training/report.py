@@ -1,0 +1,130 @@
+"""What a run leaves behind without any tracker: `metrics.jsonl`, every logged step, and `training.png`, the curves.
+
+Both come from the trainer's log history and from nothing else, so a resumed run leaves what an uninterrupted one does.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from renyi.errors import SaveError
+
+METRICS_FILE = "metrics.jsonl"
+FIGURE_FILE = "training.png"
+
+Row = dict[str, Any]
+
+
+class MetricsFile(TrainerCallback):
+    """Keeps `metrics.jsonl`: one JSON object for each logged step, evaluations included, no step twice."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A resumed run begins with the history of its checkpoint; later lines of the killed run go.
+        folder = Path(args.output_dir or "")
+        if state.is_world_process_zero and (state.log_history or (folder / METRICS_FILE).exists()):
+            _write(folder, state.log_history, mode="w")
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            _write(Path(args.output_dir or ""), state.log_history[-1:], mode="a")
+
+
+def _write(folder: Path, rows: Sequence[Row], mode: str) -> None:
+    file = folder / METRICS_FILE
+    try:
+        with file.open(mode, encoding="utf-8") as lines:
+            lines.writelines(json.dumps(_ordered(row)) + "\n" for row in rows)
+    except OSError as error:
+        raise SaveError(
+            f"could not be written ({error})", where=str(file), hint="Free some space and run the same command."
+        ) from error
+
+
+def _ordered(row: Row) -> Row:
+    """Step first, then by name, and null for what is no finite number: JSON has no NaN."""
+    row = {"step": row["step"], **dict(sorted(row.items()))}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def draw_training(log_history: Sequence[Row], title: str, file: Path) -> None:
+    """Draw the curves of a run: what members and mixture pay, the order in force, and who takes the examples.
+
+    Nothing is drawn when nothing was logged.
+
+    Raises:
+        SaveError: the file could not be written.
+    """
+    train = [row for row in log_history if "nll_mixture" in row]
+    if not train:
+        return
+    figure = Figure(figsize=(8, 8.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, routing, loads = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
+    figure.suptitle(title)
+    _draw_losses(losses, train, [row for row in log_history if "eval_nll_mixture" in row])
+    _draw_routing(routing, train)
+    _draw_loads(loads, train)
+    loads.set_xlabel("step")
+    try:
+        figure.savefig(file, dpi=120)
+    except OSError as error:
+        raise SaveError(f"could not be written ({error})", where=str(file), hint="Free some space.") from error
+
+
+def _draw_losses(axes: Axes, train: list[Row], held_out: list[Row]) -> None:
+    steps = _column(train, "step")
+    members, mixture = _column(train, "nll_members"), _column(train, "nll_mixture")
+    axes.fill_between(steps, mixture, members, color="tab:blue", alpha=0.15, label="Jensen gap")
+    axes.plot(steps, members, color="tab:gray", label="members, mean", **_line(steps))
+    axes.plot(steps, mixture, color="tab:blue", label="mixture", **_line(steps))
+    if held_out:
+        style: Any = {"linestyle": "none", "marker": "o", "markersize": 4}
+        steps = _column(held_out, "step")
+        axes.plot(steps, _column(held_out, "eval_nll_members"), color="tab:gray", **style)
+        axes.plot(steps, _column(held_out, "eval_nll_mixture"), color="tab:blue", label="held out", **style)
+    axes.set_ylabel("NLL, nats per token")
+    axes.legend(frameon=False)
+
+
+def _draw_routing(axes: Axes, train: list[Row]) -> None:
+    steps = _column(train, "step")
+    axes.plot(steps, _column(train, "alpha"), color="tab:red", **_line(steps))
+    axes.set_ylabel("α in force", color="tab:red")
+    axes.set_ylim(-0.05, 1.05)
+    effective = axes.twinx()
+    effective.plot(steps, _column(train, "effective_members"), color="tab:green", **_line(steps))
+    effective.set_ylabel("effective members", color="tab:green")
+    effective.set_ylim(0.9, len(_loads(train)) + 0.1)
+
+
+def _draw_loads(axes: Axes, train: list[Row]) -> None:
+    steps, loads = _column(train, "step"), _loads(train)
+    if len(steps) == 1:  # an area needs two ends
+        steps, loads = [steps[0], steps[0] + 1], [load * 2 for load in loads]
+    axes.stackplot(steps, loads, labels=[f"member {m}" for m in range(len(loads))], alpha=0.8)
+    axes.set_ylabel("load")
+    axes.set_ylim(0, 1)
+    axes.margins(x=0)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _column(rows: list[Row], name: str) -> list[float]:
+    return [row[name] for row in rows]
+
+
+def _loads(rows: list[Row]) -> list[list[float]]:
+    members = sum(name.startswith("member_load/") for name in rows[0])
+    return [_column(rows, f"member_load/{m}") for m in range(members)]
+
+
+def _line(steps: list[float]) -> dict[str, Any]:
+    return {"marker": "o"} if len(steps) == 1 else {}

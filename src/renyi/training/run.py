@@ -1,0 +1,285 @@
+"""One training run from settings to a saved ensemble: read the data, build the trainer, train, save.
+
+The steps a command line calls in order. It prints nothing.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
+
+from renyi import data
+from renyi.ensemble import LoraEnsemble
+from renyi.errors import ConfigError, DataError, RenyiError, SaveError
+from renyi.training.checkpoints import Checkpoints
+from renyi.training.output import check_output_dir, check_targets, checkpoints_of
+from renyi.training.report import FIGURE_FILE, MetricsFile, draw_training
+from renyi.training.sft import RenyiSFTConfig, RenyiSFTTrainer
+
+
+@dataclass
+class MemberConfig(ModelConfig):
+    """TRL's ModelConfig for members: LoRA is always on, and adapts every linear layer unless told otherwise."""
+
+    use_peft: bool = field(default=True, metadata={"help": "Always on: members are LoRA adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Layers to adapt, by name or pattern; every linear layer if not given."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.use_peft:
+            raise ConfigError("False is not allowed", where="use_peft", hint="Members are LoRA adapters; leave it out.")
+        # TRL hands a single name on as text, which PEFT takes for a pattern that no layer's full name matches.
+        targets: Any = self.lora_target_modules or "all-linear"
+        is_name = isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"\w+", targets)
+        self.lora_target_modules = [targets] if is_name else targets
+
+
+@dataclass
+class RunArguments:
+    """What only a command line asks for."""
+
+    dry_run: bool = field(default=False, metadata={"help": "Say what would be trained and stop, writing nothing."})
+    test_split_size: float | None = field(
+        default=None,
+        metadata={"help": "Share of the rows to hold out for evaluation, where the data have no test split."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.test_split_size is not None and not 0 < self.test_split_size < 1:
+            raise ConfigError(
+                f"{self.test_split_size} is not allowed", where="test_split_size", hint="Give a share between 0 and 1."
+            )
+
+
+Rows: TypeAlias = Dataset | IterableDataset
+
+
+class Run(NamedTuple):
+    """A run that is ready to start.
+
+    Attributes:
+        trainer: holds the ensemble and the prepared datasets.
+        tokenizer: as the trainer uses it.
+        form: of the rows, or "streamed".
+        train_rows: as loaded.
+        eval_rows: as loaded; None if nothing is held out.
+        checkpoints: what the output folder holds already.
+        finished: whether the newest checkpoint is the last one of this run.
+    """
+
+    trainer: RenyiSFTTrainer
+    tokenizer: PreTrainedTokenizerBase
+    form: str
+    train_rows: Rows
+    eval_rows: Rows | None
+    checkpoints: Checkpoints
+    finished: bool
+
+    @property
+    def ensemble(self) -> LoraEnsemble:
+        return self.trainer.model
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.trainer.args.output_dir or "")
+
+
+def build(
+    script: ScriptArguments,
+    args: RenyiSFTConfig,
+    model: MemberConfig,
+    own: RunArguments,
+    callbacks: list[TrainerCallback],
+) -> Run:
+    """Load the data and the base model, check both and the output folder, and build the trainer.
+
+    Raises:
+        RenyiError: whatever is wrong with settings, data, tokenizer or output folder, before anything is written.
+    """
+    dataset_name = _given(script.dataset_name, "dataset_name", "a json, jsonl, csv or parquet file, or a hub id")
+    base_name = _given(model.model_name_or_path, "model_name_or_path", "a folder or a hub id")
+    # transformers writes its placeholder where nothing was given; two runs that share it would resume each other.
+    _given("" if args.output_dir == "trainer_output" else args.output_dir, "output_dir", "a folder for the ensemble")
+    _check_base_exists(base_name)
+    output_dir = Path(args.output_dir or "")
+    check_output_dir(output_dir, base_name, args, model)
+    checkpoints = checkpoints_of(args)
+
+    tokenizer = _tokenizer(base_name, args, model)
+    form, train_rows, eval_rows = _load_rows(script, args, own, dataset_name)
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}),
+    }
+    with _explained(dataset_name):
+        trainer = RenyiSFTTrainer(
+            base_name,
+            args,
+            train_rows,
+            peft_config=get_peft_config(model),
+            quantization_config=get_quantization_config(model),
+            eval_dataset=eval_rows if args.eval_strategy != "no" else None,
+            processing_class=tokenizer,
+            callbacks=[MetricsFile(), *callbacks],
+        )
+    for noisy in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(noisy)
+    check_targets(output_dir, trainer.model)
+
+    finished = checkpoints.newest is not None and trainer.state_at_end(checkpoints.newest) is not None
+    return Run(trainer, tokenizer, form, train_rows, eval_rows, checkpoints, finished)
+
+
+def _given(value: str | None, key: str, what: str) -> str:
+    if not value:
+        raise ConfigError("is not set", where=key, hint=f"Give {what}: --{key} …, or {key}: … in the config file.")
+    return value
+
+
+def _check_base_exists(name: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or (name.count("/") != 1 and "/" in name)
+    if looks_local and not Path(name).is_dir():
+        raise ConfigError(
+            f"there is no folder {name}", where="model_name_or_path", hint="Give a model folder, or a hub id."
+        )
+
+
+# ---- The data --------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(base_name: str, args: RenyiSFTConfig, model: MemberConfig) -> PreTrainedTokenizerBase:
+    tokenizer = data.load_tokenizer(
+        base_name, args.pad_token, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    args.pad_token = None  # settled; TRL would warn
+    if args.chat_template_path:
+        data.load_chat_template(tokenizer, args.chat_template_path)
+        args.chat_template_path = None
+    if args.eos_token is not None and args.eos_token not in tokenizer.get_vocab():
+        raise ConfigError(f"{args.eos_token!r} is not in the vocabulary", where="eos_token")
+    tokenizer.eos_token = args.eos_token or tokenizer.eos_token
+    if args.assistant_only_loss:
+        data.training_template(tokenizer)
+    return tokenizer
+
+
+def _load_rows(
+    script: ScriptArguments, args: RenyiSFTConfig, own: RunArguments, name: str
+) -> tuple[str, Rows, Rows | None]:
+    """The form of the rows, the rows to train on, and the rows held out."""
+    splits = data.load_splits(name, script.dataset_config, script.dataset_streaming)
+    train = data.choose_split(splits, script.dataset_train_split, name, "dataset_train_split")
+    test_split = script.dataset_test_split
+    evaluates = args.eval_strategy != "no"
+    if own.test_split_size is not None and test_split in splits:
+        raise ConfigError(
+            f"{name} has a split {test_split!r} already",
+            where="test_split_size",
+            hint="Leave test_split_size out, or point dataset_test_split elsewhere.",
+        )
+    test = None
+    if isinstance(train, Dataset):
+        form = data.check_rows(train, args.dataset_text_field, args.assistant_only_loss, name)
+        train = data.number_rows(train)
+        if own.test_split_size is not None:
+            train, test = _held_out(train, own.test_split_size, args.seed, name)
+    else:
+        form = "streamed"
+        if args.max_steps <= 0:
+            raise ConfigError("is not set, and the dataset is streamed", where="max_steps", hint="Give --max_steps.")
+    if evaluates and test is None:
+        if test_split not in splits:
+            raise ConfigError(
+                f"eval_strategy is set, and {name} has no split {test_split!r}",
+                where="dataset_test_split",
+                hint="Hold out a share with --test_split_size 0.05, name another split, or set eval_strategy to no.",
+            )
+        test = data.choose_split(splits, test_split, name, "dataset_test_split")
+        if isinstance(test, Dataset):
+            data.check_rows(test, args.dataset_text_field, args.assistant_only_loss, f"{name}, {test_split} split")
+    return form, train, test
+
+
+def _held_out(rows: Dataset, share: float, seed: int, name: str) -> tuple[Dataset, Dataset]:
+    held_out = round(share * len(rows))
+    if not 0 < held_out < len(rows):
+        raise ConfigError(
+            f"{share} of {len(rows)} rows is {held_out} rows",
+            where="test_split_size",
+            hint=f"{name} needs at least one row on either side.",
+        )
+    parts = rows.train_test_split(test_size=held_out, seed=seed)
+    return parts["train"], parts["test"]
+
+
+@contextmanager
+def _explained(dataset_name: str) -> Iterator[None]:
+    """Say whose rows are meant, and turn what the libraries raise about settings into our error."""
+    try:
+        yield
+    except DataError as error:
+        where = f"{dataset_name}, {error.where}" if error.where and "row" in error.where else error.where
+        raise DataError(error.what, where=where, hint=error.hint) from error
+    except RenyiError:
+        raise
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+        raise ConfigError(str(error).strip() or type(error).__name__, where="settings") from error
+
+
+# ---- Training ------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run) -> None:
+    """Train from the newest complete checkpoint, or from the start; draw the curves however it ends.
+
+    A finished run only gets back the members it ended with.
+
+    Raises:
+        SaveError: a checkpoint could not be written; earlier ones are untouched.
+        TrainingDivergedError: the loss is no number any more.
+    """
+    newest = run.checkpoints.newest
+    try:
+        run.trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    except BaseException:
+        with suppress(SaveError):  # the disk may be full; what went wrong first is what counts
+            _draw(run)
+        raise
+    _draw(run)
+
+
+def _draw(run: Run) -> None:
+    if run.trainer.is_world_process_zero():
+        draw_training(run.trainer.state.log_history, run.output_dir.name, run.output_dir / FIGURE_FILE)
+
+
+def save(run: Run, dataset_name: str | None) -> None:
+    """Write the ensemble, its tokenizer and its model card into the output folder.
+
+    Raises:
+        SaveError: something could not be written; checkpoints are untouched.
+    """
+    trainer = run.trainer
+    try:
+        trainer.save_model(trainer.args.output_dir)
+        trainer.create_model_card(dataset_name=dataset_name)
+    except SaveError:
+        raise
+    except OSError as error:
+        raise SaveError(
+            f"could not be written ({error})",
+            where=str(run.output_dir),
+            hint="Free some space and run the same command.",
+        ) from error
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=dataset_name)

@@ -1,0 +1,22 @@
+"""The alpha schedule: hold at 0, then ramp, then stay.
+
+With alpha at full strength from the first step, routing freezes on noise: the members' log-likelihoods differ by many
+nats by chance, a few members take every example and the rest starve. Holding alpha at 0 lets every member learn what
+all the data agree on; ramping it then lets them part where the data do not. Nothing here knows about trainers.
+"""
+
+
+def scheduled_alpha(progress: float, alpha: float, hold_ratio: float, ramp_ratio: float) -> float:
+    """Alpha at a point of training: 0 while holding, then linear up to `alpha`.
+
+    Args:
+        progress: share of all steps already done, in [0, 1].
+        alpha: the order to arrive at, in [0, 1].
+        hold_ratio: share of training with alpha 0.
+        ramp_ratio: share of training in which alpha rises from 0 to `alpha`.
+    """
+    if progress < hold_ratio:
+        return 0.0
+    if progress >= hold_ratio + ramp_ratio:
+        return alpha
+    return alpha * (progress - hold_ratio) / ramp_ratio

@@ -1,0 +1,45 @@
+"""Two processes over gloo are one process with the batch of both."""
+
+from pathlib import Path
+
+import pytest
+from processes import distributed_run, free_port, read_log, run
+from tiny import member_distance, tiny_model
+
+from renyi import LoraEnsemble
+
+SETTINGS = {
+    "num_members": 3,
+    "alpha_hold_ratio": 0.2,
+    "max_grad_norm": 0.3,
+    "mixture_weights": "learned",
+    "mixture_weights_rate": 0.2,
+    "prior_std": 0.5,
+    "logging_steps": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+}
+
+
+def assert_close_runs(folder: Path, expected: Path) -> None:
+    ours, theirs = (LoraEnsemble.load(f / "final", base=tiny_model()) for f in (folder, expected))
+    assert member_distance(ours, theirs) <= 1e-5
+    assert ours.weights.tolist() == pytest.approx(theirs.weights.tolist(), rel=1e-5)
+    log, other = read_log(folder), read_log(expected)
+    assert len(log) == len(other) > 3
+    for row, other_row in zip(log, other, strict=True):
+        assert row.keys() == other_row.keys()
+        # Evaluation averages the losses of batches, whose sizes differ here; the sums beside it are exact.
+        for name in row.keys() - {"eval_loss"}:
+            assert row[name] == pytest.approx(other_row[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_are_one(tmp_path, accumulation):
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = {**SETTINGS, "gradient_accumulation_steps": accumulation}
+    assert run(distributed_run, str(one), 1, free_port(), {**settings, "per_device_train_batch_size": 4}) == [0]
+    assert run(
+        distributed_run, str(two), 2, free_port(), {**settings, "per_device_train_batch_size": 2}, processes=2
+    ) == [0, 0]
+    assert_close_runs(two, one)
