@@ -1,0 +1,120 @@
+"""The two streams a command speaks on, its errors and warnings, and silence from the libraries below.
+
+Results and reports go to stdout; progress, warnings and errors to stderr, so that a pipe carries results only.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from renyi.errors import RenyiError
+
+WIDEST = 108
+_LIBRARIES = ("transformers", "datasets", "trl", "accelerate", "peft", "torch", "huggingface_hub", "bitsandbytes")
+
+
+def stream(stderr: bool = False) -> Console:
+    """A console on stdout or stderr: as wide as the terminal, at most `WIDEST`; silent on all but the first process."""
+    console = Console(stderr=stderr, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    console.width = min(console.width, WIDEST) if console.is_terminal else WIDEST
+    return console
+
+
+def show_error(error: RenyiError) -> None:
+    """Print one error: where, what, and what to do about it."""
+    where = f"{error.where}: " if error.where else ""
+    say("error", "bold red", where + error.what, error.hint)
+
+
+def say(kind: str, style: str, what: str, hint: str | None = None) -> None:
+    """One message on stderr, `kind: what`, with its hint below."""
+    message = Text.assemble((f"{kind}: ", style), what)
+    if hint:
+        message.append(f"\n{hint}", style="dim")
+    stream(stderr=True).print(message, soft_wrap=True)
+
+
+class _Warnings(logging.Handler):
+    """Shows our own logger's warnings."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say("warning", "bold yellow", record.getMessage())
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Silence the libraries' warnings and progress bars; show our own warnings."""
+    ours = logging.getLogger("renyi")
+    handler = _Warnings(logging.WARNING)
+    ours.addHandler(handler)
+    propagate, ours.propagate = ours.propagate, False
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "critical")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in _LIBRARIES:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors reach us as exceptions
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        ours.removeHandler(handler)
+        ours.propagate = propagate
+
+
+def quiet_progress_bars() -> None:
+    """Silence the bars of loaded libraries, but for downloads that a person waits for."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.disable_progress_bar()
+    if stream(stderr=True).is_terminal:
+        huggingface_hub.utils.enable_progress_bars()
+
+
+def facts(title: str, rows: dict[str, RenderableType]) -> Panel:
+    """A panel of names and values."""
+    grid = Table.grid(padding=(0, 3))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column()
+    for name, value in rows.items():
+        grid.add_row(name, value)
+    return Panel(grid, title=f"[bold]{title}[/]", title_align="left", border_style="dim", padding=(0, 1))
+
+
+def emit_json(value: dict[str, Any], stderr: bool = False) -> None:
+    """One JSON object on a line of its own."""
+    print(json.dumps(value), file=sys.stderr if stderr else sys.stdout)
+
+
+def number_text(number: float) -> str:
+    """A count as a person reads it: 812, 20,480, 1.24 M."""
+    for size, letter in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.2f} {letter}"
+    return f"{number:,.0f}"
+
+
+def bytes_text(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number_text(number)} {noun}{'' if number == 1 else 's'}"

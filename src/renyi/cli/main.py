@@ -1,0 +1,63 @@
+"""`renyi`: finds the command, and ends every error a user can meet as one message and exit code 2.
+
+It imports no command before it is asked for: `renyi --help` answers at once.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from rich.table import Table
+
+from renyi import __version__
+from renyi.cli.console import quiet_libraries, say, show_error, stream
+from renyi.errors import ConfigError, RenyiError
+
+COMMANDS = {
+    "sft": "train an α-Rényi LoRA ensemble on a dataset",
+    "score": "log-likelihoods and responsibilities of every member on every example",
+    "info": "what an ensemble is and how far apart its members are, from its files alone",
+    "demo": "see an ensemble split into specialists on contradictory data, in a few minutes",
+}
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 2 for an error that the message explains, 130 if interrupted."""
+    command, *rest = [*(sys.argv[1:] if argv is None else argv)] or ["--help"]
+    try:
+        if command in ("-h", "--help"):
+            _help()
+            return 0
+        if command == "--version":
+            stream().print(f"renyi {__version__}")
+            return 0
+        if command not in COMMANDS:
+            raise ConfigError(f"there is no command {command!r}", hint=f"The commands are {', '.join(COMMANDS)}.")
+        with quiet_libraries():
+            return import_module(f"renyi.cli.{command}").run(rest)
+    except RenyiError as error:
+        show_error(error)
+        return 2
+    except BrokenPipeError:  # whoever read our output has seen enough, as in `renyi score … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        say("interrupted", "bold yellow", "nothing more is written")
+        return INTERRUPTED
+
+
+def _help() -> None:
+    out = stream()
+    out.print(f"[bold]renyi[/] {__version__}   post-train a language model into a distribution over LoRA adapters\n")
+    commands = Table.grid(padding=(0, 3))
+    for name, what in COMMANDS.items():
+        commands.add_row(f"  [bold]renyi {name}[/]", what)
+    out.print(commands)
+    out.print("\nStart with [bold]renyi demo[/], then [bold]renyi sft --config FILE.yaml[/].")
+    out.print("[bold]renyi COMMAND --help[/] says more, [bold]renyi --version[/] which version this is.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
