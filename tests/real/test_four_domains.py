@@ -1,0 +1,20 @@
+"""Four real text domains on a real small model: four members find them, and the mixture gains by it."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="the real model and data are not beside the project")
+def test_four_members_recover_four_domains() -> None:
+    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "four_domains.py"))
+    results = {name: benchmark["run"](SHARED, *settings, 0) for name, settings in benchmark["RUNS"].items()}
+    renyi = results["four, α = 0.8"]
+    assert sum(renyi["recovered"]) >= 0.95 * 4 * benchmark["TEST"]
+    assert renyi["nll_per_token"] <= results["four, α = 0"]["nll_per_token"] - 0.2
+    assert renyi["nll_per_token"] < results["one adapter, r = 16"]["nll_per_token"]

@@ -1,0 +1,39 @@
+"""The examples run as they are."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(*command: str) -> str:
+    finished = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_the_config_is_understood() -> None:
+    printed = run(sys.executable, "-m", "renyi", "sft", "--config", "examples/two_schools.yaml", "--dry_run")
+    assert "1,140 examples" in printed
+    assert "«" in printed
+
+
+@pytest.mark.slow
+def test_the_loop_finds_the_schools() -> None:
+    *_, first, second = run(sys.executable, "examples/loop.py").splitlines()
+    shares = sorted(int(line.split(";")[1].split("%")[0]) for line in (first, second))
+    assert shares[0] <= 10, (first, second)
+    assert shares[1] >= 90, (first, second)
+
+
+@pytest.mark.slow
+def test_the_config_trains(tmp_path: Path) -> None:
+    config = ["--config", "examples/two_schools.yaml", "--output_dir", str(tmp_path)]
+    printed = run(sys.executable, "-m", "renyi", "sft", *config)
+    assert "What each member learned" in printed
+    assert (tmp_path / "training.png").exists()
