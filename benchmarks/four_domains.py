@@ -1,6 +1,6 @@
 """Do four members find four real domains that nobody labelled?
 
-    python benchmarks/four_domains.py [--seeds 0 1 2] [--shared ../shared]
+    python benchmarks/four_domains.py [--seeds 0 1 2] [--runs NAME …] [--shared ../shared]
 
 64-token chunks of Shakespeare, grade-school mathematics, encyclopedia and children's stories (1,200 training and 300
 test chunks each) on TinyStories-656K, a real pretrained Llama. One adapter of rank 4, one of rank 16 (the parameters of
@@ -77,7 +77,7 @@ def run(shared: Path, members: int, rank: int, overrides: dict[str, object], see
             AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
             RenyiSFTConfig(folder, num_members=members, seed=seed, **settings),
             train_dataset=Dataset.from_dict({"input_ids": train.tolist()}),
-            peft_config=LoraConfig(r=rank, lora_alpha=4 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"),
             processing_class=tokenizer,
         )
         for noisy in (ProgressCallback, PrinterCallback):
@@ -102,13 +102,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared")
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     args = parser.parse_args()
     if not args.shared.is_dir():
         raise SystemExit(f"The real model and data are not at {args.shared}; say where they are with --shared.")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"{'run':22} {'seed':>4} {'NLL/token':>10} {'seconds':>8}  test chunks of each domain at its own member")
     for seed in args.seeds:
-        for name, (members, rank, overrides) in RUNS.items():
+        for name in args.runs:
+            members, rank, overrides = RUNS[name]
             r = run(args.shared, members, rank, overrides, seed)
             where = ", ".join(f"{n}/{TEST}" for n in r["recovered"]) if members > 1 else ""
             print(f"{name:22} {seed:4} {r['nll_per_token']:10.3f} {r['seconds']:8.1f}  {where}", flush=True)

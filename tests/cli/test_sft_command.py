@@ -22,6 +22,7 @@ from tiny import CHAT_TEMPLATE, tiny_model
 from renyi import LoraEnsemble
 from renyi.cli.console import quiet_libraries
 from renyi.cli.main import COMMANDS, main
+from renyi.training.checkpoints import is_complete
 
 RENYI = [sys.executable, "-m", "renyi"]
 
@@ -274,6 +275,30 @@ def test_a_full_disk_leaves_the_checkpoint_before(settings: Settings, tmp_path: 
     assert ended.code == 0, ended.err
     assert "resuming from checkpoint-4 of 8" in ended.out
     assert steps_in(tmp_path / "out") == list(range(1, 9))
+
+
+def test_a_run_shorter_than_a_log_still_draws_its_curves(settings: Settings, tmp_path: Path) -> None:
+    ended = renyi("sft", "--config", settings(max_steps=2, logging_steps=10))
+    assert (ended.code, ended.err) == (0, "")
+    assert steps_in(tmp_path / "out", "train_loss") == [2]
+    assert (tmp_path / "out" / "training.png").exists()
+
+
+def test_two_processes_equal_one(settings: Settings, tmp_path: Path) -> None:
+    config = str(settings(max_steps=4, save_steps=2, per_device_train_batch_size=4, lora_dropout=0.0, use_cpu=True))
+    assert renyi("sft", "--config", config, "--output_dir", str(tmp_path / "one")).code == 0
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "renyi"]
+    command = [sys.executable, *launch, "sft", "--config", config, "--per_device_train_batch_size", "2"]
+    command += ["--output_dir", str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("What each member learned") == 1  # one process speaks for both
+    one, two = weights_in(tmp_path / "one"), weights_in(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        assert (one[name] - two[name]).norm() <= 1e-4 * one[name].norm(), name
+    assert all(is_complete(tmp_path / "two" / f"checkpoint-{step}") for step in (2, 4))
 
 
 def test_an_interrupted_run_says_what_comes_next(

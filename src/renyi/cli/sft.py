@@ -92,11 +92,10 @@ def _train(out: Console, err: Console, ready: "Run", progress: Any, dataset_name
     _show_end(out, ready)
     with err.status("saving"):
         save(ready, dataset_name)
-    if ready.trainer.is_world_process_zero():
-        with err.status("scoring examples under every member"):
-            table = _what_members_learned(ready)
-        out.print(table)
-        _show_files(out, ready, dataset_name)
+    with err.status("scoring examples under every member"):  # in every process: preparing data waits for them all
+        table = _what_members_learned(ready)
+    out.print(table)
+    _show_files(out, ready, dataset_name)
     ready.trainer.end()
     return 0
 

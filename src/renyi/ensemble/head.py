@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig
 
-# Rows are scored in chunks of about this many logits: 64 MiB in float32.
-LOGITS_PER_CHUNK = 1 << 24
+# Rows are scored in chunks of about this many logits: 16 MiB in float32, which allocators reuse from chunk to chunk.
+LOGITS_PER_CHUNK = 1 << 22
 
 
 class TokenScores(NamedTuple):
@@ -85,22 +85,24 @@ class _FrozenHead(torch.autograd.Function):
         chunk = max(1, LOGITS_PER_CHUNK // weight.shape[0])
         for start in range(0, rows, chunk):
             at = slice(start, start + chunk)
-            z_NV = F.linear(hidden[at], weight, bias).float() * transform.scale
+            z_NV = F.linear(hidden[at], weight, bias).float()
+            if transform.scale != 1:
+                z_NV = z_NV * transform.scale
             if transform.softcap is not None:
                 capped = torch.tanh(z_NV / transform.softcap)
                 z_NV = capped * transform.softcap
-            p_NV = torch.log_softmax(z_NV, dim=-1)
-            log_probs[at] = p_NV.gather(1, targets[at, None]).squeeze(1)
-            is_top1[at] = p_NV.argmax(dim=-1) == targets[at]
-            log_p_NV, p_NV = p_NV, p_NV.exp()
+            log_p_NV = torch.log_softmax(z_NV, dim=-1)
+            log_probs[at] = log_p_NV.gather(1, targets[at, None]).squeeze(1)
+            is_top1[at] = log_p_NV.argmax(dim=-1) == targets[at]
+            p_NV = log_p_NV.exp()
             # A head may give some tokens probability zero; they add nothing to the entropy.
-            entropy[at] = -(p_NV * log_p_NV.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
+            entropy[at] = -torch.linalg.vecdot(p_NV, log_p_NV.clamp_(min=torch.finfo(torch.float32).min))
             if row_grad is not None:
                 dz_NV = p_NV.neg_()
                 dz_NV.scatter_add_(1, targets[at, None], torch.ones_like(targets[at, None], dtype=dz_NV.dtype))
                 if transform.softcap is not None:
                     dz_NV *= 1 - capped.square()
-                row_grad[at] = (dz_NV * transform.scale).to(weight.dtype) @ weight
+                row_grad[at] = (dz_NV if transform.scale == 1 else dz_NV * transform.scale).to(weight.dtype) @ weight
         ctx.save_for_backward(row_grad)
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1

@@ -240,7 +240,7 @@ def _explained(dataset_name: str) -> Iterator[None]:
 
 
 def train(run: Run) -> None:
-    """Train from the newest complete checkpoint, or from the start; draw the curves however it ends.
+    """Train from the newest complete checkpoint, or from the start; draw the curves if it ends early.
 
     A finished run only gets back the members it ended with.
 
@@ -252,10 +252,9 @@ def train(run: Run) -> None:
     try:
         run.trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     except BaseException:
-        with suppress(SaveError):  # the disk may be full; what went wrong first is what counts
+        with suppress(Exception):  # the disk may be full; what went wrong first is what counts
             _draw(run)
         raise
-    _draw(run)
 
 
 def _draw(run: Run) -> None:
@@ -264,7 +263,7 @@ def _draw(run: Run) -> None:
 
 
 def save(run: Run, dataset_name: str | None) -> None:
-    """Write the ensemble, its tokenizer and its model card into the output folder.
+    """Write the ensemble, its tokenizer, its model card and its curves into the output folder.
 
     Raises:
         SaveError: something could not be written; checkpoints are untouched.
@@ -281,5 +280,6 @@ def save(run: Run, dataset_name: str | None) -> None:
             where=str(run.output_dir),
             hint="Free some space and run the same command.",
         ) from error
+    _draw(run)
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=dataset_name)

@@ -297,7 +297,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if "loss" in logs or "train_loss" in logs:
             logs["alpha"] = self._scheduled_alpha
             logs["num_tokens"] = self._total_train_tokens
             if self._learned_weights is not None:
@@ -336,7 +336,8 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        data.Preparation.of(self.args).write(Path(output_dir or self.args.output_dir or ""))
+        if self.args.should_save:
+            data.Preparation.of(self.args).write(Path(output_dir or self.output_dir))
 
 
 def _as_ensemble(

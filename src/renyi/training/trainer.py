@@ -193,6 +193,8 @@ class EnsembleTrainer(Trainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:  # another process writes
+            return
         folder = Path(output_dir or self.output_dir)
         self.model.save(folder)
         if self.processing_class is not None:
