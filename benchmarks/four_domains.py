@@ -4,9 +4,9 @@
 
 64-token chunks of Shakespeare, grade-school mathematics, encyclopedia and children's stories (1,200 training and 300
 test chunks each) on TinyStories-656K, a real pretrained Llama. One adapter of rank 4, one of rank 16 (the parameters of
-the whole ensemble), and four members of rank 4 at α = 0, at α = 0.8 from the first step, and at α = 0.8 with the
-default hold and ramp; the same data and steps for all. Prints the test NLL per token of each mixture and where each
-domain's test chunks go. Needs the models and data beside the project.
+the whole ensemble), and four members of rank 4: at α = 0; at α = 0.8, held and ramped for a tenth of training each;
+from the first step; and with the default hold and ramp. The same data and steps for all. Prints the test NLL per token
+of each mixture and where each domain's test chunks go. Needs the models and data beside the project.
 """
 
 import argparse
@@ -28,13 +28,13 @@ from renyi.objectives import renyi_loss
 DOMAINS = ("shakespeare", "gsm8k", "wiki", "tinystories")
 CHUNK, TRAIN, TEST = 64, 1200, 300
 # name: members, rank, and what else differs from `RenyiSFTConfig`'s defaults
-AT_ONCE = {"alpha_hold_ratio": 0.0, "alpha_ramp_ratio": 0.0}
 RUNS = {
     "one adapter, r = 4": (1, 4, {}),
     "one adapter, r = 16": (1, 16, {}),
     "four, α = 0": (4, 4, {"alpha": 0.0}),
-    "four, α = 0.8": (4, 4, AT_ONCE),
-    "four, α = 0.8, ramped": (4, 4, {}),
+    "four, α = 0.8": (4, 4, {"alpha_hold_ratio": 0.1, "alpha_ramp_ratio": 0.1}),
+    "four, α = 0.8 at once": (4, 4, {"alpha_hold_ratio": 0.0, "alpha_ramp_ratio": 0.0}),
+    "four, α = 0.8, default": (4, 4, {}),
 }
 
 
