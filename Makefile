@@ -10,7 +10,7 @@ WORKERS ?= 2
 .PHONY: help setup demo test lint format slow bench clean
 
 help:
-	@echo "make demo    train the three ensembles of the demo and look at runs/demo/demo.png (about 4 minutes)"
+	@echo "make demo    train the three ensembles of the demo and look at runs/demo/demo.png (minutes)"
 	@echo "make test    lint, type-check and test"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make slow    the tests that take minutes: real data, three seeds of the demo"
@@ -43,8 +43,9 @@ slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 bench: $(READY)
-	$(BIN)/python benchmarks/four_domains.py
 	$(BIN)/python benchmarks/demo_seeds.py
+	$(BIN)/python benchmarks/alpha_schedule.py
+	$(BIN)/python benchmarks/four_domains.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
