@@ -168,10 +168,10 @@ def _sizes(prepared: Any, rows: "Rows | None") -> str:
 
 def _show_first_example(out: Console, ready: "Run") -> None:
     """The first example as the model sees it, its trained tokens in colour (or between « » without a terminal)."""
-    from renyi.data import Preparation, prepare, sample
+    from renyi.data import IGNORED, Preparation, prepare, sample
 
     first = prepare(sample(ready.train_rows, 1), ready.tokenizer, Preparation.of(ready.trainer.args))[0]
-    ids, is_trained = first["input_ids"], [label != -100 for label in first["labels"]]
+    ids, is_trained = first["input_ids"], [label != IGNORED for label in first["labels"]]
     is_trained[0] = False  # nothing predicts the first token
     text, before, start = Text(), "", 0
     for end in range(1, len(ids) + 1):
@@ -242,7 +242,9 @@ def _what_members_learned(ready: "Run") -> Any:
 
 def _snippet(ready: "Run", example: dict[str, Any]) -> str:
     """The trained part of an example on one line."""
-    ids = [i for i, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
+    from renyi.data import IGNORED
+
+    ids = [i for i, label in zip(example["input_ids"], example["labels"], strict=True) if label != IGNORED]
     return " ".join(str(ready.tokenizer.decode(ids[:60], skip_special_tokens=True)).split())
 
 

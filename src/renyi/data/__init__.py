@@ -4,10 +4,11 @@ Training and scoring both stand on this, so that a label means the same to both.
 """
 
 from renyi.data.load import choose_split, load_chat_template, load_splits, load_tokenizer, load_tokenizer_of
-from renyi.data.prepare import Counts, Preparation, checked, count_tokens, prepare, sample, training_template
+from renyi.data.prepare import IGNORED, Counts, Preparation, checked, count_tokens, prepare, sample, training_template
 from renyi.data.rows import ROW_COLUMN, check_rows, form_of, number_rows, with_messages
 
 __all__ = [
+    "IGNORED",
     "ROW_COLUMN",
     "Counts",
     "Preparation",

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from renyi.data import Preparation, prepare
+from renyi.data import IGNORED, Preparation, prepare
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import EnsembleFormatError
 from renyi.objectives import jensen_gap, renyi_loss, responsibilities
@@ -97,7 +97,7 @@ def _batches(dataset: Dataset, tokens: int) -> Iterator[list[int]]:
 
 def _score_batch(ensemble: LoraEnsemble, rows: list[int], columns: dict[str, list[list[int]]]) -> list[Score]:
     input_ids, attention_mask = _padded(columns["input_ids"], 0), _padded([[1] * len(x) for x in columns["labels"]], 0)
-    labels = _padded(columns["labels"], -100)
+    labels = _padded(columns["labels"], IGNORED)
     ell_MB = ensemble.log_likelihood(*(x.to(ensemble.device) for x in (input_ids, attention_mask, labels))).cpu()
     if not ell_MB.isfinite().all():
         bad = int((~ell_MB.isfinite()).any(dim=0).nonzero()[0])
@@ -106,7 +106,7 @@ def _score_batch(ensemble: LoraEnsemble, rows: list[int], columns: dict[str, lis
             where=f"row {rows[bad] + 1}",
             hint="Its training diverged, or the base is loaded in a precision too low for it.",
         )
-    tokens_B = (labels[:, 1:] != -100).sum(dim=1)
+    tokens_B = (labels[:, 1:] != IGNORED).sum(dim=1)
     log_weights = ensemble.weights.cpu().log()
     routed_B = tokens_B.clamp(min=1) if ensemble.routing_quantity == "length_normalised" else torch.ones_like(tokens_B)
     return [

@@ -48,8 +48,6 @@ class RenyiSFTConfig(SFTConfig):
         early_stopping_patience: stop after this many evaluations without a better `metric_for_best_model`.
     """
 
-    _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS
-
     learning_rate: float = field(default=2e-4, metadata={"help": "The initial learning rate for AdamW."})
     num_members: int = field(default=4, metadata={"help": "Number of adapters in the ensemble (M)."})
     alpha: float = field(

@@ -294,7 +294,7 @@ class EnsembleTrainer(Trainer):
                 ensemble=self.model,
                 args=self.args,
                 log_history=self.state.log_history,
-                dataset_name=dataset_name or getattr(self, "dataset_name", None),
+                dataset_name=dataset_name,
                 tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             )
 
