@@ -4,5 +4,28 @@ Nothing here knows what a model, a token or a trainer is.
 """
 
 from renyi.objectives.mixture import effective_members, jensen_gap, renyi_loss, responsibilities
+from renyi.objectives.preference import (
+    COUPLED_LOSSES,
+    F_DIVERGENCES,
+    PAIR_LOSSES,
+    LogRatios,
+    PreferenceLoss,
+    completion_log_prob,
+    preference_log_likelihood,
+    preference_margin,
+)
 
-__all__ = ["effective_members", "jensen_gap", "renyi_loss", "responsibilities"]
+__all__ = [
+    "COUPLED_LOSSES",
+    "F_DIVERGENCES",
+    "PAIR_LOSSES",
+    "LogRatios",
+    "PreferenceLoss",
+    "completion_log_prob",
+    "effective_members",
+    "jensen_gap",
+    "preference_log_likelihood",
+    "preference_margin",
+    "renyi_loss",
+    "responsibilities",
+]
