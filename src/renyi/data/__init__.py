@@ -4,17 +4,35 @@ Training and scoring both stand on this, so that a label means the same to both.
 """
 
 from renyi.data.load import choose_split, load_chat_template, load_splits, load_tokenizer, load_tokenizer_of
-from renyi.data.prepare import IGNORED, Counts, Preparation, checked, count_tokens, prepare, sample, training_template
+from renyi.data.pairs import check_pairs, with_pairs
+from renyi.data.prepare import (
+    IGNORED,
+    Counts,
+    Preparation,
+    RowPreparation,
+    checked,
+    count_tokens,
+    prepare,
+    sample,
+    training_template,
+)
+from renyi.data.prepare_pairs import PairCounts, PairPreparation, checked_pairs, count_pairs, prepare_pairs
 from renyi.data.rows import ROW_COLUMN, check_rows, form_of, number_rows, with_messages
 
 __all__ = [
     "IGNORED",
     "ROW_COLUMN",
     "Counts",
+    "PairCounts",
+    "PairPreparation",
     "Preparation",
+    "RowPreparation",
+    "check_pairs",
     "check_rows",
     "checked",
+    "checked_pairs",
     "choose_split",
+    "count_pairs",
     "count_tokens",
     "form_of",
     "load_chat_template",
@@ -23,7 +41,9 @@ __all__ = [
     "load_tokenizer_of",
     "number_rows",
     "prepare",
+    "prepare_pairs",
     "sample",
     "training_template",
     "with_messages",
+    "with_pairs",
 ]

@@ -5,12 +5,13 @@ out: an error, naming the row, where TRL would drop a row in silence. It knows n
 """
 
 import json
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from datasets import Dataset, IterableDataset
@@ -26,30 +27,24 @@ IGNORED = -100  # the label of a token that is not trained, as everywhere in tra
 
 
 @dataclass(frozen=True)
-class Preparation:
-    """The settings that decide a row's tokens and labels, under TRL's names. An ensemble keeps those of its training.
+class RowPreparation(ABC):
+    """The settings that decide a row's tokens, under TRL's names. An ensemble keeps those of its training.
 
     Attributes:
         max_length: tokens after which a row is cut; None for no limit.
         truncation_mode: which end is kept.
-        dataset_text_field: the column that holds the text of a row of text.
-        completion_only_loss: whether only a completion is trained; None: where there is one.
-        assistant_only_loss: whether only the assistant's messages are trained.
     """
 
     max_length: int | None = 1024
     truncation_mode: str = "keep_start"
-    dataset_text_field: str = "text"
-    completion_only_loss: bool | None = None
-    assistant_only_loss: bool = False
 
     @classmethod
-    def of(cls, settings: Any) -> "Preparation":
-        """Read off anything with attributes of these names, such as an `SFTConfig`."""
+    def of(cls, settings: Any) -> Self:
+        """Read off anything with attributes of these names, such as TRL's config of the same method."""
         return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
     @classmethod
-    def read(cls, folder: Path) -> "Preparation":
+    def read(cls, folder: Path) -> Self:
         """The settings kept in an ensemble's folder, or the defaults if it keeps none.
 
         Raises:
@@ -68,6 +63,42 @@ class Preparation:
 
     def write(self, folder: Path) -> None:
         (folder / PREPARATION_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @abstractmethod
+    def check(self, rows: Dataset, name: str = "dataset") -> str:
+        """The form of the rows; raises `DataError` that names the first bad one."""
+
+    @abstractmethod
+    def readable(self, rows: Any, name: str = "dataset") -> Any:
+        """The rows, streamed or not, with ShareGPT's columns as TRL reads them; raises `DataError`."""
+
+    @abstractmethod
+    def prepare(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str = "dataset") -> Dataset:
+        """The rows as tokens, as training sees them; raises `DataError` and `TokenizerError`."""
+
+
+@dataclass(frozen=True)
+class Preparation(RowPreparation):
+    """The settings that decide the tokens and labels of rows for supervised fine-tuning.
+
+    Attributes:
+        dataset_text_field: the column that holds the text of a row of text.
+        completion_only_loss: whether only a completion is trained; None: where there is one.
+        assistant_only_loss: whether only the assistant's messages are trained.
+    """
+
+    dataset_text_field: str = "text"
+    completion_only_loss: bool | None = None
+    assistant_only_loss: bool = False
+
+    def check(self, rows: Dataset, name: str = "dataset") -> str:
+        return check_rows(rows, self.dataset_text_field, self.assistant_only_loss, name)
+
+    def readable(self, rows: Any, name: str = "dataset") -> Any:
+        return with_messages(rows, name)
+
+    def prepare(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str = "dataset") -> Dataset:
+        return prepare(rows, tokenizer, self, name)
 
 
 def prepare(
@@ -119,19 +150,25 @@ def checked(
         DataError, TokenizerError: as `prepare`.
     """
     if not well_formed:
-        form = check_rows(dataset, settings.dataset_text_field, settings.assistant_only_loss, name)
+        form = settings.check(dataset, name)
         is_text = form == "text" or (form == "prompt-completion" and isinstance(dataset[0]["completion"], str))
-        if is_text and tokenizer.eos_token is None:
-            raise TokenizerError(
-                "has no eos token to close a text with", where="tokenizer", hint="Choose one with --eos_token."
-            )
-        if not is_text and form != "tokenised":
-            check_has_template(tokenizer)
+        if form != "tokenised":
+            check_can_tokenise(tokenizer, is_text)
     numbered = number_rows(dataset)
     with _explained_masks():
         prepared = by_trl(numbered)
     _check_trained(prepared, numbered, settings.max_length, name)
     return prepared.remove_columns(ROW_COLUMN)
+
+
+def check_can_tokenise(tokenizer: PreTrainedTokenizerBase, is_text: bool) -> None:
+    """Raise `TokenizerError` unless the tokenizer can close a text, or render a conversation."""
+    if not is_text:
+        check_has_template(tokenizer)
+    elif tokenizer.eos_token is None:
+        raise TokenizerError(
+            "has no eos token to close a text with", where="tokenizer", hint="Choose one with --eos_token."
+        )
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -188,13 +225,18 @@ def _check_trained(prepared: Dataset, numbered: Dataset, max_length: int | None,
         nothing = np.concatenate([trained == 0 for trained in _trained_by_row(prepared)])
         lost = np.asarray(prepared[ROW_COLUMN])[nothing].tolist()
     if lost:
-        others = f" (nor in {len(lost) - 1} other rows)" if len(lost) > 1 else ""
-        raise DataError(
-            f"no trained token is left{others}",
-            where=f"{name}, row {min(lost) + 1}",
-            hint=f"With max_length {max_length} its prompt leaves no room for an answer, or the template masks it all: "
+        raise nothing_left(
+            lost,
+            f"With max_length {max_length} its prompt leaves no room for an answer, or the template masks it all: "
             "raise max_length, shorten the row, or remove it.",
+            name,
         )
+
+
+def nothing_left(rows: Sequence[int], hint: str, name: str) -> DataError:
+    """The error that names the first of some rows, numbered from 0, of which nothing would be trained."""
+    others = f" (nor in {len(rows) - 1} other rows)" if len(rows) > 1 else ""
+    return DataError(f"no trained token is left{others}", where=f"{name}, row {min(rows) + 1}", hint=hint)
 
 
 class Counts(NamedTuple):
@@ -211,12 +253,7 @@ def count_tokens(prepared: Dataset | IterableDataset) -> Counts:
     Raises:
         ConfigError: the dataset is streamed, so nobody knows.
     """
-    if not isinstance(prepared, Dataset):
-        raise ConfigError(
-            "the number of trained tokens of a streamed dataset is unknown",
-            where="prior_std",
-            hint="Load the dataset whole, or train without a prior.",
-        )
+    prepared = countable(prepared, "trained tokens")
     examples = tokens = trained = 0
     for lengths, is_trained in _labels(prepared):
         examples, tokens, trained = (
@@ -225,6 +262,17 @@ def count_tokens(prepared: Dataset | IterableDataset) -> Counts:
             trained + int(is_trained.sum()),
         )
     return Counts(examples, tokens, trained)
+
+
+def countable(prepared: Dataset | IterableDataset, what: str) -> Dataset:
+    """The dataset itself, unless it is streamed: then `ConfigError`."""
+    if isinstance(prepared, Dataset):
+        return prepared
+    raise ConfigError(
+        f"the number of {what} of a streamed dataset is unknown",
+        where="prior_std",
+        hint="Load the dataset whole, or train without a prior.",
+    )
 
 
 def _labels(prepared: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
