@@ -1,5 +1,14 @@
 """M adapters on one base: build, load and save them; the joint forward; sequence log-likelihoods."""
 
 from renyi.ensemble.ensemble import JointOutput, LoraEnsemble, example_log_likelihood
+from renyi.ensemble.preference import Reference, completion_labels, read_preference, write_preference
 
-__all__ = ["JointOutput", "LoraEnsemble", "example_log_likelihood"]
+__all__ = [
+    "JointOutput",
+    "LoraEnsemble",
+    "Reference",
+    "completion_labels",
+    "example_log_likelihood",
+    "read_preference",
+    "write_preference",
+]

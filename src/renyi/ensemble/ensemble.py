@@ -7,10 +7,10 @@ it turns token ids into log-likelihoods.
 
 import copy
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -20,10 +20,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from renyi import __version__
 from renyi.ensemble import adapters, storage
 from renyi.ensemble.head import LogitTransform, token_scores
-from renyi.ensemble.lora import MemberSelection
+from renyi.ensemble.lora import JointLora, MemberSelection
 from renyi.errors import ConfigError, EnsembleFormatError
 
 IGNORED = -100  # the label of a token that is not trained, as everywhere in transformers
+
+
+Snapshot: TypeAlias = list[tuple[Tensor, Tensor]]  # every layer's A [M, R, I] and B [M, O, R]
 
 
 class JointOutput(NamedTuple):
@@ -161,18 +164,22 @@ class LoraEnsemble(nn.Module):
         Raises:
             EnsembleFormatError: the folder is damaged, or holds another number or shape of members.
         """
-        manifest = storage.read_manifest(Path(path))
+        manifest = self._read_members(Path(path))
+        self.weights.copy_(torch.tensor(manifest.weights))
+        self.alpha, self.routing_quantity = manifest.alpha, manifest.routing_quantity
+
+    def _read_members(self, folder: Path) -> storage.Manifest:
+        manifest = storage.read_manifest(folder)
         if len(manifest.members) != self.num_members:
             raise EnsembleFormatError(
                 f"holds {len(manifest.members)} members, not {self.num_members}",
-                where=str(path),
+                where=str(folder),
                 hint="Resume with the same num_members, or choose another output_dir.",
             )
         layers = adapters.joint_layers(self.base)
         for member, name in enumerate(manifest.members):
-            adapters.fill_member(layers, member, adapters.read_adapter(Path(path) / name), f"{path}/{name}")
-        self.weights.copy_(torch.tensor(manifest.weights))
-        self.alpha, self.routing_quantity = manifest.alpha, manifest.routing_quantity
+            adapters.fill_member(layers, member, adapters.read_adapter(folder / name), f"{folder}/{name}")
+        return manifest
 
     # ---- Members -----------------------------------------------------------------------------------------------
 
@@ -187,6 +194,42 @@ class LoraEnsemble(nn.Module):
     def using(self, members: Sequence[int]) -> AbstractContextManager[None]:
         """Run forwards with these members only (`()`: the base alone); M is then `len(members)`."""
         return self._selection.using(members)
+
+    def snapshot(self) -> "Snapshot":
+        """A frozen copy of all members as they are now, for `acting_as`."""
+        return [(lay.lora_A.detach().clone(), lay.lora_B.detach().clone()) for lay in self._layers()]
+
+    def read_snapshot(self, path: str | Path) -> "Snapshot":
+        """The members in an ensemble's folder, of this ensemble's shapes, without becoming them.
+
+        Raises:
+            EnsembleFormatError: the folder is damaged, or holds another number or shape of members.
+        """
+        with self.acting_as(self.snapshot()):
+            self._read_members(Path(path))
+            return self.snapshot()
+
+    @contextmanager
+    def acting_as(self, snapshot: "Snapshot") -> Iterator[None]:
+        """Run forwards with the members as they were when a snapshot was taken. No gradient reaches them."""
+        parameters = [p for lay in self._layers() for p in (lay.lora_A, lay.lora_B)]
+        now = [p.data for p in parameters]
+        for parameter, then in zip(parameters, (x for pair in snapshot for x in pair), strict=True):
+            parameter.data = then.to(parameter)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for parameter, value in zip(parameters, now, strict=True):
+                parameter.data = value
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no member has been trained: every B is zero, so all of them are the base."""
+        return not any(bool(lay.lora_B.any()) for lay in self._layers())
+
+    def _layers(self) -> list[JointLora]:
+        return list(adapters.joint_layers(self.base).values())
 
     def add_member(self, path: str | Path) -> None:
         """Append a PEFT adapter of the same rank and targets as a member with weight 1/(M + 1); the others shrink.

@@ -1,0 +1,98 @@
+"""What a preference is measured against, and what an ensemble tuned on preferences keeps of that beside its members.
+
+Knows members and files, and the settings of a loss as data; nothing about batches of pairs or training.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from renyi.ensemble.ensemble import IGNORED, LoraEnsemble, Snapshot
+from renyi.errors import EnsembleFormatError
+from renyi.objectives import PreferenceLoss, completion_log_prob
+
+PREFERENCE_FILE = "preference.json"
+REFERENCE_FOLDER = "reference"
+
+
+class Reference:
+    """The policy that log-ratios are taken to: the base alone, or every member as it was when training began.
+
+    Attributes:
+        start: the members as they were; None for the base, which is computed once for all members.
+    """
+
+    def __init__(self, ensemble: LoraEnsemble, start: Snapshot | None = None):
+        self.ensemble, self.start = ensemble, start
+
+    @torch.no_grad()
+    def log_probs(self, pairs: Mapping[str, Tensor], ld_alpha: float | None = None) -> Tensor:
+        """Log-probabilities of completions, nats: [1, 2B] under the base, [M, 2B] under the members' start.
+
+        Args:
+            pairs: a batch of TRL's: `input_ids`, `attention_mask` and `completion_mask` [2B, T], chosen rows first.
+            ld_alpha: as for `completion_log_prob`.
+        """
+        acting = self.ensemble.using(()) if self.start is None else self.ensemble.acting_as(self.start)
+        with acting:
+            output = self.ensemble(pairs["input_ids"], pairs["attention_mask"], completion_labels(pairs))
+        return completion_log_prob(output.log_probs, pairs["completion_mask"][:, 1:], ld_alpha)
+
+    def fingerprint(self) -> str:
+        """A hash of every number that `token_log_probs` depends on."""
+        digest = blake2b(digest_size=16)
+        tensors = [(n, t) for n, t in self.ensemble.base.state_dict().items() if ".lora_" not in n]
+        tensors += [(f"start.{i}", t) for i, pair in enumerate(self.start or []) for t in pair]
+        for name, tensor in tensors:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def completion_labels(pairs: Mapping[str, Tensor]) -> Tensor:
+    """Labels [2B, T] of a batch of pairs: completions are trained, prompts and padding are not."""
+    return pairs["input_ids"].masked_fill(pairs["completion_mask"] == 0, IGNORED)
+
+
+class KeptPreference(NamedTuple):
+    """What a preference-tuned ensemble says of itself, so that its margins can be computed again."""
+
+    loss: PreferenceLoss
+    reference: Reference
+
+
+def write_preference(folder: Path, loss: PreferenceLoss, reference: Reference) -> None:
+    """Write the loss's settings, and the members' start if that is the reference, into an ensemble's folder."""
+    if reference.start is not None:
+        with reference.ensemble.acting_as(reference.start):
+            reference.ensemble.save(folder / REFERENCE_FOLDER)
+    kept = {"reference": "base" if reference.start is None else REFERENCE_FOLDER, **asdict(loss)}
+    (folder / PREFERENCE_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+def read_preference(folder: Path, ensemble: LoraEnsemble) -> KeptPreference:
+    """Read them back; the defaults, and the base, for an ensemble that was not tuned on preferences.
+
+    Raises:
+        EnsembleFormatError: the file or the reference is damaged.
+    """
+    file = folder / PREFERENCE_FILE
+    if not file.is_file():
+        return KeptPreference(PreferenceLoss(), Reference(ensemble))
+    try:
+        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        against = kept.pop("reference")
+        settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
+        loss = PreferenceLoss(**settings)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise EnsembleFormatError(
+            f"cannot be read ({error})", where=str(file), hint="Copy it again from where the ensemble was trained."
+        ) from error
+    start = None if against == "base" else ensemble.read_snapshot(folder / against)
+    return KeptPreference(loss, Reference(ensemble, start))
