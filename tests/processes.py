@@ -34,14 +34,14 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def interrupted_run(rank: int, output_dir: str, kill: tuple[str, int] | None) -> None:
+def interrupted_run(rank: int, output_dir: str, kill: tuple[str, int] | None, method: str = "sft") -> None:
     """Train, or go on training, in `output_dir`; `kill` names an event and the step at which the process dies in it.
 
     Nothing that could differ between two runs is left out: dropout, accumulation, two epochs, a ramping alpha, learned
     weights, a prior, evaluations with early stopping, and logs that fall between checkpoints.
     """
     import torch
-    from tiny import lora, text_rows, trainer_of
+    from tiny import lora
     from transformers import TrainerCallback
 
     import renyi.training.trainer as training
@@ -68,10 +68,11 @@ def interrupted_run(rank: int, output_dir: str, kill: tuple[str, int] | None) ->
         def on_save(self, args, state, control, **kwargs):
             self._at("after saving", state)
 
+    trainer_of, rows = _of(method)
     trainer = trainer_of(
         output_dir,
-        text_rows(24),
-        eval_dataset=text_rows(6, seed=1),
+        rows(24),
+        eval_dataset=rows(6, seed=1),
         peft_config=lora(lora_dropout=0.1),
         callbacks=[Killer()],
         num_members=2,
@@ -109,7 +110,16 @@ def interrupted_run(rank: int, output_dir: str, kill: tuple[str, int] | None) ->
     _write_result(trainer, output_dir)
 
 
-def distributed_run(rank: int, output_dir: str, world_size: int, port: int, settings: dict[str, Any]) -> None:
+def _of(method: str) -> tuple[Any, Any]:
+    """What makes a trainer of this method, and what makes its rows."""
+    import tiny
+
+    return {"sft": (tiny.trainer_of, tiny.text_rows), "dpo": (tiny.dpo_trainer_of, tiny.pair_rows)}[method]
+
+
+def distributed_run(
+    rank: int, output_dir: str, world_size: int, port: int, settings: dict[str, Any], method: str = "sft"
+) -> None:
     """Train with others over gloo; the first process writes the result."""
     os.environ.update(
         RANK=str(rank),
@@ -120,12 +130,12 @@ def distributed_run(rank: int, output_dir: str, world_size: int, port: int, sett
         MASTER_PORT=str(port),
     )
     import torch
-    from tiny import text_rows, trainer_of
 
     _quiet()
     torch.set_num_threads(1)
-    evaluated = {"eval_dataset": text_rows(8, seed=1)} if "eval_strategy" in settings else {}
-    trainer = trainer_of(output_dir, text_rows(32), ddp_backend="gloo", **settings, **evaluated)
+    trainer_of, rows = _of(method)
+    evaluated = {"eval_dataset": rows(8, seed=1)} if "eval_strategy" in settings else {}
+    trainer = trainer_of(output_dir, rows(32), ddp_backend="gloo", **settings, **evaluated)
     assert trainer.accelerator.num_processes == world_size
     trainer.train()
     if rank == 0:

@@ -31,7 +31,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from renyi import LoraEnsemble, RenyiSFTConfig, RenyiSFTTrainer
+from renyi import LoraEnsemble, RenyiDPOConfig, RenyiDPOTrainer, RenyiSFTConfig, RenyiSFTTrainer
 
 VOCABULARY = 64
 PAD, EOS, UNK = 0, 1, 2
@@ -191,6 +191,33 @@ def trainer_of(output_dir: str | Path, dataset: Any = None, **settings: Any) -> 
         tiny_model() if model is None else model,
         sft_config(output_dir, **settings),
         text_rows() if dataset is None else dataset,
+        **{"processing_class": tiny_tokenizer(), **given},
+    )
+
+
+def pair_rows(number: int = 32, seed: int = 0) -> Dataset:
+    """Plain pairs of different lengths: prompts of 1 to 5 words, completions of 1 to 6."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(longest: int) -> str:
+        length = int(torch.randint(1, longest + 1, (), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (length,), generator=generator).tolist())
+
+    rows = [{"prompt": words(5), "chosen": f" {words(6)}", "rejected": f" w7 {words(6)}"} for _ in range(number)]
+    return Dataset.from_list(rows)
+
+
+def dpo_trainer_of(output_dir: str | Path, dataset: Any = None, **settings: Any) -> RenyiDPOTrainer:
+    """As `trainer_of`, on preference pairs."""
+    known = ("model", "peft_config", "eval_dataset", "processing_class", "callbacks")
+    given = {name: settings.pop(name) for name in known if name in settings}
+    model = given.pop("model", None)
+    if not isinstance(model, LoraEnsemble):
+        given.setdefault("peft_config", lora())
+    return RenyiDPOTrainer(
+        tiny_model() if model is None else model,
+        RenyiDPOConfig(str(output_dir), **quiet({"beta": 0.3, **settings})),
+        pair_rows() if dataset is None else dataset,
         **{"processing_class": tiny_tokenizer(), **given},
     )
 

@@ -1,19 +1,25 @@
-"""What the command line's tests share: a tiny base model on disk, files of data, and `renyi` in this process."""
+"""What the command line's tests share: a tiny base on disk, files of data, `renyi` in this process, what it leaves."""
 
 import contextlib
 import io
 import json
 import os
 import random
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
 from renyi.cli.main import main
+
+RENYI = [sys.executable, "-m", "renyi"]
 
 
 class Ended(NamedTuple):
@@ -33,6 +39,17 @@ def renyi(*argv: object) -> Ended:
     os.environ.clear()
     os.environ.update(environment)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def assert_refused(ended: Ended, *parts: str) -> None:
+    """One message, and in it every part; nothing of Python's or argparse's own."""
+    assert ended.code == 2, ended
+    assert ended.err.startswith("error: "), ended.err
+    assert len(ended.err.splitlines()) <= 3, ended.err
+    for part in parts:
+        assert part in ended.err, ended.err
+    for noise in ("Traceback", "usage:", "Warning"):
+        assert noise not in ended.err + ended.out, ended
 
 
 def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> Path:
@@ -110,3 +127,28 @@ def trained(base: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactor
     values |= {"eval_strategy": "steps", "eval_steps": 3}
     flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
     return folder, renyi("sft", *flags)
+
+
+# ---- What a run leaves ---------------------------------------------------------------------------------------------
+
+
+def steps_in(folder: Path, name: str = "loss") -> list[int]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["step"] for row in rows if name in row]
+
+
+def weights_in(folder: Path) -> dict[str, Any]:
+    return {
+        f"{member.parent.name}/{name}": tensor
+        for member in sorted(folder.glob("member_*/adapter_model.safetensors"))
+        for name, tensor in load_file(member).items()
+    }
+
+
+def wait_for(file: Path, process: "subprocess.Popen[bytes]") -> None:
+    for _ in range(12_000):
+        if file.exists():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise TimeoutError(file)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ended, Settings, contradicting_rows, renyi, save_base, write_rows
+from conftest import Ended, Settings, assert_refused, contradicting_rows, renyi, save_base, write_rows
+
+from renyi.cli.main import COMMANDS
 
 MESSAGES = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
 NO_MARKERS = "{% for message in messages %}{{ message.content }} {% endfor %}"
@@ -15,17 +17,6 @@ OTHER_MARKERS = (
     "{% for message in messages %}{% if message.role == 'model' %}{% generation %}{{ message.content }} "
     "{% endgeneration %}{% else %}{{ message.content }} {% endif %}{% endfor %}"
 )
-
-
-def assert_refused(ended: Ended, *parts: str) -> None:
-    """One message, and in it every part; nothing of Python's or argparse's own."""
-    assert ended.code == 2, ended
-    assert ended.err.startswith("error: "), ended.err
-    assert len(ended.err.splitlines()) <= 3, ended.err
-    for part in parts:
-        assert part in ended.err, ended.err
-    for noise in ("Traceback", "usage:", "Warning"):
-        assert noise not in ended.err + ended.out, ended
 
 
 def refused_data(settings: Settings, file: Path, *parts: str, **given: Any) -> None:
@@ -182,7 +173,7 @@ def test_refused_flags(settings: Settings, tmp_path: Path) -> None:
     assert_refused(renyi("sft", "--config", settings(), "--members", "2"), "--members", "nearest known one is")
     assert_refused(renyi("sft", "--config", tmp_path / "no.yaml"), "no.yaml: there is no such file")
     assert_refused(renyi("sft", "--config"), "--config: expected one argument")
-    assert_refused(renyi("trian"), "there is no command 'trian'", "sft, score, info, demo")
+    assert_refused(renyi("trian"), "there is no command 'trian'", ", ".join(COMMANDS))
 
 
 # ---- The output folder -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from renyi.cli.parser import ConfigFile, parse, read_config, split_config
+from renyi.cli.parser import ConfigFile, keys, parse, read_config, split_config
 from renyi.errors import ConfigError
 
 
@@ -30,6 +30,7 @@ class Walk:
     mood: str = field(default="calm", metadata={"choices": ["calm", "brisk"]})
     report_to: None | str | list[str] = "none"  # noqa: RUF036 (as transformers has it)
     rain: bool | None = None
+    paths: list[str] = field(default_factory=lambda: ["field", "wood"], metadata={"help": "Ways. Any number."})
 
     def __post_init__(self) -> None:
         if self.pace < 0:
@@ -44,7 +45,7 @@ def walk(yaml: str | None = None, *flags: str, folder: Path | None = None) -> Wa
         assert folder is not None
         (folder / "walk.yaml").write_text(yaml, encoding="utf-8")
         config = read_config(str(folder / "walk.yaml"))
-    (made,) = parse((Walk,), list(flags), config, "walk")
+    (made,) = parse((Walk,), list(flags), config, "walk").filled
     return made
 
 
@@ -57,6 +58,21 @@ def refused(yaml: str | None, *flags: str, folder: Path) -> ConfigError:
 def test_default_then_yaml_then_flag(tmp_path: Path) -> None:
     made = walk("steps: 20\npace: 2\n", "--pace", "3", folder=tmp_path)
     assert (made.steps, made.pace, made.name) == (20, 3.0, "stroll")
+
+
+def test_given_are_the_keys_of_the_file_and_the_flags(tmp_path: Path) -> None:
+    (tmp_path / "walk.yaml").write_text("steps: 10\npace: 2\n", encoding="utf-8")
+    config = read_config(str(tmp_path / "walk.yaml"))
+    parsed = parse((Walk,), ["--pace", "3", "--no_rests"], config, "walk")
+    assert parsed.given == {"steps", "pace", "rests"}  # steps, too, though it is as by default
+
+
+def test_a_help_page_shows_defaults_of_any_kind() -> None:
+    names = ("steps", "speed", "rain", "paths")
+    assert [(key.name, key.default) for key in keys((Walk,), names)] == [
+        ("steps", "10"), ("speed", "slow"), ("rain", ""), ("paths", "field wood"),
+    ]  # fmt: skip
+    assert keys((Walk,), ["paths"])[0].help == "Ways"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +92,8 @@ def test_default_then_yaml_then_flag(tmp_path: Path) -> None:
         ("limit:", "limit", None),
         ("stops: [a, b]", "stops", ["a", "b"]),
         ("stops: a", "stops", ["a"]),
+        ("paths: [a, b]", "paths", ["a", "b"]),
+        ("paths: a", "paths", ["a"]),
         ("options: {depth: 2}", "options", {"depth": 2}),
         ("speed: fast", "speed", "fast"),
         ("mood: brisk", "mood", "brisk"),
@@ -96,6 +114,8 @@ def test_yaml_values(line: str, key: str, value: object, tmp_path: Path) -> None
         (["--pace=2"], "pace", 2.0),
         (["--limit", "null"], "limit", None),
         (["--stops", "a", "b"], "stops", ["a", "b"]),
+        (["--paths", "a"], "paths", ["a"]),
+        (["--paths", "a", "b", "--pace", "2"], "paths", ["a", "b"]),
         (["--options", '{"depth": 2}'], "options", {"depth": 2}),
         (["--rests", "false"], "rests", False),
         (["--no_rests"], "rests", False),

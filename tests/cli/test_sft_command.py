@@ -1,44 +1,38 @@
 """`renyi sft` from the plan it prints to the files it leaves, and what it does when it is run again."""
 
 import contextlib
-import json
 import logging
 import os
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import Ended, Settings, contradicting_rows, renyi, save_base, settings_of, write_rows
+from conftest import (
+    RENYI,
+    Ended,
+    Settings,
+    assert_refused,
+    contradicting_rows,
+    renyi,
+    save_base,
+    settings_of,
+    steps_in,
+    wait_for,
+    weights_in,
+    write_rows,
+)
 from peft import PeftModel
-from safetensors.torch import load_file
 from tiny import CHAT_TEMPLATE, tiny_model
 
 from renyi import LoraEnsemble
 from renyi.cli.console import quiet_libraries
 from renyi.cli.main import COMMANDS, main
 from renyi.training.checkpoints import is_complete
-
-RENYI = [sys.executable, "-m", "renyi"]
-
-
-def steps_in(folder: Path, name: str = "loss") -> list[int]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row["step"] for row in rows if name in row]
-
-
-def weights_in(folder: Path) -> dict[str, Any]:
-    return {
-        f"{member.parent.name}/{name}": tensor
-        for member in sorted(folder.glob("member_*/adapter_model.safetensors"))
-        for name, tensor in load_file(member).items()
-    }
-
 
 # ---- A run -----------------------------------------------------------------------------------------------------------
 
@@ -156,6 +150,18 @@ def test_one_target_by_name(settings: Settings) -> None:
     assert "lora_alpha 32, on down_proj" in out
 
 
+def test_an_ensemble_is_trained_further(trained: tuple[Path, Ended], base: Path, settings: Settings) -> None:
+    config = settings(model_name_or_path=trained[0], num_members=..., lora_r=...)
+    ended = renyi("sft", "--config", config, "--dry_run")
+    assert (ended.code, ended.err) == (0, "")
+    out = " ".join(ended.out.replace("│", " ").split())
+    assert f"base {base} · " in out
+    assert "members 2 × LoRA rank 2, lora_alpha 32, on " in out
+    assert f"going on from {trained[0]} trainable" in out
+    ended = renyi("sft", "--config", config, "--num_members", "4")  # the default, but it was given
+    assert_refused(ended, "num_members: 4 was given, and the ensemble to start from has 2")
+
+
 def test_packing_counts_examples_not_rows(settings: Settings) -> None:
     ended = renyi("sft", "--config", settings(packing=True, max_length=16), "--dry_run")
     assert ended.code == 0, ended.err
@@ -235,15 +241,6 @@ def test_a_killed_run_goes_on_from_its_newest_complete_checkpoint(
     whole, resumed = weights_in(tmp_path / "whole"), weights_in(tmp_path / "out")
     assert whole.keys() == resumed.keys()
     assert all(whole[name].equal(resumed[name]) for name in whole)
-
-
-def wait_for(file: Path, process: "subprocess.Popen[bytes]") -> None:
-    for _ in range(12_000):
-        if file.exists():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    raise TimeoutError(file)
 
 
 # Runs a command that can write no file above a size, as on a full disk.

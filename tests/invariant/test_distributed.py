@@ -43,3 +43,15 @@ def test_two_processes_are_one(tmp_path, accumulation):
         distributed_run, str(two), 2, free_port(), {**settings, "per_device_train_batch_size": 2}, processes=2
     ) == [0, 0]
     assert_close_runs(two, one)
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_two_processes_are_one_on_preferences(tmp_path, precompute, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    settings = {**SETTINGS, "precompute_ref_log_probs": precompute}
+    first = {**settings, "per_device_train_batch_size": 4}
+    assert run(distributed_run, str(one), 1, free_port(), first, "dpo") == [0]
+    second = {**settings, "per_device_train_batch_size": 2, "seed": 42}
+    assert run(distributed_run, str(two), 2, free_port(), second, "dpo", processes=2) == [0, 0]
+    assert_close_runs(two, one)

@@ -81,3 +81,14 @@ def test_resuming_a_finished_run_trains_no_more(tmp_path, uninterrupted):
     assert run(interrupted_run, str(tmp_path), None) == [0]
     assert run(interrupted_run, str(tmp_path), None) == [0]
     assert final_files(tmp_path) == final_files(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "kill", [("between micro-batches", 3), ("after evaluating", 4), ("before the seal", 6)], ids=str
+)
+def test_resuming_a_preference_run_changes_nothing(tmp_path, kill):
+    expected, killed = tmp_path / "expected", tmp_path / "killed"
+    assert run(interrupted_run, str(expected), None, "dpo") == [0]
+    assert run(interrupted_run, str(killed), kill, "dpo") == [KILLED]
+    assert run(interrupted_run, str(killed), None, "dpo") == [0]
+    assert_equal_runs(killed, expected)

@@ -4,10 +4,11 @@ import math
 
 import pytest
 from tiny import sft_config
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
-from renyi import RenyiSFTConfig
+from renyi import RenyiDPOConfig, RenyiSFTConfig
 from renyi.errors import ConfigError
+from renyi.training.config import EnsembleConfig
 
 
 def test_the_defaults_are_the_promised_ones(tmp_path):
@@ -94,10 +95,11 @@ def test_early_stopping_watches_the_loss_unless_told_otherwise(tmp_path):
     assert config.metric_for_best_model == "nll_mixture"
 
 
-def test_every_field_says_what_it_is_for():
-    """`renyi sft --help` shows these."""
-    own = RenyiSFTConfig.__dataclass_fields__.keys() - SFTConfig.__dataclass_fields__.keys()
+@pytest.mark.parametrize(("config", "plain"), [(RenyiSFTConfig, SFTConfig), (RenyiDPOConfig, DPOConfig)])
+def test_every_field_says_what_it_is_for(config, plain):
+    """`renyi sft --help` and `renyi dpo --help` show these."""
+    own = config.__dataclass_fields__.keys() - plain.__dataclass_fields__.keys()
     assert len(own) >= 9
     for name in own:
-        assert RenyiSFTConfig.__dataclass_fields__[name].metadata.get("help"), name
-        assert name in RenyiSFTConfig.__doc__
+        assert config.__dataclass_fields__[name].metadata.get("help"), name
+        assert f"{name}: " in EnsembleConfig.__doc__ + config.__doc__

@@ -16,7 +16,9 @@ from renyi.errors import ConfigError, RenyiError
 
 COMMANDS = {
     "sft": "train an α-Rényi LoRA ensemble on a dataset",
+    "dpo": "train an α-Rényi LoRA ensemble on preference pairs (DPO)",
     "score": "log-likelihoods and responsibilities of every member on every example",
+    "evaluate": "how good an ensemble and each of its members are, and whether they know where they are not",
     "info": "what an ensemble is and how far apart its members are, from its files alone",
     "demo": "see an ensemble split into specialists on contradictory data, in a few minutes",
 }

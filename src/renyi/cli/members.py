@@ -1,4 +1,4 @@
-"""The table of what each member learned, as `renyi sft` ends with it and `renyi score` reports it."""
+"""The table of what each member learned, as training ends with it and `renyi score` reports it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 def members_table(
-    members: "Sequence[MemberSummary]", title: str, subtitle: str, clearest: Sequence[str] = ()
+    members: "Sequence[MemberSummary]",
+    title: str,
+    subtitle: str,
+    clearest: Sequence[str] = (),
+    example: str = "example",
+    nll: str = "NLL in nats a token",
 ) -> RenderableType:
     """One row a member.
 
@@ -21,17 +26,19 @@ def members_table(
         title: of the table.
         subtitle: what was scored.
         clearest: for each member, the example that it claims most strongly; left out if not given.
+        example: what an example is called.
+        nll: what the summaries' NLL is.
     """
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for column in ("member", "weight", "load", "leads", "NLL led", "NLL others"):
         table.add_column(column, justify="right", no_wrap=True, min_width=max(len(column), 6))
     if clearest:
-        table.add_column("clearest example", no_wrap=True, overflow="ellipsis", style="italic")
+        table.add_column(f"clearest {example}", no_wrap=True, overflow="ellipsis", style="italic")
     for m, member in enumerate(members):
         cells = [str(m), f"{member.weight:.3f}", f"{member.load:.1%}", f"{member.leads:,}"]
         cells += [_nll(member.nll_led), _nll(member.nll_others), *([clearest[m]] if clearest else [])]
         table.add_row(*(Text(cell) for cell in cells))
-    legend = "load: share of the examples it learns from · leads: examples it explains best · NLL in nats a token"
+    legend = f"load: share of the {example}s it learns from · leads: {example}s it explains best · {nll}"
     return Group(Text.from_markup(f"\n[bold]{title}[/]"), Text(subtitle, "dim"), table, Text(legend, "dim"))
 
 

@@ -109,7 +109,14 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse(dataclass_types: Sequence[type], argv: Sequence[str], config: ConfigFile, prog: str) -> tuple[Any, ...]:
+class Parsed(NamedTuple):
+    """Settings: one object a dataclass, and the keys that were given rather than left at their defaults."""
+
+    filled: tuple[Any, ...]
+    given: frozenset[str]
+
+
+def parse(dataclass_types: Sequence[type], argv: Sequence[str], config: ConfigFile, prog: str) -> Parsed:
     """Fill dataclasses from a config file and flags.
 
     Args:
@@ -117,9 +124,6 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str], config: ConfigFi
         argv: flags, which override `config`.
         config: what a YAML file sets.
         prog: the command, for messages.
-
-    Returns:
-        One object a dataclass.
 
     Raises:
         ConfigError: a key is unknown, a value has the wrong type, or a dataclass refuses its values.
@@ -145,7 +149,7 @@ def parse(dataclass_types: Sequence[type], argv: Sequence[str], config: ConfigFi
             raise ConfigError(error.what, where=where or None, hint=error.hint) from error
         except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
             raise ConfigError(str(error).strip(), where=config.path or "settings") from error
-    return tuple(filled)
+    return Parsed(tuple(filled), frozenset(given))
 
 
 def _flags(dataclass_types: Sequence[type], argv: Sequence[str], known: Iterable[str], prog: str) -> dict[str, Any]:
@@ -308,9 +312,12 @@ def keys(dataclass_types: Sequence[type], names: Iterable[str]) -> list[Key]:
     """The default and the help text of some keys."""
     fields = {f.name: f for cls in dataclass_types for f in dataclasses.fields(cls)}
 
-    def shown(default: Any) -> str:
-        if default is None or default is dataclasses.MISSING:
+    def default(field: dataclasses.Field[Any]) -> str:
+        made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if made is None or made is dataclasses.MISSING:
             return ""
-        return str(default.value if isinstance(default, Enum) else default)
+        if isinstance(made, list):
+            return " ".join(map(str, made))
+        return str(made.value if isinstance(made, Enum) else made)
 
-    return [Key(n, shown(fields[n].default), fields[n].metadata.get("help", "").partition(". ")[0]) for n in names]
+    return [Key(n, default(fields[n]), fields[n].metadata.get("help", "").partition(". ")[0]) for n in names]

@@ -6,6 +6,7 @@ It shows what the trainer logs and knows nothing else.
 import time
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -102,10 +103,9 @@ def _bar(doing: str, state: TrainerState, logs: dict[str, float], left: str) -> 
     line.add_row(doing, bar, Text.assemble(f"{state.global_step}/{state.max_steps}", (f"  {left} left", "dim")))
     if not logs:
         return line
-    figures, loads = (Text(no_wrap=True, overflow="ellipsis") for _ in range(2))
-    for name, value in _figures(logs).items():
-        figures.append(f"{name} ", style="dim").append(f"{value}  ")
-    loads.append("loads ", style="dim")
+    named = [Text.assemble((f"{name} ", "dim"), value) for name, value in _figures(logs).items()]
+    figures = Columns(named, padding=(0, 2))  # in further lines where the terminal is narrow
+    loads = Text("loads ", style="dim", no_wrap=True, overflow="ellipsis")
     for load in _loads(logs):
         loads.append(_BARS[min(int(load * 9), 8)], style="cyan").append(f" {load:.0%}  ")
     return Group(line, figures, loads)
@@ -123,7 +123,8 @@ def _plain_line(state: TrainerState, logs: dict[str, float], left: str) -> str:
 
 def _figures(logs: dict[str, float]) -> dict[str, str]:
     """The figures that matter, under the names of the metrics."""
-    formats = {"loss": ".3f", "nll_mixture": ".3f", "jensen_gap": ".3f", "effective_members": ".2f", "alpha": ".2f"}
+    formats = {"loss": ".3f", "nll_mixture": ".3f", "rewards/accuracies": ".2f", "jensen_gap": ".3f"}
+    formats |= {"effective_members": ".2f", "alpha": ".2f"}
     return {name: format(logs[name], spec) for name, spec in formats.items() if name in logs}
 
 

@@ -4,20 +4,14 @@ Rows are prepared as they were for the ensemble's training, so a flag is needed 
 """
 
 import argparse
-import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from renyi.cli.console import emit_json, plural, quiet_progress_bars, stream
 from renyi.cli.members import members_table
 from renyi.cli.parser import StrictParser, converted, parse_strictly
-from renyi.errors import ConfigError, SaveError
+from renyi.cli.reading import add_reading_flags, check_output, load_ensemble, load_rows, progress_bar, write_lines
 
 if TYPE_CHECKING:
     from renyi.inference import MemberSummary, Score
@@ -36,31 +30,18 @@ def run(argv: Sequence[str]) -> int:
     args = _parse(argv)
     err = stream(stderr=True)
     with err.status("loading"):
-        import torch
-        from datasets import Dataset
-
-        from renyi import LoraEnsemble, data
-        from renyi.ensemble.storage import resolve_folder
+        from renyi.data import Preparation
         from renyi.inference import score, summarise_members
 
         quiet_progress_bars()
-        folder = resolve_folder(args.ensemble)
-        preparation = replace(data.Preparation.read(folder), **args.preparation)
-        splits = data.load_splits(args.data, args.dataset_config)
-        split = args.split or ("test" if "test" in splits else next(iter(splits)))
-        rows = data.choose_split(splits, split, args.data, "--split")
-        assert isinstance(rows, Dataset)
-        ensemble = LoraEnsemble.load(folder, base=args.base)
-        tokenizer = data.load_tokenizer_of(folder, ensemble.base_model_name)
-        device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        ensemble.to(device)
-        prepared = data.prepare(rows, tokenizer, preparation, args.data)
+        rows = load_rows(args)
+        folder, ensemble, tokenizer = load_ensemble(args)
+        preparation = replace(Preparation.read(folder), **args.preparation)
+        prepared = preparation.prepare(rows, tokenizer, args.data)
 
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task("scoring", total=len(prepared))
-        scores = score(ensemble, prepared, progress=lambda done: bar.update(task, completed=done))
-    _write_lines(scores, args.output)
+    with progress_bar(err, "scoring", len(prepared)) as progress:
+        scores = score(ensemble, prepared, progress=progress)
+    write_lines((s._asdict() for s in scores), args.output)
 
     members = summarise_members(scores, ensemble.weights)
     if args.json:
@@ -74,14 +55,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = StrictParser(prog="renyi score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ensemble", metavar="ENSEMBLE", help="folder of an ensemble, or a hub id")
-    parser.add_argument("data", metavar="DATA", help="a json, jsonl, csv or parquet file, or the id of a hub dataset")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the lines here; to stdout if not given")
-    parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    parser.add_argument("--split", help="split to score; by default test if there is one")
-    parser.add_argument("--dataset_config", help="configuration of a hub dataset")
-    parser.add_argument("--base", help="base model, if it is no longer where the ensemble says")
-    parser.add_argument("--device", help="cuda, cpu, …; by default cuda if there is one")
+    add_reading_flags(parser, "write the lines here; to stdout if not given", "print the summary as one JSON object")
     kept = parser.add_argument_group("preparation, by default as in training")
     for name, (_, text) in _PREPARATION.items():
         kept.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS)
@@ -91,30 +65,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         for name, (hint, _) in _PREPARATION.items()
         if hasattr(args, name)
     }
-    if args.output and not args.output.absolute().parent.is_dir():
-        raise ConfigError(
-            f"there is no folder {args.output.parent}", where="--output", hint="Make it first, or write elsewhere."
-        )
+    check_output(args.output)
     return args
-
-
-def _write_lines(scores: "Iterable[Score]", output: Path | None) -> None:
-    """One JSON object a line; a file appears only when it is whole."""
-    lines = (json.dumps(score._asdict()) + "\n" for score in scores)
-    if output is None:
-        for line in lines:
-            print(line, end="")
-        return
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(output)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise SaveError(f"could not be written ({error})", where=str(output), hint="Free some space.") from error
 
 
 def _summary(scores: "Sequence[Score]", members: "Sequence[MemberSummary]", alpha: float) -> dict[str, Any]:

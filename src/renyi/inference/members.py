@@ -1,4 +1,4 @@
-"""What each member learned, read off the scores of examples.
+"""What each member learned, read off the scores of examples or pairs.
 
 Knows scores and weights. It does not know what the examples say.
 """
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from renyi.inference.preference import PairScore
 from renyi.inference.score import Score
 
 
@@ -19,8 +20,8 @@ class MemberSummary(NamedTuple):
         weight: its mixture weight.
         load: its mean responsibility.
         leads: how many examples it explains best, weights counted; a tie goes to the first member.
-        nll_led: its NLL on those, nats per token; None if there are none.
-        nll_others: its NLL on all others, nats per token; None if there are none.
+        nll_led: its NLL on those, nats per token, or per pair where pairs were scored; None if there are none.
+        nll_others: the same on all others.
         clearest: position in the scores of the example, of those it leads, that it explains better than the mean member
             by the widest margin; None if it leads none. A lone member has no margin: the example it finds likeliest.
     """
@@ -33,17 +34,17 @@ class MemberSummary(NamedTuple):
     clearest: int | None
 
 
-def summarise_members(scores: Sequence[Score], weights: Tensor) -> list[MemberSummary]:
+def summarise_members(scores: Sequence[Score] | Sequence[PairScore], weights: Tensor) -> list[MemberSummary]:
     """Summarise members from the scores of at least one example and the mixture weights [M]."""
     ell_MN = torch.tensor([s.log_likelihood for s in scores], dtype=torch.float64).T
-    tokens_N = torch.tensor([s.tokens for s in scores])
+    units_N = torch.tensor([s.tokens if isinstance(s, Score) else 1 for s in scores])  # a pair is a single choice
     loads_M = torch.tensor([s.responsibilities for s in scores], dtype=torch.float64).mean(dim=0)
     leader_N = (ell_MN + weights.cpu().double().log()[:, None]).argmax(dim=0)
-    margin_MN = ell_MN - ell_MN.mean(dim=0) if len(weights) > 1 else ell_MN / tokens_N
+    margin_MN = ell_MN - ell_MN.mean(dim=0) if len(weights) > 1 else ell_MN / units_N
 
     def nll(member: int, chosen_N: Tensor) -> float | None:
-        tokens = int(tokens_N[chosen_N].sum())
-        return float(-ell_MN[member, chosen_N].sum()) / tokens if tokens else None
+        units = int(units_N[chosen_N].sum())
+        return float(-ell_MN[member, chosen_N].sum()) / units if units else None
 
     def summary(member: int) -> MemberSummary:
         led_N = leader_N == member

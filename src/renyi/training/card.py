@@ -25,7 +25,7 @@ that explain them; where members disagree, the training data did.
 |---|---|
 {settings}
 
-| measure (nats per trained token) | training | held out |
+| measure (nats per {unit}) | training | held out |
 |---|---|---|
 {measures}
 
@@ -55,6 +55,7 @@ def write_model_card(
     args: Any,
     log_history: list[dict[str, float]],
     dataset_name: str | None,
+    unit: str,
     tags: list[str],
 ) -> None:
     """Write `README.md` into `folder` from an ensemble, its trainer's arguments and what was logged."""
@@ -72,6 +73,7 @@ def write_model_card(
         "routed quantity": args.routing_quantity,
         "mixture weights": ", ".join(f"{w:.3f}" for w in ensemble.weights.tolist()),
         "LoRA": f"rank {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}",
+        **_preference_settings(args),
         "learning rate": f"{args.learning_rate:g}",
         "batch": f"{args.train_batch_size * args.gradient_accumulation_steps * args.world_size} examples",
         "seed": args.seed,
@@ -82,6 +84,7 @@ def write_model_card(
         "negative log-likelihood of the mixture": "nll_mixture",
         "mean of the members'": "nll_members",
         "Jensen gap": "jensen_gap",
+        "accuracy of the mixture's preference": "rewards/accuracies",
     }
     text = _TEMPLATE.format(
         front_matter=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
@@ -91,13 +94,21 @@ def write_model_card(
         base_link=base if local else f"https://huggingface.co/{base}",
         version=__version__,
         folder=folder.name,
+        unit=unit,
         settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         measures="\n".join(
             f"| {name} | {_shown(trained.get(key))} | {_shown(held_out.get('eval_' + key))} |"
             for name, key in measures.items()
+            if key in trained or "eval_" + key in held_out
         ),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _preference_settings(args: Any) -> dict[str, str]:
+    if not hasattr(args, "beta"):
+        return {}
+    return {"preference loss": f"{' + '.join(args.loss_type)}, beta {args.beta:g}, against the {args.reference}"}
 
 
 def _shown(value: float | None) -> str:

@@ -16,10 +16,10 @@ from renyi.ensemble.adapters import read_adapter
 from renyi.ensemble.storage import MANIFEST_FILE, read_manifest
 from renyi.errors import ConfigError
 from renyi.training.checkpoints import Checkpoints, find_checkpoints
-from renyi.training.sft import RenyiSFTConfig
+from renyi.training.config import EnsembleConfig
 
 
-def check_output_dir(output_dir: Path, base_name: str, args: RenyiSFTConfig, model: ModelConfig) -> None:
+def check_output_dir(output_dir: Path, base_name: str, args: EnsembleConfig, model: ModelConfig) -> None:
     """Raise `ConfigError` if the folder holds an ensemble or checkpoint of another base, size or rank."""
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"{output_dir} is a file", where="output_dir", hint="Choose another output_dir.")
@@ -64,7 +64,7 @@ def _same(what: str, there: Any, wanted: Any, folder: Path) -> None:
         )
 
 
-def checkpoints_of(args: RenyiSFTConfig) -> Checkpoints:
+def checkpoints_of(args: EnsembleConfig) -> Checkpoints:
     """What a run goes on from: the checkpoint that was asked for, or what the output folder holds.
 
     Raises:

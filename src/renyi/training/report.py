@@ -18,6 +18,7 @@ from renyi.errors import SaveError
 
 METRICS_FILE = "metrics.jsonl"
 FIGURE_FILE = "training.png"
+ACCURACY = "rewards/accuracies"
 
 Row = dict[str, Any]
 
@@ -55,8 +56,10 @@ def _ordered(row: Row) -> Row:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
-def draw_training(log_history: Sequence[Row], title: str, file: Path) -> None:
-    """Draw the curves of a run: what members and mixture pay, the order in force, and who takes the examples.
+def draw_training(log_history: Sequence[Row], title: str, file: Path, unit: str = "trained token") -> None:
+    """Draw the curves of a run: what members and mixture pay per `unit`, the order in force, who takes the examples.
+
+    Of preferences also how often mixture and members prefer what was chosen.
 
     Nothing is drawn when nothing was logged.
 
@@ -66,11 +69,15 @@ def draw_training(log_history: Sequence[Row], title: str, file: Path) -> None:
     train = [row for row in log_history if "nll_mixture" in row]
     if not train:
         return
-    figure = Figure(figsize=(8, 8.5), layout="constrained")
+    held_out = [row for row in log_history if "eval_nll_mixture" in row]
+    heights = [3, 2, 2] + [2] * (ACCURACY in train[0])
+    figure = Figure(figsize=(8, 1.4 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    losses, routing, loads = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 2])
+    losses, *accuracies, routing, loads = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle(title)
-    _draw_losses(losses, train, [row for row in log_history if "eval_nll_mixture" in row])
+    _draw_losses(losses, train, held_out, unit)
+    for axes in accuracies:
+        _draw_accuracies(axes, train, held_out)
     _draw_routing(routing, train)
     _draw_loads(loads, train)
     loads.set_xlabel("step")
@@ -80,7 +87,7 @@ def draw_training(log_history: Sequence[Row], title: str, file: Path) -> None:
         raise SaveError(f"could not be written ({error})", where=str(file), hint="Free some space.") from error
 
 
-def _draw_losses(axes: Axes, train: list[Row], held_out: list[Row]) -> None:
+def _draw_losses(axes: Axes, train: list[Row], held_out: list[Row], unit: str) -> None:
     steps = _column(train, "step")
     members, mixture = _column(train, "nll_members"), _column(train, "nll_mixture")
     axes.fill_between(steps, mixture, members, color="tab:blue", alpha=0.15, label="Jensen gap")
@@ -91,8 +98,22 @@ def _draw_losses(axes: Axes, train: list[Row], held_out: list[Row]) -> None:
         steps = _column(held_out, "step")
         axes.plot(steps, _column(held_out, "eval_nll_members"), color="tab:gray", **style)
         axes.plot(steps, _column(held_out, "eval_nll_mixture"), color="tab:blue", label="held out", **style)
-    axes.set_ylabel("NLL, nats per token")
+    axes.set_ylabel(f"NLL, nats per {unit}")
     axes.legend(frameon=False)
+
+
+def _draw_accuracies(axes: Axes, train: list[Row], held_out: list[Row]) -> None:
+    steps = _column(train, "step")
+    for m in range(len(_loads(train))):
+        accuracy = _column(train, f"{ACCURACY}/{m}")
+        axes.plot(steps, accuracy, color="tab:gray", alpha=0.5, label=None if m else "members", **_line(steps))
+    axes.plot(steps, _column(train, ACCURACY), color="tab:blue", label="mixture", **_line(steps))
+    if held_out:
+        at, accuracy = _column(held_out, "step"), _column(held_out, f"eval_{ACCURACY}")
+        axes.plot(at, accuracy, color="tab:blue", linestyle="none", marker="o", markersize=4, label="held out")
+    axes.set_ylabel("chosen preferred")
+    axes.set_ylim(-0.03, 1.03)
+    axes.legend(frameon=False, loc="lower right")
 
 
 def _draw_routing(axes: Axes, train: list[Row]) -> None:

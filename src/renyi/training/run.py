@@ -16,11 +16,14 @@ from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_
 
 from renyi import data
 from renyi.ensemble import LoraEnsemble
+from renyi.ensemble.adapters import read_adapter
+from renyi.ensemble.storage import MANIFEST_FILE, Manifest, read_manifest
 from renyi.errors import ConfigError, DataError, RenyiError, SaveError
 from renyi.training.checkpoints import Checkpoints
+from renyi.training.config import EnsembleConfig
 from renyi.training.output import check_output_dir, check_targets, checkpoints_of
 from renyi.training.report import FIGURE_FILE, MetricsFile, draw_training
-from renyi.training.sft import RenyiSFTConfig, RenyiSFTTrainer
+from renyi.training.trainer import EnsembleTrainer
 
 
 @dataclass
@@ -46,6 +49,7 @@ class MemberConfig(ModelConfig):
 class RunArguments:
     """What only a command line asks for."""
 
+    given: frozenset[str] = field(default=frozenset(), init=False)  # the keys that the user set
     dry_run: bool = field(default=False, metadata={"help": "Say what would be trained and stop, writing nothing."})
     test_split_size: float | None = field(
         default=None,
@@ -59,6 +63,18 @@ class RunArguments:
             )
 
 
+@dataclass
+class TokenizerArguments:
+    """What TRL's SFTConfig says of the tokenizer and its other configs do not; for a command line."""
+
+    chat_template_path: str | None = field(
+        default=None, metadata={"help": "A .jinja file, or a tokenizer to take the chat template of."}
+    )
+    eos_token: str | None = field(
+        default=None, metadata={"help": "Token that ends a text, where it is not the tokenizer's own."}
+    )
+
+
 Rows: TypeAlias = Dataset | IterableDataset
 
 
@@ -67,7 +83,9 @@ class Run(NamedTuple):
 
     Attributes:
         trainer: holds the ensemble and the prepared datasets.
+        start: folder of the ensemble that is trained further; None if members are fresh.
         tokenizer: as the trainer uses it.
+        preparation: how rows become tokens.
         form: of the rows, or "streamed".
         train_rows: as loaded.
         eval_rows: as loaded; None if nothing is held out.
@@ -75,8 +93,10 @@ class Run(NamedTuple):
         finished: whether the newest checkpoint is the last one of this run.
     """
 
-    trainer: RenyiSFTTrainer
+    trainer: EnsembleTrainer
+    start: Path | None
     tokenizer: PreTrainedTokenizerBase
+    preparation: data.RowPreparation
     form: str
     train_rows: Rows
     eval_rows: Rows | None
@@ -93,40 +113,50 @@ class Run(NamedTuple):
 
 
 def build(
+    trainer_class: type[EnsembleTrainer],
     script: ScriptArguments,
-    args: RenyiSFTConfig,
+    args: EnsembleConfig,
     model: MemberConfig,
     own: RunArguments,
     callbacks: list[TrainerCallback],
+    of_tokenizer: Any = None,
 ) -> Run:
     """Load the data and the base model, check both and the output folder, and build the trainer.
+
+    Args:
+        trainer_class: which trainer.
+        script, args, model, own: the settings.
+        callbacks: of the trainer.
+        of_tokenizer: `TokenizerArguments`, or whatever has those fields; `args` if None.
 
     Raises:
         RenyiError: whatever is wrong with settings, data, tokenizer or output folder, before anything is written.
     """
     dataset_name = _given(script.dataset_name, "dataset_name", "a json, jsonl, csv or parquet file, or a hub id")
-    base_name = _given(model.model_name_or_path, "model_name_or_path", "a folder or a hub id")
+    name = _given(model.model_name_or_path, "model_name_or_path", "a folder or a hub id")
     # transformers writes its placeholder where nothing was given; two runs that share it would resume each other.
     _given("" if args.output_dir == "trainer_output" else args.output_dir, "output_dir", "a folder for the ensemble")
-    _check_base_exists(base_name)
+    _check_base_exists(name)
+    start = _take_from_ensemble(Path(name), args, model, own.given) if (Path(name) / MANIFEST_FILE).is_file() else None
     output_dir = Path(args.output_dir or "")
-    check_output_dir(output_dir, base_name, args, model)
+    check_output_dir(output_dir, start.base_model if start else name, args, model)
     checkpoints = checkpoints_of(args)
 
-    tokenizer = _tokenizer(base_name, args, model)
-    form, train_rows, eval_rows = _load_rows(script, args, own, dataset_name)
+    tokenizer = _tokenizer(name, start, args, model, of_tokenizer or args)
+    preparation = trainer_class._preparation.of(args)
+    form, train_rows, eval_rows = _load_rows(script, args, own, preparation, dataset_name)
     args.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
         **(args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}),
     }
-    with _explained(dataset_name):
-        trainer = RenyiSFTTrainer(
-            base_name,
+    with _explained(dataset_name), _nothing_ahead(args, own.dry_run):
+        trainer = trainer_class(
+            name,
             args,
             train_rows,
-            peft_config=get_peft_config(model),
+            peft_config=None if start else get_peft_config(model),
             quantization_config=get_quantization_config(model),
             eval_dataset=eval_rows if args.eval_strategy != "no" else None,
             processing_class=tokenizer,
@@ -137,7 +167,44 @@ def build(
     check_targets(output_dir, trainer.model)
 
     finished = checkpoints.newest is not None and trainer.state_at_end(checkpoints.newest) is not None
-    return Run(trainer, tokenizer, form, train_rows, eval_rows, checkpoints, finished)
+    return Run(
+        trainer,
+        Path(name) if start else None,
+        tokenizer,
+        preparation,
+        form,
+        train_rows,
+        eval_rows,
+        checkpoints,
+        finished,
+    )
+
+
+def _take_from_ensemble(folder: Path, args: EnsembleConfig, model: MemberConfig, given: frozenset[str]) -> Manifest:
+    """Settings of the members, which an ensemble that is trained further brings along.
+
+    Raises:
+        ConfigError: another value was given for one of them.
+    """
+    manifest = read_manifest(folder)
+    config = read_adapter(folder / manifest.members[0]).config
+    brought = {name: getattr(config, name) for name in ("lora_alpha", "lora_dropout", "use_rslora")}
+    brought |= {"num_members": len(manifest.members), "lora_r": config.r}
+    for key, value in brought.items():
+        settings = args if key == "num_members" else model
+        if key in given and getattr(settings, key) != value:
+            raise ConfigError(
+                f"{getattr(settings, key)} was given, and the ensemble to start from has {value}",
+                where=key,
+                hint=f"Leave it out: members keep their shape ({folder}).",
+            )
+        setattr(settings, key, value)
+    if "lora_target_modules" in given:
+        raise ConfigError(
+            "was given, and the ensemble to start from adapts its own layers", where="lora_target_modules",
+            hint="Leave it out.",
+        )  # fmt: skip
+    return manifest
 
 
 def _given(value: str | None, key: str, what: str) -> str:
@@ -154,27 +221,48 @@ def _check_base_exists(name: str) -> None:
         )
 
 
+@contextmanager
+def _nothing_ahead(args: EnsembleConfig, dry_run: bool) -> Iterator[None]:
+    """Keep the trainer of a dry run from computing, and keeping, what a run may compute before it trains."""
+    asked = getattr(args, "precompute_ref_log_probs", False)
+    if asked and dry_run:
+        args.precompute_ref_log_probs = False
+    try:
+        yield
+    finally:
+        if asked:
+            args.precompute_ref_log_probs = True
+
+
 # ---- The data --------------------------------------------------------------------------------------------------------
 
 
-def _tokenizer(base_name: str, args: RenyiSFTConfig, model: MemberConfig) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    name: str, start: Manifest | None, args: Any, model: MemberConfig, settings: Any
+) -> PreTrainedTokenizerBase:
+    if start and not (Path(name) / "tokenizer_config.json").is_file():
+        name = start.base_model
     tokenizer = data.load_tokenizer(
-        base_name, args.pad_token, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+        name, args.pad_token, revision=model.model_revision, trust_remote_code=args.trust_remote_code
     )
     args.pad_token = None  # settled; TRL would warn
-    if args.chat_template_path:
-        data.load_chat_template(tokenizer, args.chat_template_path)
-        args.chat_template_path = None
-    if args.eos_token is not None and args.eos_token not in tokenizer.get_vocab():
-        raise ConfigError(f"{args.eos_token!r} is not in the vocabulary", where="eos_token")
-    tokenizer.eos_token = args.eos_token or tokenizer.eos_token
-    if args.assistant_only_loss:
+    if settings.chat_template_path:
+        data.load_chat_template(tokenizer, settings.chat_template_path)
+        settings.chat_template_path = None
+    if settings.eos_token is not None and settings.eos_token not in tokenizer.get_vocab():
+        raise ConfigError(f"{settings.eos_token!r} is not in the vocabulary", where="eos_token")
+    tokenizer.eos_token = settings.eos_token or tokenizer.eos_token
+    if getattr(args, "assistant_only_loss", False):
         data.training_template(tokenizer)
     return tokenizer
 
 
 def _load_rows(
-    script: ScriptArguments, args: RenyiSFTConfig, own: RunArguments, name: str
+    script: ScriptArguments,
+    args: EnsembleConfig,
+    own: RunArguments,
+    preparation: data.RowPreparation,
+    name: str,
 ) -> tuple[str, Rows, Rows | None]:
     """The form of the rows, the rows to train on, and the rows held out."""
     splits = data.load_splits(name, script.dataset_config, script.dataset_streaming)
@@ -189,7 +277,7 @@ def _load_rows(
         )
     test = None
     if isinstance(train, Dataset):
-        form = data.check_rows(train, args.dataset_text_field, args.assistant_only_loss, name)
+        form = preparation.check(train, name)
         train = data.number_rows(train)
         if own.test_split_size is not None:
             train, test = _held_out(train, own.test_split_size, args.seed, name)
@@ -206,7 +294,7 @@ def _load_rows(
             )
         test = data.choose_split(splits, test_split, name, "dataset_test_split")
         if isinstance(test, Dataset):
-            data.check_rows(test, args.dataset_text_field, args.assistant_only_loss, f"{name}, {test_split} split")
+            preparation.check(test, f"{name}, {test_split} split")
     return form, train, test
 
 
@@ -259,7 +347,9 @@ def train(run: Run) -> None:
 
 def _draw(run: Run) -> None:
     if run.trainer.is_world_process_zero():
-        draw_training(run.trainer.state.log_history, run.output_dir.name, run.output_dir / FIGURE_FILE)
+        draw_training(
+            run.trainer.state.log_history, run.output_dir.name, run.output_dir / FIGURE_FILE, run.trainer.unit
+        )
 
 
 def save(run: Run, dataset_name: str | None) -> None:

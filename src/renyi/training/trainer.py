@@ -1,29 +1,46 @@
 """What any trainer over an ensemble changes in transformers' Trainer.
 
-Mixed in before a TRL trainer, this decides how an ensemble is clipped, saved, resumed and logged. It is the one file
-that touches the private methods of transformers' Trainer, because it has no public hook for these. It knows nothing
-about objectives.
+Mixed in before a TRL trainer, this decides how an ensemble is made, routed, clipped, saved, resumed and logged. It is
+the one file that touches the private methods of transformers' Trainer, because it has no public hook for these. What
+an example's log-likelihood is, a trainer says.
 """
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from trl.trainer.utils import create_model_from_path
 
+from renyi import data
 from renyi.ensemble import LoraEnsemble
-from renyi.errors import RenyiError, SaveError
-from renyi.objectives import effective_members, renyi_loss
+from renyi.ensemble.storage import MANIFEST_FILE, read_manifest
+from renyi.errors import ConfigError, DataError, RenyiError, SaveError, TrainingDivergedError
+from renyi.objectives import renyi_loss, responsibilities
 from renyi.training import card
 from renyi.training.checkpoints import SEAL_FILE, find_checkpoints, seal
+from renyi.training.routing import LearnMixtureWeights, RunningMeans, Sums
+from renyi.training.schedule import scheduled_alpha
 
 logger = logging.getLogger(__name__)
 
@@ -32,70 +49,130 @@ LOGGING_STATE_FILE = "logging_state.json"
 STARVED_LOGS = 3
 
 
-class RoutingSums:
-    """Running sums of what the log reports, over examples and tokens of this process since the last log.
-
-    Everything is a plain sum, so processes, micro-batches and log intervals add up exactly.
-    """
-
-    names = ("tokens", "examples", "nll_members", "nll_mixture", "effective_members", "entropy", "correct")
-
-    def __init__(self, num_members: int, device: torch.device):
-        self.num_members = num_members
-        self.sums = torch.zeros(len(self.names) + num_members, dtype=torch.float64, device=device)
-
-    def add(self, ell_ME: Tensor, r_ME: Tensor, tokens_E: Tensor, log_weights: Tensor, **token_sums: Tensor) -> None:
-        """Add a batch: log-likelihoods and responsibilities [M, E], trained tokens [E], mixture log-weights [M]."""
-        batch = {
-            "tokens": tokens_E.sum(),
-            "examples": ell_ME.new_tensor(ell_ME.shape[1]),
-            "nll_members": renyi_loss(ell_ME, 0.0, log_weights).sum(),
-            "nll_mixture": renyi_loss(ell_ME, 1.0, log_weights).sum(),
-            "effective_members": effective_members(r_ME).sum(),
-            **token_sums,
-        }
-        self.sums += torch.cat([torch.stack([batch[n].double() for n in self.names]), r_ME.sum(dim=1).double()])
-
-    def metrics(self, sums: Tensor) -> dict[str, float]:
-        """Names as they are logged: nats per trained token, shares of examples."""
-        totals = dict(zip(self.names, sums.tolist(), strict=False))
-        tokens, examples = max(totals["tokens"], 1), max(totals["examples"], 1)
-        metrics = {
-            "nll_members": totals["nll_members"] / tokens,
-            "nll_mixture": totals["nll_mixture"] / tokens,
-            "jensen_gap": (totals["nll_members"] - totals["nll_mixture"]) / tokens,
-            "effective_members": totals["effective_members"] / examples,
-            "entropy": totals["entropy"] / tokens / self.num_members,
-            "mean_token_accuracy": totals["correct"] / tokens / self.num_members,
-        }
-        loads = sums[len(self.names) :].tolist()
-        return metrics | {f"member_load/{m}": load / examples for m, load in enumerate(loads)}
-
-
 class EnsembleTrainer(Trainer):
-    """Mixin for a TRL trainer whose `model` is a `LoraEnsemble`."""
+    """Mixin for a TRL trainer whose `model` is a `LoraEnsemble`. The TRL trainer must leave log-probabilities to us."""
 
     model: LoraEnsemble
-    args: Any  # the config of the TRL trainer that this is mixed into
+    args: Any  # an EnsembleConfig and the config of the TRL trainer that this is mixed into
+    unit: str  # what losses are per, such as "trained token"
     _tag_names: list[str]
+    _preparation: type[data.RowPreparation]
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: str | PreTrainedModel | LoraEnsemble,
+        args: Any,
+        train_dataset: Dataset | IterableDataset,
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ):
+        for unsupported in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(unsupported) is not None:
+                raise ConfigError(f"{unsupported} needs logits, which are never built", hint="Leave it out.")
+        if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
+            raise DataError("the dataset is empty", where="train dataset", hint="A dataset needs at least one row.")
+        readable, held_out = self._preparation.of(args).readable, kwargs.get("eval_dataset")
+        if isinstance(held_out, dict):
+            kwargs["eval_dataset"] = {k: readable(v, f"{k} dataset") for k, v in held_out.items()}
+        elif held_out is not None:
+            kwargs["eval_dataset"] = readable(held_out, "eval dataset")
+        if args.early_stopping_patience is not None:
+            callbacks = [*(callbacks or []), EarlyStoppingCallback(args.early_stopping_patience)]
+        ensemble = as_ensemble(model, args, peft_config, quantization_config)
+        ensemble.alpha, ensemble.routing_quantity = args.alpha, args.routing_quantity
+        super().__init__(
+            model=ensemble,
+            args=args,
+            train_dataset=readable(train_dataset, "train dataset"),
+            callbacks=callbacks,
+            **kwargs,
+        )
         # TRL wraps the model's forward to add its own head, which ours makes needless.
         self.model.__dict__.pop("forward", None)
-        self._routing = {mode: self._new_sums() for mode in ("train", "eval")}
+        self._watched = {mode: RunningMeans(args.device) for mode in ("train", "eval")}
         self._starved_logs = [0] * self.model.num_members
         self._warned_starved = False
         self._restored_logging: dict[str, Any] | None = None
         self._step_of_first_loss = 0  # what the total loss is summed from
         self.add_callback(_RestoreLogging(self))
+        self._learned_weights: LearnMixtureWeights | None = None
+        if args.mixture_weights == "learned":
+            self._learned_weights = LearnMixtureWeights(self, args.mixture_weights_rate)
+            self.add_callback(self._learned_weights)
+        if args.prior_std is not None:
+            self._prior_units = self._loss_units()
+            self._origins = [p.detach().clone() for p in self.trained_parameters()]
 
     @property
     def output_dir(self) -> Path:
         return Path(self.args.output_dir)
 
-    def _new_sums(self) -> RoutingSums:
-        return RoutingSums(self.model.num_members, self.args.device)
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    # ---- The objective -----------------------------------------------------------------------------------------
+
+    @property
+    def current_alpha(self) -> float:
+        """The order in force: the schedule's while training, the final one in evaluation."""
+        return self._scheduled_alpha if self.model.training else self.args.alpha
+
+    @property
+    def _scheduled_alpha(self) -> float:
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        return scheduled_alpha(progress, self.args.alpha, self.args.alpha_hold_ratio, self.args.alpha_ramp_ratio)
+
+    def routed(self, ell_ME: Tensor, tokens_E: Tensor) -> tuple[Tensor, Tensor]:
+        """The α-Rényi loss [E] of examples at the order in force, and their responsibilities [M, E].
+
+        Args:
+            ell_ME: log-likelihoods, nats.
+            tokens_E: trained tokens, which length-normalised routing divides by.
+        """
+        log_weights, alpha = self.model.weights.log(), self.current_alpha
+        routed_E = tokens_E if self.args.routing_quantity == "length_normalised" else torch.ones_like(tokens_E)
+        loss_E = routed_E * renyi_loss(ell_ME / routed_E, alpha, log_weights)
+        return loss_E, responsibilities(ell_ME.detach() / routed_E, alpha, log_weights)
+
+    def to_minimise(
+        self, loss: Tensor, ell_ME: Tensor, r_ME: Tensor, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The loss of a micro-batch with the prior, checked, and with M times its gradient.
+
+        Raises:
+            TrainingDivergedError: it is no finite number.
+        """
+        if self.model.training:
+            loss = loss + self._prior(num_items_in_batch)
+            if self._learned_weights is not None:
+                self._learned_weights.add(r_ME)
+        if not math.isfinite(loss.item()):
+            raise self._diverged(inputs, ell_ME)
+        return scale_gradient(loss, self.model.num_members)
+
+    def _loss_units(self) -> int:
+        """How many units (tokens, or pairs) of the training data the reported loss is a mean over."""
+        raise NotImplementedError
+
+    def _prior(self, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+        """The prior's part of a micro-batch: (1/M) Σ_m ‖φ_m − φ_m⁰‖² / 2σ², spread over the dataset's units."""
+        if self.args.prior_std is None:
+            return 0.0
+        distance = squared_distance(self.trained_parameters(), self._origins)
+        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return distance / (2 * self.args.prior_std**2 * self.model.num_members * self._prior_units * steps)
+
+    def _diverged(self, inputs: dict[str, Any], ell_ME: Tensor) -> TrainingDivergedError:
+        bad_M = (~ell_ME.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        tokenizer: Any = self.processing_class
+        text = tokenizer.decode(inputs["input_ids"][0][:24].tolist())
+        return TrainingDivergedError(
+            f"the loss is not a finite number (members {bad_M or 'none by themselves'})",
+            where=f"step {self.state.global_step + 1}, batch of {len(inputs['input_ids'])} starting {text!r}",
+            hint="Lower learning_rate, or set max_grad_norm; earlier checkpoints are untouched.",
+        )
 
     # ---- Gradients ---------------------------------------------------------------------------------------------
 
@@ -224,13 +301,26 @@ class EnsembleTrainer(Trainer):
         # What is logged shows in the names, not in the model's mode: after an evaluation it stays in evaluation mode.
         prefix = next((n.removesuffix("loss") for n in logs if n.endswith("_loss") and n != "train_loss"), "")
         mode = "eval" if prefix else "train"
-        sums = self.accelerator.reduce(self._routing[mode].sums)
-        if sums[1] > 0:
-            logs.update({prefix + k: v for k, v in self._routing[mode].metrics(sums).items()})
+        if "loss" in logs or "train_loss" in logs:
+            logs["alpha"] = self._scheduled_alpha
+            logs["num_tokens"] = self._total_train_tokens
+            if self._learned_weights is not None:
+                logs.update({f"mixture_weight/{m}": w for m, w in enumerate(self.model.weights.tolist())})
+        if self._watched[mode].names:
+            sums = self.accelerator.reduce(self._watched[mode].sums)
+            logs.update({prefix + k: v for k, v in self._watched[mode].means(sums).items()})
             if mode == "train":
                 self._watch_starvation(logs)
-            self._routing[mode] = self._new_sums()
+            self._watched[mode] = RunningMeans(self.args.device)
         super().log(logs, start_time)
+
+    def watch(self, batch: Sums, inputs: dict[str, Any]) -> None:
+        """Add what is logged of a batch, and in training the tokens of its inputs."""
+        self._watched["train" if self.model.training else "eval"].add(batch)
+        if self.model.training:
+            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            seen = torch.as_tensor(seen, device=self.args.device)
+            self._total_train_tokens += int(self.accelerator.reduce(seen).item())
 
     def _watch_starvation(self, logs: dict[str, float]) -> None:
         """Warn, once a run, of a member whose load stays far below its share after the ramp."""
@@ -251,11 +341,12 @@ class EnsembleTrainer(Trainer):
 
     def _write_logging_state(self, checkpoint: Path) -> None:
         """What lies between two logs, so that a resumed run logs what an uninterrupted one does."""
-        sums = self.accelerator.reduce(self._routing["train"].sums)
+        watched = self._watched["train"]
+        sums = self.accelerator.reduce(watched.sums)
         loss = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean")
         if self.args.should_save:
             state = {
-                "routing_sums": sums.tolist(),
+                "watched": watched.state(sums),
                 "loss": loss.item(),
                 "total_loss": self._total_loss_scalar,
                 "step_last_logged": self._globalstep_last_logged,
@@ -268,15 +359,17 @@ class EnsembleTrainer(Trainer):
     def _restore_logging_state(self) -> None:
         state, self._restored_logging = self._restored_logging, None
         self._step_of_first_loss = self.state.global_step
-        if state is None or len(state["routing_sums"]) != self._routing["train"].sums.numel():
+        if state is None:
             return
         self._tr_loss += state["loss"]
         self._total_loss_scalar, self._step_of_first_loss = state["total_loss"], 0
         self._globalstep_last_logged = state["step_last_logged"]
         self._total_train_tokens = state["num_tokens"]
         self._starved_logs, self._warned_starved = state["starved_logs"], state["warned_starved"]
-        if self.is_world_process_zero():  # the sums of all processes, held by one
-            self._routing["train"].sums += torch.tensor(state["routing_sums"], dtype=torch.float64)
+        watched = self._watched["train"]
+        watched.restore(state["watched"])
+        if not self.is_world_process_zero():  # the sums of all processes are held by one
+            watched.sums = torch.zeros_like(watched.sums)
 
     # ---- Model card --------------------------------------------------------------------------------------------
 
@@ -295,6 +388,7 @@ class EnsembleTrainer(Trainer):
                 args=self.args,
                 log_history=self.state.log_history,
                 dataset_name=dataset_name,
+                unit=self.unit,
                 tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             )
 
@@ -311,30 +405,45 @@ class _RestoreLogging(TrainerCallback):
         self.trainer._restore_logging_state()
 
 
-class LearnMixtureWeights(TrainerCallback):
-    """Online expectation–maximisation of the mixture weights.
+def as_ensemble(
+    model: str | PreTrainedModel | LoraEnsemble,
+    args: Any,
+    peft_config: PeftConfig | None,
+    quantization_config: Any = None,
+) -> LoraEnsemble:
+    """The ensemble that a trainer's `model` stands for: itself, a saved one, or fresh members on a base model.
 
-    At a stationary point of the objective a member's weight equals its load, the mean of its responsibilities
-    (the M-step of a mixture). After every optimizer step the weights move a little towards the loads of that step's
-    examples; while alpha is 0 responsibilities equal the weights and nothing moves.
+    Raises:
+        ConfigError: an ensemble comes with another number of members or a LoRA config of its own.
     """
-
-    def __init__(self, trainer: EnsembleTrainer, rate: float):
-        self.trainer, self.rate = trainer, rate
-        self._loads_M: Tensor | float = 0.0
-
-    def add(self, r_ME: Tensor) -> None:
-        """Add the responsibilities [M, E] of one micro-batch."""
-        self._loads_M = self._loads_M + r_ME.sum(dim=1)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        loads_M = self.trainer.accelerator.reduce(self._loads_M)
-        self._loads_M = 0.0
-        weights = self.trainer.model.weights
-        weights.lerp_(loads_M / loads_M.sum(), self.rate)
-        weights /= weights.sum()
+    saved = isinstance(model, str) and (Path(model) / MANIFEST_FILE).is_file()
+    init: dict[str, Any] = {}
+    if isinstance(model, str):
+        assert not isinstance(args.model_init_kwargs, str)  # parsed by TrainingArguments
+        init = dict(args.model_init_kwargs or {})
+        if quantization_config is not None:
+            init["quantization_config"] = quantization_config
+        if args.distributed_state is not None and args.distributed_state.distributed_type == "MULTI_GPU":
+            init["device_map"] = None
+        init.setdefault("trust_remote_code", args.trust_remote_code)
+    set_seed(args.seed)
+    if saved:
+        assert isinstance(model, str)
+        base = create_model_from_path(read_manifest(Path(model)).base_model, **init)
+        model = LoraEnsemble.load(model, base=base)
+    if isinstance(model, LoraEnsemble):
+        if peft_config is not None or model.num_members != args.num_members:
+            raise ConfigError(
+                f"the ensemble has {model.num_members} members of its own config",
+                where="model",
+                hint=f"Leave out peft_config and set num_members={model.num_members}.",
+            )
+        return model
+    if isinstance(model, str):
+        model = create_model_from_path(model, **init)
+    if peft_config is None:
+        peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraEnsemble.from_base(model, args.num_members, peft_config, seed=args.seed)
 
 
 def scale_gradient(loss: Tensor, factor: float) -> Tensor:

@@ -1,0 +1,145 @@
+"""`renyi dpo`: train an ensemble on preference pairs, from settings in a YAML file and flags.
+
+Only what sets it apart from other training commands, which share `renyi.cli.training`.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from renyi.cli.console import number_text, plural
+from renyi.cli.members import members_table
+from renyi.cli.training import TrainingCommand, run_training
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from renyi.training.run import Run
+    from renyi.training.trainer import EnsembleTrainer
+
+SNIPPET = 24  # characters shown of either side of a pair
+
+
+def run(argv: Sequence[str]) -> int:
+    return run_training(_DPO(), argv)
+
+
+class _DPO(TrainingCommand):
+    prog = "renyi dpo"
+    trl_config = "DPOConfig"
+    keys: ClassVar = {
+        "Preference": "beta loss_type loss_weights label_smoothing f_divergence_type ld_alpha reference "
+        "precompute_ref_log_probs",
+        "Data": "max_length dataset_train_split dataset_test_split test_split_size chat_template_path pad_token "
+        "eos_token",
+    }
+    example = "pair"
+    row = "pair"
+
+    def trainer(self) -> "type[EnsembleTrainer]":
+        from renyi.training import RenyiDPOTrainer
+
+        return RenyiDPOTrainer
+
+    def settings(self) -> Sequence[type]:
+        from trl import ScriptArguments
+
+        from renyi.training import RenyiDPOConfig
+        from renyi.training.run import MemberConfig, RunArguments, TokenizerArguments
+
+        return ScriptArguments, RenyiDPOConfig, MemberConfig, RunArguments, TokenizerArguments
+
+    def ahead(self, args: Any) -> str:
+        return ", and computing the reference" if args.precompute_ref_log_probs else ""
+
+    def plan(self, ready: "Run") -> dict[str, str]:
+        trainer: Any = ready.trainer
+        against = "the base" if trainer.reference.start is None else f"each member's start, from {ready.start}"
+        once = ", once for all members" if trainer.reference.start is None else ""
+        computed = ", precomputed" if trainer.args.precompute_ref_log_probs else once
+        return {"preference": f"{_loss(trainer.args)}, against {against}{computed}"}
+
+    def sizes(self, ready: "Run", prepared: "Dataset") -> str:
+        from renyi.data import count_pairs
+
+        preparation: Any = ready.preparation
+        counts = count_pairs(prepared, preparation)
+        return (
+            f"{plural(counts.pairs, 'pair')} · {plural(counts.tokens, 'token')}, "
+            f"{number_text(counts.trained)} of them trained"
+        )
+
+    def first(self, ready: "Run", prepared: "Dataset", coloured: bool) -> RenderableType:
+        from renyi.cli.tokens import example_panel, shown, spans
+
+        batch = ready.trainer.data_collator([prepared[0]])  # which cuts to max_length
+        prompts, completions, trained = [], [], []
+        for row in range(2):
+            there = batch["attention_mask"][row].bool()
+            ids, is_completion = (batch[name][row][there].tolist() for name in ("input_ids", "completion_mask"))
+            *before, (completion, _) = spans(ready.tokenizer, ids, list(map(bool, is_completion)))
+            prompts.append(before[0][0].strip() if before else "")
+            completions.append(completion.strip())
+            trained.append(sum(is_completion[1:]))  # nothing predicts the first token
+        prompt = max(prompts, key=len)  # of a prompt cut from the left, the shorter side keeps more
+        lines = [shown(prompt, None, coloured)] if prompt else []
+        for side, colour, completion in zip(("chosen", "rejected"), ("green", "red"), completions, strict=True):
+            lines.append(Text.assemble((f"{side:8}  ", "dim"), shown(completion, colour, coloured)))
+        colours = (" (green)", " (red)") if coloured else ("", "")
+        what = f"{trained[0]} chosen{colours[0]} and {trained[1]} rejected{colours[1]} tokens are trained"
+        return example_panel(Text("\n").join(lines), "first pair", what if coloured else f"{what}, between « »")
+
+    def learned(self, ready: "Run", prepared: "Dataset", of: str) -> RenderableType:
+        from renyi.inference import score_pairs, summarise_members
+
+        trainer: Any = ready.trainer
+        preparation: Any = ready.preparation
+        loss = trainer.args.preference_loss
+        scores = score_pairs(ready.ensemble, prepared, loss, trainer.reference, preparation)
+        right = sum(score.preference > 0.5 for score in scores) / len(scores)
+        members = summarise_members(scores, ready.ensemble.weights)
+        clearest = [_snippet(ready, prepared[m.clearest]) if m.clearest is not None else "–" for m in members]
+        return members_table(
+            members,
+            "What each member learned",
+            f"from {of}; the mixture prefers the chosen completion in {right:.1%} of them",
+            clearest,
+            example="pair",
+            nll="NLL of the label in nats a pair" if loss.loss_type == ("sigmoid",) else "NLL: the loss of a pair",
+        )
+
+    def files(self, ready: "Run") -> dict[str, str]:
+        from renyi.ensemble.preference import PREFERENCE_FILE, REFERENCE_FOLDER
+
+        trainer: Any = ready.trainer
+        files = {PREFERENCE_FILE: "the loss, and what margins are measured against"}
+        if trainer.reference.start is not None:
+            files[REFERENCE_FOLDER] = "the members as they were when training began"
+        return files
+
+    def next(self, folder: str, dataset_name: str) -> Sequence[str]:
+        return f"renyi evaluate {folder} {dataset_name} --task preference", f"renyi info {folder}"
+
+
+def _loss(args: Any) -> str:
+    """The loss in one line, with whatever departs from plain DPO."""
+    parts = [" + ".join(args.loss_type)]
+    parts += [f"weights {' and '.join(f'{w:g}' for w in args.loss_weights)}"] if args.loss_weights else []
+    parts += [f"beta {args.beta:g}"]
+    parts += [f"label_smoothing {args.label_smoothing:g}"] if args.label_smoothing else []
+    parts += [args.f_divergence_type] if args.f_divergence_type != "reverse_kl" else []
+    parts += [f"ld_alpha {args.ld_alpha:g}"] if args.ld_alpha is not None else []
+    return ", ".join(parts)
+
+
+def _snippet(ready: "Run", pair: dict[str, Any]) -> str:
+    """Both completions of a pair on one line, without a beginning that would show them as the same."""
+    from renyi.cli.tokens import one_line
+
+    sides = [one_line(ready.tokenizer, pair[column]) for column in ("chosen_ids", "rejected_ids")]
+    shared = next((i for i, (one, other) in enumerate(zip(*sides, strict=False)) if one != other), 0)
+    if shared > SNIPPET // 2:
+        sides = [f"…{side[shared:]}" for side in sides]
+    return " ≻ ".join(side if len(side) <= SNIPPET else f"{side[: SNIPPET - 1]}…" for side in sides)

@@ -1,0 +1,48 @@
+"""How tokens look on the screen: those that are trained in colour, or between « » where there are no colours.
+
+It knows a tokenizer and nothing of what an example is.
+"""
+
+from rich.panel import Panel
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+LONGEST_SPAN = 300  # characters shown of either end of a long piece
+
+
+def spans(tokenizer: PreTrainedTokenizerBase, ids: list[int], is_trained: list[bool]) -> list[tuple[str, bool]]:
+    """The text of tokens, cut where they begin or cease to be trained: each piece, and whether it is."""
+    found: list[tuple[str, bool]] = []
+    before, start = "", 0
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or is_trained[end] != is_trained[start]:
+            # Decoded from the beginning each time, because some tokenizers drop the space that a piece begins with.
+            whole = str(tokenizer.decode(ids[:end]))
+            piece = whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(ids[start:end]))
+            found.append((piece, is_trained[start]))
+            before, start = whole, end
+    return found
+
+
+def shown(piece: str, colour: str | None, coloured: bool) -> Text:
+    """A piece in the colour of what is trained on it, dim if nothing is (None); a long one without its middle."""
+    if len(piece) > 2 * LONGEST_SPAN + 50:
+        piece = f"{piece[:LONGEST_SPAN]} … {piece[-LONGEST_SPAN:]}"
+    if colour is None:
+        return Text(piece, "dim")
+    if coloured:
+        return Text(piece, colour)
+    inside = piece.strip()
+    left, right = piece[: piece.find(inside)], piece[piece.find(inside) + len(inside) :]
+    return Text(f"{left}«{inside}»{right}")
+
+
+def example_panel(text: Text, name: str, what_is_trained: str) -> Panel:
+    """An example in a frame, with its name and what of it is trained."""
+    title = f"[bold]{name}[/] [dim]· {what_is_trained}[/]"
+    return Panel(text, title=title, title_align="left", border_style="dim", padding=(0, 1))
+
+
+def one_line(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The beginning of a text on one line."""
+    return " ".join(str(tokenizer.decode(ids[:60], skip_special_tokens=True)).split())

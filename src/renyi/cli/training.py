@@ -1,0 +1,301 @@
+"""What every command that trains an ensemble does: say what it understood, train, and say what came out.
+
+What only one method knows, its `TrainingCommand` says; what training does stands in `renyi.training.run`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from renyi.cli.console import facts, number_text, plural, quiet_progress_bars, say, stream
+from renyi.cli.parser import keys, parse, split_config
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from renyi.training.run import Rows, Run
+    from renyi.training.trainer import EnsembleTrainer
+
+SCORED = 256  # examples scored to say what each member learned
+
+
+class TrainingCommand(ABC):
+    """What one method of training says in its own way.
+
+    Attributes:
+        prog: the command.
+        trl_config: TRL's config, every key of which works.
+        keys: those of its own that the help page shows, by group; `_BEFORE` and `_AFTER` are shown for all methods.
+        example: what it calls an example of the data.
+        row: what it calls a row of a batch.
+    """
+
+    prog: ClassVar[str]
+    trl_config: ClassVar[str]
+    keys: ClassVar[Mapping[str, str]]
+    example: ClassVar[str]
+    row: ClassVar[str]
+
+    @abstractmethod
+    def trainer(self) -> "type[EnsembleTrainer]":
+        """The trainer's class."""
+
+    @abstractmethod
+    def settings(self) -> Sequence[type]:
+        """The dataclasses of TRL's script, the method, the members and the run, and of the tokenizer if needed."""
+
+    def ahead(self, args: Any) -> str:
+        """What else takes time before the plan can be shown, as the end of a sentence."""
+        return ""
+
+    def plan(self, ready: "Run") -> Mapping[str, str]:
+        """Lines of the plan that only this method has."""
+        return {}
+
+    @abstractmethod
+    def sizes(self, ready: "Run", prepared: "Dataset") -> str:
+        """How much a prepared dataset holds."""
+
+    @abstractmethod
+    def first(self, ready: "Run", prepared: "Dataset", coloured: bool) -> RenderableType:
+        """The first example as the model sees it."""
+
+    @abstractmethod
+    def learned(self, ready: "Run", prepared: "Dataset", of: str) -> RenderableType:
+        """What each member learned, from examples that are called `of`."""
+
+    def files(self, ready: "Run") -> Mapping[str, str]:
+        """What only this method leaves in an ensemble's folder, and what that is."""
+        return {}
+
+    @abstractmethod
+    def next(self, folder: str, dataset_name: str) -> Sequence[str]:
+        """Commands that a person may want next."""
+
+
+def run_training(command: TrainingCommand, argv: Sequence[str]) -> int:
+    """Train, or with `--dry_run` only say what would be trained."""
+    if {"-h", "--help"} & set(argv):
+        _help(command)
+        return 0
+    config, flags = split_config(argv, command.prog)  # before the imports: its `env:` may be meant for them
+    out, err = stream(), stream(stderr=True)
+    with err.status("loading"):
+        from renyi.training.output import no_empty_folder
+        from renyi.training.run import build
+
+        quiet_progress_bars()
+        parsed = parse(command.settings(), flags, config, command.prog)
+        script, args, model, own, *of_tokenizer = parsed.filled
+        own.given = parsed.given
+
+    from renyi.cli.progress import Progress
+
+    with no_empty_folder(args.output_dir):
+        progress = Progress()
+        with err.status(f"loading the data and the base model{command.ahead(args)}"):
+            ready = build(command.trainer(), script, args, model, own, [progress], *of_tokenizer)
+        _show_plan(out, command, ready, script.dataset_name)
+        out.print(command.first(ready, _prepared(ready, ready.train_rows, 1), out.is_terminal))
+        if own.dry_run:
+            out.print("\nA dry run: nothing was written. Without [bold]--dry_run[/] this trains.")
+            return 0
+        return _train(out, err, command, ready, progress, script.dataset_name)
+
+
+def _train(out: Console, err: Console, command: TrainingCommand, ready: "Run", progress: Any, dataset_name: str) -> int:
+    from renyi.training.checkpoints import find_checkpoints
+    from renyi.training.run import save, train
+
+    out.print()
+    _show_resuming(out, ready)
+    try:
+        with progress:
+            train(ready)
+    except KeyboardInterrupt:
+        newest = find_checkpoints(ready.output_dir).newest
+        then = f"goes on from {newest.name}" if newest else "starts again: there is no checkpoint yet"
+        say("interrupted", "bold yellow", f"the same command {then}")
+        return 130
+    _show_end(out, ready)
+    with err.status("saving"):
+        save(ready, dataset_name)
+    with err.status(f"scoring {command.example}s under every member"):  # in every process: preparing waits for all
+        learned = _what_members_learned(command, ready)
+    out.print(learned)
+    _show_files(out, command, ready, dataset_name)
+    ready.trainer.end()
+    return 0
+
+
+def _prepared(ready: "Run", rows: "Rows", size: int) -> "Dataset":
+    """At most `size` rows as training sees them."""
+    from renyi.data import sample
+
+    return ready.preparation.prepare(sample(rows, size), ready.tokenizer)
+
+
+# ---- Before ----------------------------------------------------------------------------------------------------------
+
+
+def _show_plan(out: Console, command: TrainingCommand, ready: "Run", dataset_name: str) -> None:
+    """What was understood of the settings, the base and the data."""
+    trainer, args, ensemble = ready.trainer, ready.trainer.args, ready.ensemble
+    config, steps = ensemble.peft_config, ready.trainer.num_steps
+    trained = sum(p.numel() for p in trainer.trained_parameters())
+    base = ensemble.base.num_parameters() - trained
+    targets = config.target_modules
+    targets = ", ".join(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, set | list) else targets
+    mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else ""
+    precision = f"{str(ensemble.dtype).removeprefix('torch.')}{f', {mixed} autocast' if mixed else ''}"
+    further = f", going on from {ready.start}" if ready.start else ""
+    rows = {
+        "base": f"{ensemble.base_model_name} · {number_text(base)} parameters · {precision} on {args.device}",
+        "members": f"{ensemble.num_members} × LoRA rank {config.r}, lora_alpha {config.lora_alpha}, on {targets}"
+        f"{further}",
+        "trainable": f"{number_text(trained / ensemble.num_members)} parameters a member, "
+        f"{number_text(trained)} in all ({trained / base:.1%} of the base)",
+        "alpha": _schedule(args, steps),
+        **command.plan(ready),
+        "data": f"{dataset_name} · {ready.form}",
+        "train": _sizes(command, ready, trainer.train_dataset, ready.train_rows),
+        "held out": _sizes(command, ready, trainer.eval_dataset, ready.eval_rows),
+        "steps": _steps(command, args, steps),
+        "output": f"{ready.output_dir}",
+    }
+    out.print(facts(command.prog, {name: Text(value) for name, value in rows.items()}))
+
+
+def _schedule(args: Any, steps: int) -> str:
+    routed = "" if args.routing_quantity == "sequence" else f", routed by {args.routing_quantity} log-likelihood"
+    weights = "" if args.mixture_weights == "uniform" else f", {args.mixture_weights} mixture weights"
+    hold, ramp = args.alpha_hold_ratio, args.alpha_ramp_ratio
+    if args.alpha == 0:
+        return f"0: every member fits everything{weights}"
+    if hold + ramp == 0:
+        return f"{args.alpha:g} from the first step{routed}{weights}"
+    there = round((hold + ramp) * steps)
+    return f"0 until step {round(hold * steps)}, then rising to {args.alpha:g} at step {there}{routed}{weights}"
+
+
+def _sizes(command: TrainingCommand, ready: "Run", prepared: Any, rows: "Rows | None") -> str:
+    """How much a dataset holds, prepared or, if the trainer has no use for it, as rows."""
+    from datasets import Dataset
+
+    if rows is None:
+        return "none"
+    if not isinstance(rows, Dataset):
+        return "streamed"
+    return command.sizes(ready, prepared) if isinstance(prepared, Dataset) else plural(len(rows), command.example)
+
+
+def _steps(command: TrainingCommand, args: Any, steps: int) -> str:
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    parts = [plural(args.train_batch_size, command.row)]
+    parts += [f"{args.gradient_accumulation_steps} accumulated"] if args.gradient_accumulation_steps > 1 else []
+    parts += [f"{args.world_size} processes"] if args.world_size > 1 else []
+    epochs = "" if args.max_steps > 0 else f" ({args.num_train_epochs:g} epochs)"
+    product = f" ({' × '.join(parts)})" if len(parts) > 1 else ""
+    return f"{number_text(steps)}{epochs}, {plural(batch, command.row)} each{product}"
+
+
+def _show_resuming(out: Console, ready: "Run") -> None:
+    newest, half_written = ready.checkpoints
+    if newest is None and not half_written:
+        return
+    ignoring = ", ".join(c.name for c in half_written)
+    ignoring = f"; ignoring half-written {ignoring}" if ignoring else ""
+    if newest is None:
+        out.print(f"no complete checkpoint: training from the start{ignoring}")
+    elif ready.finished:
+        out.print(f"already finished: {newest.name} is the last of this run, nothing is left to train{ignoring}")
+    else:
+        out.print(f"resuming from {newest.name} of {ready.trainer.num_steps}{ignoring}")
+
+
+# ---- After -----------------------------------------------------------------------------------------------------------
+
+
+def _show_end(out: Console, ready: "Run") -> None:
+    """Where training ended, if not at its last step, and which members were kept, if not the last ones."""
+    state, trainer = ready.trainer.state, ready.trainer
+    if state.global_step < state.max_steps:
+        out.print(f"\nstopped early, at step {state.global_step} of {state.max_steps}")
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        best = state.best_model_checkpoint.rpartition("/")[2]
+        out.print(f"the members are those of {best}, the best by {trainer.args.metric_for_best_model}")
+
+
+def _what_members_learned(command: TrainingCommand, ready: "Run") -> RenderableType:
+    held_out = ready.eval_rows is not None
+    prepared = _prepared(ready, ready.eval_rows if ready.eval_rows is not None else ready.train_rows, SCORED)
+    of = f"{len(prepared)} {'held-out' if held_out else 'training'} {command.example}s"
+    with ready.trainer.accelerator.autocast():
+        return command.learned(ready, prepared, of)
+
+
+def _show_files(out: Console, command: TrainingCommand, ready: "Run", dataset_name: str) -> None:
+    from renyi.training.report import FIGURE_FILE, METRICS_FILE
+
+    folder = str(ready.output_dir)
+    last = ready.ensemble.num_members - 1
+    files = {
+        "ensemble.json": "the ensemble: base, members, weights, alpha",
+        f"member_0{f' … member_{last}' if last else ''}": "ordinary PEFT adapters",
+        **command.files(ready),
+        f"{METRICS_FILE}, {FIGURE_FILE}": "every logged step, and the curves",
+        "README.md": "model card",
+    }
+    table = Table.grid(padding=(0, 3))
+    for name, what in files.items():
+        table.add_row(f"  {name}", Text(what, "dim"))
+    out.print(f"\n[bold]Saved in[/] {folder}")
+    out.print(table)
+    out.print("\n[bold]Next[/]")
+    for line in command.next(folder, dataset_name):
+        out.print(f"  {line}", markup=False, soft_wrap=True)
+    out.print(f'  from renyi import LoraEnsemble; LoraEnsemble.load("{folder}")   [dim]in Python[/]', soft_wrap=True)
+
+
+# ---- Help ------------------------------------------------------------------------------------------------------------
+
+# The keys that every help page shows, before and after those of the method.
+_BEFORE = {
+    "What": "model_name_or_path dataset_name output_dir",
+    "Ensemble": "num_members alpha alpha_hold_ratio alpha_ramp_ratio routing_quantity mixture_weights prior_std",
+    "LoRA": "lora_r lora_alpha lora_dropout lora_target_modules use_rslora",
+}
+_AFTER = {
+    "Training": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
+    "lr_scheduler_type dtype bf16 load_in_4bit gradient_checkpointing seed",
+    "Watching": "dry_run logging_steps eval_strategy eval_steps save_steps save_total_limit early_stopping_patience "
+    "report_to",
+}
+# Where TRL's own words would mislead.
+_OUR_HELP = {
+    "model_name_or_path": "The base model, or the folder of an ensemble to go on training: a folder or a hub id",
+    "output_dir": "The folder for checkpoints and the ensemble; the same command goes on from what it holds",
+    "pad_token": "Token to pad with, where the tokenizer has none or pads with its end of text",
+    "ld_alpha": "Weight of the tokens by which a completion is longer than the other; 1 if not given",
+    "bf16": "Mixed precision; on unless fp16 is set",
+}
+
+
+def _help(command: TrainingCommand) -> None:
+    out = stream()
+    out.print(f"[bold]{command.prog}[/] --config FILE.yaml [--key value …]\n", markup=True)
+    out.print("Train an α-Rényi LoRA ensemble. A flag overrides the file, the file overrides the default.")
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", max_width=12, overflow="fold")
+    table.add_column()
+    for group, names in {**_BEFORE, **command.keys, **_AFTER}.items():
+        table.add_row(f"\n[bold]{group}[/]")
+        for key in keys(command.settings(), names.split()):
+            table.add_row(f"  {key.name}", Text(key.default), Text(_OUR_HELP.get(key.name, key.help)))
+    out.print(table)
+    out.print(f"\nEvery other key of TRL's {command.trl_config}, ModelConfig and ScriptArguments works, too.")

@@ -1,0 +1,155 @@
+"""Which completion each member prefers, how sure the mixture is, and where its members contradict each other.
+
+The same tokens, reference and joint forward as in training. It knows nothing about files.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from renyi.data import PairPreparation
+from renyi.ensemble import LoraEnsemble, Reference, completion_labels
+from renyi.errors import EnsembleFormatError
+from renyi.inference.uncertainty import token_uncertainty
+from renyi.objectives import (
+    LogRatios,
+    PreferenceLoss,
+    completion_log_prob,
+    preference_log_likelihood,
+    preference_margin,
+    responsibilities,
+)
+
+
+class PairScore(NamedTuple):
+    """What an ensemble of M members says about one pair.
+
+    Attributes:
+        index: row of the dataset, counted from 0.
+        tokens: of both completions.
+        margin: each member's reward margin Δ_m of chosen over rejected, [M].
+        preference: the mixture's probability Σ_m π_m σ(Δ_m) that the chosen completion is preferred.
+        log_likelihood: of the label under each member, log σ(Δ_m), or −loss_m for another loss; [M].
+        responsibilities: share of the pair that each member would learn from at the ensemble's alpha, [M].
+        mixture_nll: −log of `preference`, nats.
+        total: entropy of the mixture's preference, nats.
+        epistemic: its part that is the members' disagreement (mutual information), nats.
+    """
+
+    index: int  # type: ignore[assignment]
+    tokens: int
+    margin: list[float]
+    preference: float
+    log_likelihood: list[float]
+    responsibilities: list[float]
+    mixture_nll: float
+    total: float
+    epistemic: float
+
+    @property
+    def epistemic_share(self) -> float:
+        """The part of the uncertainty that is disagreement, from 0 to 1; 0 where nothing is uncertain."""
+        return min(1.0, self.epistemic / self.total) if self.total > 0 else 0.0
+
+
+def score_pairs(
+    ensemble: LoraEnsemble,
+    pairs: Dataset,
+    loss: PreferenceLoss,
+    reference: Reference,
+    preparation: PairPreparation,
+    *,
+    tokens_per_batch: int = 16_384,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[PairScore]:
+    """Score every pair of a prepared dataset under every member.
+
+    Args:
+        ensemble: M members.
+        pairs: with columns `prompt_ids`, `chosen_ids`, `rejected_ids`, as `prepare_pairs` makes them.
+        loss: the settings that margins and likelihoods are computed with.
+        reference: what log-ratios are taken to.
+        preparation: where pairs are cut.
+        tokens_per_batch: limit on members × rows × length in one forward. A longer single pair is scored alone.
+        progress: called after each batch with the number of pairs done.
+
+    Returns:
+        One score a pair, in the dataset's order.
+
+    Raises:
+        EnsembleFormatError: a member gives no finite likelihood.
+    """
+    collate = DataCollatorForPreference(0, preparation.max_length, preparation.truncation_mode)
+    columns = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    scores: list[PairScore] = []
+    training = ensemble.training
+    ensemble.eval()
+    try:
+        with torch.no_grad():
+            for rows in _batches(columns, preparation.max_length, tokens_per_batch // ensemble.num_members):
+                batch = {k: v.to(ensemble.device) for k, v in collate([columns[i] for i in rows]).items()}
+                scores += _score_batch(ensemble, rows, batch, loss, reference)
+                progress(len(scores))
+    finally:
+        ensemble.train(training)
+    return sorted(scores)
+
+
+def _batches(pairs: Dataset, max_length: int | None, tokens: int) -> Iterator[list[int]]:
+    """Indices of pairs, those of like length together, no more than `tokens` tokens with their padding."""
+    lengths = [
+        min(len(prompt) + max(len(chosen), len(rejected)), max_length or len(prompt) + max(len(chosen), len(rejected)))
+        for columns in pairs.iter(1000)
+        for prompt, chosen, rejected in zip(*columns.values(), strict=True)
+    ]
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and 2 * (len(batch) + 1) * lengths[row] > tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _score_batch(
+    ensemble: LoraEnsemble, rows: list[int], batch: dict[str, Tensor], loss: PreferenceLoss, reference: Reference
+) -> list[PairScore]:
+    mask = batch["completion_mask"]
+    output = ensemble(batch["input_ids"], batch["attention_mask"], completion_labels(batch))
+    logps_M2B = completion_log_prob(output.log_probs, mask[:, 1:], loss.ld_alpha)
+    ratios_M2B = logps_M2B - reference.log_probs(batch, loss.ld_alpha)
+    ratios = LogRatios(*ratios_M2B.chunk(2, dim=1), *mask.sum(dim=1).chunk(2))
+    ell_MB, margin_MB = (f(ratios, loss).double().cpu() for f in (preference_log_likelihood, preference_margin))
+    if not (ell_MB.isfinite() & margin_MB.isfinite()).all():
+        bad = int((~(ell_MB.isfinite() & margin_MB.isfinite())).any(dim=0).nonzero()[0])
+        raise EnsembleFormatError(
+            "a member's preference is no finite number",
+            where=f"row {rows[bad] + 1}",
+            hint="Its training diverged, or the base is loaded in a precision too low for it.",
+        )
+    log_weights = ensemble.weights.double().cpu().log()
+    log_preference_MB2 = torch.nn.functional.logsigmoid(torch.stack([margin_MB, -margin_MB], dim=-1))
+    log_mixture_B2 = (log_weights[:, None, None] + log_preference_MB2).logsumexp(dim=0)
+    uncertainty = token_uncertainty(log_preference_MB2, log_weights)
+    tokens_B = mask[:, 1:].sum(dim=1).view(2, -1).sum(dim=0).cpu()
+    routed_B = tokens_B if ensemble.routing_quantity == "length_normalised" else torch.ones_like(tokens_B)
+    return [
+        PairScore(*values)
+        for values in zip(
+            rows,
+            tokens_B.tolist(),
+            margin_MB.T.tolist(),
+            log_mixture_B2[:, 0].exp().tolist(),
+            ell_MB.T.tolist(),
+            responsibilities(ell_MB / routed_B, ensemble.alpha, log_weights).T.tolist(),
+            (-log_mixture_B2[:, 0]).tolist(),
+            uncertainty.total.tolist(),
+            uncertainty.epistemic.tolist(),
+            strict=True,
+        )
+    ]

@@ -1,0 +1,109 @@
+"""The settings that every ensemble trainer adds to its TRL config, and what they may be.
+
+Mixed in before a TRL config. It knows no objective and no trainer.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.utils import is_torch_bf16_gpu_available
+
+from renyi.errors import ConfigError
+
+_BeforeConfig: Any = object  # a TRL config comes next in the order of bases, which mypy cannot know
+
+
+@dataclass
+class EnsembleConfig(_BeforeConfig):
+    """What an ensemble needs besides a TRL config.
+
+    Args:
+        num_members: M, adapters in the ensemble.
+        alpha: Rényi order of the objective. 0: every member fits everything; 1: the mixture fits the data.
+        alpha_hold_ratio: share of training with alpha 0, in which members learn what the data agree on.
+        alpha_ramp_ratio: share of training in which alpha then rises to its value.
+        routing_quantity: what is routed: the log-likelihood of a whole example ("sequence"), or its mean per trained
+            token ("length_normalised"), which routes long examples as softly as short ones.
+        mixture_weights: "uniform", or "learned" by expectation–maximisation, so that a member nobody needs loses its
+            vote.
+        mixture_weights_rate: how far learned weights move towards the member loads in one optimizer step.
+        prior_std: σ of a Gaussian prior around each member's initial values, per parameter; None for no prior.
+        early_stopping_patience: stop after this many evaluations without a better `metric_for_best_model`.
+    """
+
+    num_members: int = field(default=4, metadata={"help": "Number of adapters in the ensemble (M)."})
+    alpha: float = field(
+        default=0.8,
+        metadata={"help": "Rényi order of the objective: 0 every member fits everything, 1 the mixture fits the data."},
+    )
+    alpha_hold_ratio: float = field(
+        default=0.2, metadata={"help": "Share of training with alpha 0, before members part."}
+    )
+    alpha_ramp_ratio: float = field(
+        default=0.2, metadata={"help": "Share of training in which alpha then rises to its value."}
+    )
+    routing_quantity: str = field(
+        default="sequence",
+        metadata={
+            "help": "What is routed: the log-likelihood of a whole example, or its mean per trained token.",
+            "choices": ["sequence", "length_normalised"],
+        },
+    )
+    mixture_weights: str = field(
+        default="uniform",
+        metadata={
+            "help": "Mixture weights of the members: uniform, or learned from their loads.",
+            "choices": ["uniform", "learned"],
+        },
+    )
+    mixture_weights_rate: float = field(
+        default=0.02, metadata={"help": "How far learned mixture weights move towards the loads in one step."}
+    )
+    prior_std: float | None = field(
+        default=None,
+        metadata={"help": "Standard deviation of a Gaussian prior around each member's initial values; none if unset."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after this many evaluations without a better metric_for_best_model."},
+    )
+
+    def __post_init__(self) -> None:
+        args: Any = self  # with the fields of the TRL config
+        if args.bf16 is None and not (args.use_cpu or is_torch_bf16_gpu_available()):
+            args.bf16 = False  # TRL turns it on, which transformers then refuses on such a machine
+        if self.early_stopping_patience is not None and args.metric_for_best_model is None:
+            args.metric_for_best_model = "loss"
+        if args.greater_is_better is None and "nll" in (args.metric_for_best_model or ""):
+            args.greater_is_better = False  # transformers takes whatever is not called a loss for a gain
+        super().__post_init__()
+        require("num_members", self.num_members, self.num_members >= 1, "at least 1")
+        require("alpha", self.alpha, 0 <= self.alpha <= 1, "a number between 0 and 1")
+        hold, ramp = self.alpha_hold_ratio, self.alpha_ramp_ratio
+        require("alpha_hold_ratio", hold, 0 <= hold <= 1, "a share between 0 and 1")
+        require(
+            "alpha_ramp_ratio",
+            ramp,
+            ramp >= 0 and hold + ramp <= 1 + 1e-9,  # 1 - 0.9 is less than 0.1
+            f"a share between 0 and {1 - hold:g}, what the hold leaves",
+        )
+        quantities, weights = ("sequence", "length_normalised"), ("uniform", "learned")
+        require("routing_quantity", self.routing_quantity, self.routing_quantity in quantities, f"one of {quantities}")
+        require("mixture_weights", self.mixture_weights, self.mixture_weights in weights, f"one of {weights}")
+        rate, std = self.mixture_weights_rate, self.prior_std
+        require("mixture_weights_rate", rate, 0 < rate <= 1, "a number above 0 and at most 1")
+        require("prior_std", std, std is None or 0 < std < math.inf, "above 0, or unset")
+        patience, evaluates = self.early_stopping_patience, args.eval_strategy != "no"
+        require("early_stopping_patience", patience, patience is None or patience >= 1, "at least 1, or leave it out")
+        require(
+            "early_stopping_patience", patience, patience is None or evaluates, "an eval_strategy too: steps or epoch"
+        )
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every adapter takes part in every step
+
+
+def require(key: str, value: object, holds: bool, expected: str) -> None:
+    """Raise `ConfigError` about a setting unless a condition on its value holds."""
+    if not holds:
+        raise ConfigError(f"{value!r} is not allowed", where=key, hint=f"Give {expected}.")

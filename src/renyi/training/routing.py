@@ -1,0 +1,91 @@
+"""What is watched of the routing, and the mixture weights that are learned from it.
+
+Everything comes from log-likelihoods and responsibilities; nothing here knows what an example is.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from renyi.objectives import effective_members, renyi_loss
+
+if TYPE_CHECKING:
+    from renyi.training.trainer import EnsembleTrainer
+
+Sums = Mapping[str, tuple[Tensor, Tensor]]  # by logged name: what is added up, and what it is divided by
+
+
+class RunningMeans:
+    """Means over what this process saw since the last log, each kept as a sum and a count.
+
+    Sums of sums are sums, so processes, micro-batches and log intervals add up exactly.
+    """
+
+    def __init__(self, device: torch.device):
+        self.names: list[str] = []
+        self.sums = torch.zeros(2, 0, dtype=torch.float64, device=device)  # sums, counts
+
+    def add(self, batch: Sums) -> None:
+        """Add a batch, which has the same names each time."""
+        added = torch.stack([torch.stack([x.double() for x in pair]) for pair in batch.values()], dim=1)
+        if not self.names:
+            self.names, self.sums = list(batch), torch.zeros_like(added)
+        self.sums = self.sums + added
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        """The means that `sums`, those of all processes, stand for."""
+        return dict(zip(self.names, (sums[0] / sums[1].clamp(min=1e-12)).tolist(), strict=True))
+
+    def state(self, sums: Tensor) -> dict[str, list[float]]:
+        return dict(zip(self.names, sums.T.tolist(), strict=True))
+
+    def restore(self, state: Mapping[str, list[float]]) -> None:
+        self.names = list(state)
+        values = torch.tensor(list(state.values()), dtype=torch.float64, device=self.sums.device)
+        self.sums = values.T.contiguous() if state else self.sums.new_zeros(2, 0)
+
+
+def routing_sums(ell_ME: Tensor, r_ME: Tensor, log_weights: Tensor, units: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """What any ensemble logs of a batch of E examples, from log-likelihoods and responsibilities [M, E].
+
+    Negative log-likelihoods and the Jensen gap are per unit, of which the batch holds `units`: trained tokens, or
+    examples.
+    """
+    members, mixture = renyi_loss(ell_ME, 0.0, log_weights).sum(), renyi_loss(ell_ME, 1.0, log_weights).sum()
+    examples = ell_ME.new_tensor(ell_ME.shape[1])
+    sums = {
+        "nll_members": (members, units),
+        "nll_mixture": (mixture, units),
+        "jensen_gap": (members - mixture, units),
+        "effective_members": (effective_members(r_ME).sum(), examples),
+    }
+    return sums | {f"member_load/{m}": (load, examples) for m, load in enumerate(r_ME.sum(dim=1))}
+
+
+class LearnMixtureWeights(TrainerCallback):
+    """Online expectation–maximisation of the mixture weights.
+
+    At a stationary point of the objective a member's weight equals its load, the mean of its responsibilities
+    (the M-step of a mixture). After every optimizer step the weights move a little towards the loads of that step's
+    examples; while alpha is 0 responsibilities equal the weights and nothing moves.
+    """
+
+    def __init__(self, trainer: "EnsembleTrainer", rate: float):
+        self.trainer, self.rate = trainer, rate
+        self._loads_M: Tensor | float = 0.0
+
+    def add(self, r_ME: Tensor) -> None:
+        """Add the responsibilities [M, E] of one micro-batch."""
+        self._loads_M = self._loads_M + r_ME.sum(dim=1)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        loads_M = self.trainer.accelerator.reduce(self._loads_M)
+        self._loads_M = 0.0
+        weights = self.trainer.model.weights
+        weights.lerp_(loads_M / loads_M.sum(), self.rate)
+        weights /= weights.sum()
