@@ -46,6 +46,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/demo_seeds.py
 	$(BIN)/python benchmarks/alpha_schedule.py
 	$(BIN)/python benchmarks/four_domains.py
+	$(BIN)/python benchmarks/annotators.py
+	$(BIN)/python benchmarks/conflicted_preferences.py
+	$(BIN)/python benchmarks/dpo_step.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -23,6 +23,12 @@ def test_the_config_is_understood() -> None:
     assert "«" in printed
 
 
+def test_the_preferences_are_understood() -> None:
+    printed = run(sys.executable, "-m", "renyi", "dpo", "--config", "examples/annotators.yaml", "--dry_run")
+    assert "4,560 pairs" in printed
+    assert "rejected  «" in printed
+
+
 @pytest.mark.slow
 def test_the_loop_finds_the_schools() -> None:
     *_, first, second = run(sys.executable, "examples/loop.py").splitlines()

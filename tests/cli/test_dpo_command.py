@@ -114,7 +114,7 @@ def test_it_leaves_an_ensemble_of_ordinary_adapters(tuned: tuple[Path, Ended]) -
         assert expected.any()
         assert ensemble.adapter(m)[key][1].equal(expected)
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert "| preference loss | sigmoid, beta 0.5, against the start |" in (folder / "README.md").read_text("utf-8")
+    assert "| preference loss | sigmoid, beta 0.5, against the base |" in (folder / "README.md").read_text("utf-8")
     assert data.PairPreparation.read(folder) == data.PairPreparation()
     kept = read_preference(folder, ensemble)
     assert (kept.loss.beta, kept.loss.loss_type, kept.reference.start) == (0.5, ("sigmoid",), None)

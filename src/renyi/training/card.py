@@ -55,6 +55,7 @@ def write_model_card(
     args: Any,
     log_history: list[dict[str, float]],
     dataset_name: str | None,
+    settings_of_method: dict[str, str],
     unit: str,
     tags: list[str],
 ) -> None:
@@ -73,7 +74,7 @@ def write_model_card(
         "routed quantity": args.routing_quantity,
         "mixture weights": ", ".join(f"{w:.3f}" for w in ensemble.weights.tolist()),
         "LoRA": f"rank {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}",
-        **_preference_settings(args),
+        **settings_of_method,
         "learning rate": f"{args.learning_rate:g}",
         "batch": f"{args.train_batch_size * args.gradient_accumulation_steps * args.world_size} examples",
         "seed": args.seed,
@@ -103,12 +104,6 @@ def write_model_card(
         ),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _preference_settings(args: Any) -> dict[str, str]:
-    if not hasattr(args, "beta"):
-        return {}
-    return {"preference loss": f"{' + '.join(args.loss_type)}, beta {args.beta:g}, against the {args.reference}"}
 
 
 def _shown(value: float | None) -> str:

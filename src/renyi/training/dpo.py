@@ -223,6 +223,10 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         )
         self.watch(routing_sums(ell_MB, r_MB, self.model.weights.log(), pairs) | sums, inputs)
 
+    def card_settings(self) -> dict[str, str]:
+        against = "the base" if self.reference.start is None else "each member's start (folder `reference`)"
+        return {"preference loss": f"{' + '.join(self.args.loss_type)}, beta {self.args.beta:g}, against {against}"}
+
     def _loss_units(self) -> int:
         if not isinstance(self.train_dataset, Dataset):
             raise ConfigError(

@@ -373,6 +373,10 @@ class EnsembleTrainer(Trainer):
 
     # ---- Model card --------------------------------------------------------------------------------------------
 
+    def card_settings(self) -> dict[str, str]:
+        """What the model card says of the method's own settings."""
+        return {}
+
     def create_model_card(  # type: ignore[override]
         self,
         model_name: str | None = None,
@@ -388,6 +392,7 @@ class EnsembleTrainer(Trainer):
                 args=self.args,
                 log_history=self.state.log_history,
                 dataset_name=dataset_name,
+                settings_of_method=self.card_settings(),
                 unit=self.unit,
                 tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             )

@@ -1,0 +1,30 @@
+"""Two members become two groups of annotators, at the size of the benchmark; three seeds."""
+
+import pytest
+
+from renyi.zoo.annotators import measure_annotators, train_annotators
+from renyi.zoo.preferences import PreferenceWorld
+
+
+def test_a_short_run_is_measured(tmp_path):
+    world = PreferenceWorld()
+    trainer, seconds = train_annotators(world, 2, 0.8, tmp_path, max_steps=2)
+    measured = measure_annotators(trainer, world, seconds)
+    assert measured.mixture_nll == pytest.approx(0.69, abs=0.1)
+    assert sum(measured.member_load) == pytest.approx(1)
+    assert 0 <= measured.auroc_epistemic_share <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_members_become_the_groups(tmp_path, seed):
+    world = PreferenceWorld(seed=seed)
+    runs = {"single": (1, 0.0), "alpha_0": (2, 0.0), "renyi": (2, 0.8)}
+    found = {}
+    for name, (members, alpha) in runs.items():
+        trainer, _ = train_annotators(world, members, alpha, tmp_path / name, seed)
+        found[name] = measure_annotators(trainer, world)
+    assert found["renyi"].groups_found >= 0.9
+    assert abs(found["alpha_0"].groups_found) <= 0.1
+    assert found["renyi"].mixture_nll < min(found["single"].mixture_nll, found["alpha_0"].mixture_nll)
+    assert found["renyi"].auroc_epistemic_share >= 0.95
