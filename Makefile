@@ -49,6 +49,9 @@ bench: $(READY)
 	$(BIN)/python benchmarks/annotators.py
 	$(BIN)/python benchmarks/conflicted_preferences.py
 	$(BIN)/python benchmarks/dpo_step.py
+	$(BIN)/python benchmarks/contested_or_rare.py
+	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/mmlu.py --questions 10
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

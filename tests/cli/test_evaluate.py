@@ -280,7 +280,7 @@ def test_not_an_ensemble(tuned: Trained, base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
-        (["--task", "preferences"], ["--task: 'preferences' is none of preference", "Did you mean preference?"]),
+        (["--task", "preferences"], ["--task: 'preferences' is none of ", "Did you mean preference?"]),
         ([], ["required: --task"]),
         (["--task", "preference", "--show", "-1"], ["--show: is -1"]),
         (["--task", "preference", "--show", "x"], ["--show: 'x' is not an integer"]),

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 
+import numpy as np
 import pytest
 
 from renyi.errors import ConfigError
@@ -175,3 +176,21 @@ def test_a_form_that_does_not_exist_is_refused():
 
 def test_a_world_can_be_varied():
     assert replace(World(seed=5), statements=8) == World(seed=5, statements=8)
+
+
+def test_rare_facts_are_agreed_and_seldom_spoken_of():
+    world = World(contested=0.4, rare=0.3, rarity=20.0)
+    assert len(world.rare_facts) == 18
+    assert not any(fact.contested for fact in world.rare_facts)
+    assert world.facts == World(contested=0.4).facts  # rarity is no part of the draw of the facts
+    spoken = Counter(fact for record in world.records(4000) for fact in record.facts)
+    common = [spoken[fact] for fact in world.facts if fact not in world.rare_facts]
+    rare = [spoken[fact] for fact in world.rare_facts]
+    assert np.mean(common) / np.mean(rare) == pytest.approx(20, rel=0.2)
+    assert all(len(set(record.facts)) == 4 for record in world.records(100))
+
+
+@pytest.mark.parametrize("given", [{"rare": -0.1}, {"rare": 0.7, "contested": 0.4}, {"rarity": 0.5}])
+def test_bad_rarity_is_refused(given):
+    with pytest.raises(ConfigError, match="rar"):
+        World(**given)

@@ -1,12 +1,19 @@
 """`renyi evaluate`: how good an ensemble and each of its members are, and where these contradict each other.
 
+--task choice: rows are multiple-choice questions. Accuracy, NLL, calibration, and whether uncertainty finds the errors,
+of the mixture, every member and baselines; --target_risk finds the uncertainty above which to abstain.
+
+--task perplexity: how likely text is to the mixture, every member and baselines, by group.
+
 --task preference: rows are pairs, prepared, cut and compared with the reference as in the ensemble's training. Of the
 probability that the chosen completion is preferred it reports accuracy, NLL, Brier score and calibration, for the
 mixture and every member, and the pairs that members contradict each other on.
+
+--task refusal: rows are prompts, safe or unsafe to answer. Every member answers, or has answered. It reports how often
+each refuses, how far members differ, and the prompts that split them.
 """
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -19,6 +26,17 @@ from rich.text import Text
 from renyi.cli.console import emit_json, plural, quiet_progress_bars, stream
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import add_reading_flags, check_output, load_ensemble, load_rows, progress_bar, write_lines
+from renyi.cli.tables import (
+    LONGEST_TEXT,
+    WIDEST_TABLE,
+    as_json,
+    column_values,
+    figures_table,
+    group_names,
+    shortened,
+    titled,
+)
+from renyi.cli.tasks import choice, perplexity, refusal
 from renyi.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -28,8 +46,6 @@ if TYPE_CHECKING:
     from renyi.evaluation import ContestedAUROC, GroupQuality, PreferenceEvaluation
     from renyi.inference import PairScore
 
-WIDEST_TABLE = 20  # groups, beyond which only the largest are shown
-LONGEST_TEXT = 180  # characters shown of a prompt or a completion
 LEAD = 30  # characters shown of what both completions begin with
 
 
@@ -43,7 +59,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = StrictParser(
         prog="renyi evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_reading_flags(parser, "write one JSON line a row here", "print one JSON object and no table")
+    add_reading_flags(parser, "write one JSON line a row here", "print one JSON object and no table", several=True)
     parser.add_argument("--task", required=True, metavar="TASK", help=f"one of: {', '.join(TASKS)}")
     parser.add_argument("--show", default="5", metavar="N", help="how many of the most contested rows to show; 5")
     parser.add_argument("--group", metavar="COLUMN", help="column to report groups of rows by")
@@ -55,8 +71,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--reference", default="kept", help="what margins are measured against: kept, as in training, or base; kept"
     )
     preference.add_argument("--beta", metavar="FLOAT", help="temperature of the margins; by default as in training")
+    choice.add_flags(parser)
+    refusal.add_flags(parser)
     args = parse_strictly(parser, argv)
     args.task = converted(args.task, str, list(TASKS), "--task")
+    args.data, *args.more_data = args.data
+    if args.more_data and args.task not in READS_SEVERAL:
+        raise ConfigError(
+            f"{args.more_data[0]!r} is a second file, and --task {args.task} reads one",
+            where="DATA",
+            hint="Join the files, and tell them apart by a column with --group.",
+        )
     args.show = converted(args.show, int, None, "--show")
     args.reference = converted(args.reference, Literal["kept", "base"], None, "--reference")
     args.beta = converted(args.beta, float | None, None, "--beta")
@@ -64,6 +89,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"is {args.show}", where="--show", hint="Give a number of rows, or 0 for none.")
     if args.beta is not None and not 0 < args.beta < float("inf"):
         raise ConfigError(f"is {args.beta:g}", where="--beta", hint="Give a number above 0.")
+    if args.report and args.task not in REPORTS:
+        raise ConfigError(
+            f"there is none of --task {args.task}", where="--report", hint=f"There is one of {', '.join(REPORTS)}."
+        )
     check_output(args.output)
     return args
 
@@ -81,7 +110,7 @@ def _preference(args: argparse.Namespace) -> int:
 
         quiet_progress_bars()
         rows = load_rows(args)
-        groups = _groups(rows, args.group) if args.group else None
+        groups = group_names(rows, args.group) if args.group else None
         contested = _contested(rows, args.contested, args.data) if args.contested else None
         folder, ensemble, tokenizer = load_ensemble(args)
         preparation = PairPreparation.read(folder)
@@ -97,14 +126,20 @@ def _preference(args: argparse.Namespace) -> int:
 
     evaluation = evaluate_preference(scores, ensemble.weights, groups, contested)
     against = "base" if reference.start is None else "start"
-    if args.json:
-        settings = {"task": args.task, "loss_type": loss.loss_type, "beta": loss.beta, "reference": against}
-        emit_json(settings | _plain(evaluation))
-        return 0
+    settings = {"task": args.task, "loss_type": loss.loss_type, "beta": loss.beta, "reference": against}
+    result = settings | as_json(evaluation)
     subtitle = (
         f"{plural(len(scores), 'pair')} · {' + '.join(loss.loss_type)}, beta {loss.beta:g} · margins against "
         + ("the base" if reference.start is None else "each member as its training began")
     )
+    if args.report:
+        from renyi.cli.tasks.preference_report import write_preference_report
+
+        texts = [_texts(pair, tokenizer) for pair in pairs]
+        write_preference_report(args.report, subtitle, result, scores, ensemble.weights, texts, groups, args.group)
+    if args.json:
+        emit_json(result)
+        return 0
     out.print(_qualities(evaluation, ensemble.weights.tolist(), subtitle))
     if evaluation.groups is not None:
         out.print(_group_table(evaluation.groups, args.group))
@@ -115,49 +150,22 @@ def _preference(args: argparse.Namespace) -> int:
         out.print(_most_contested(shown, [_texts(pairs[s.index], tokenizer) for s in shown]))
     if args.output:
         err.print(f"\n{plural(len(scores), 'line')} in {args.output}", soft_wrap=True)
+    if args.report:
+        err.print(f"\nthe report is {args.report / 'report.html'}", soft_wrap=True)
     return 0
 
 
-TASKS = {"preference": _preference}
-
-
-def _plain(value: Any) -> Any:
-    """Named tuples, however deep, as JSON objects."""
-    if hasattr(value, "_asdict"):
-        return {name: _plain(item) for name, item in value._asdict().items()}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+TASKS = {"choice": choice.run, "perplexity": perplexity.run, "preference": _preference, "refusal": refusal.run}
+READS_SEVERAL = ("choice", "perplexity")
+REPORTS = ("choice", "perplexity", "preference")
 
 
 # ---- Columns ---------------------------------------------------------------------------------------------------------
 
 
-def _column(rows: "Dataset", name: str, flag: str) -> list[Any]:
-    if name not in rows.column_names:
-        near = difflib.get_close_matches(name, rows.column_names, n=1)
-        raise ConfigError(
-            f"there is no column {name!r}",
-            where=flag,
-            hint=f"Did you mean {near[0]}?" if near else f"The columns are {', '.join(rows.column_names)}.",
-        )
-    return list(rows[name])
-
-
-def _groups(rows: "Dataset", name: str) -> list[str]:
-    """A column's values as names of groups."""
-    values = _column(rows, name, "--group")
-    for number, value in enumerate(values, start=1):
-        if isinstance(value, list | dict):
-            raise ConfigError(
-                f"column {name} holds {'a list' if isinstance(value, list) else 'an object'} in row {number}",
-                where="--group",
-                hint="Give a column of text, numbers, or true and false.",
-            )
-    return ["null" if value is None else str(value) for value in values]
-
-
 def _contested(rows: "Dataset", name: str, data: str) -> list[bool]:
     """A column of true and false, or of 1 and 0, in which both occur."""
-    values = _column(rows, name, "--contested")
+    values = column_values(rows, name, "--contested")
     for number, value in enumerate(values, start=1):
         if value not in (True, False):
             raise DataError(
@@ -177,7 +185,7 @@ def _contested(rows: "Dataset", name: str, data: str) -> list[bool]:
 
 def _qualities(evaluation: "PreferenceEvaluation", weights: Sequence[float], subtitle: str) -> RenderableType:
     """The mixture and every member, and how much of the uncertainty is disagreement."""
-    table = _table(["", "weight", "accuracy", "NLL", "Brier", "ECE"])
+    table = figures_table(["", "weight", "accuracy", "NLL", "Brier", "ECE"])
     found = [evaluation.mixture, *evaluation.members]
     names = ["mixture", *(f"member {m}" for m in range(len(weights)))]
     for name, weight, q in zip(names, [None, *weights], found, strict=True):
@@ -188,31 +196,31 @@ def _qualities(evaluation: "PreferenceEvaluation", weights: Sequence[float], sub
         f"epistemic uncertainty {evaluation.epistemic:.4f} nats a pair, "
         f"on average {evaluation.epistemic_share:.1%} of a pair's uncertainty"
     )
-    return Group(_title("Preferences"), Text(subtitle, "dim"), table, Text(legend, "dim"), Text(), Text(doubt))
+    return Group(titled("Preferences"), Text(subtitle, "dim"), table, Text(legend, "dim"), Text(), Text(doubt))
 
 
 def _group_table(groups: "Sequence[GroupQuality]", column: str) -> RenderableType:
     shown = sorted(groups, key=lambda g: -g.pairs)[:WIDEST_TABLE] if len(groups) > WIDEST_TABLE else groups
-    table = _table([column, "pairs", "accuracy", "epistemic"])
+    table = figures_table([column, "pairs", "accuracy", "epistemic"])
     for group in shown:
         table.add_row(
-            Text(_shortened(group.group, 40)), f"{group.pairs:,}", f"{group.accuracy:.1%}", f"{group.epistemic:.4f}"
+            Text(shortened(group.group, 40)), f"{group.pairs:,}", f"{group.accuracy:.1%}", f"{group.epistemic:.4f}"
         )
-    parts: list[RenderableType] = [_title(f"By {column}"), table]
+    parts: list[RenderableType] = [titled(f"By {column}"), table]
     if len(shown) < len(groups):
         parts.append(Text(f"and {len(groups) - len(shown)} smaller ones; all with --json", "dim"))
     return Group(*parts)
 
 
 def _contested_table(found: "ContestedAUROC", pairs: int, column: str) -> RenderableType:
-    table = _table(["found by", "AUROC"])
+    table = figures_table(["found by", "AUROC"])
     for name, value in (
         ("epistemic uncertainty", found.epistemic),
         ("its share of the total", found.epistemic_share),
         ("total uncertainty", found.total),
     ):
         table.add_row(Text(name), f"{value:.3f}")
-    return Group(_title(f"Finding {column}"), Text(f"true of {found.pairs:,} of {plural(pairs, 'pair')}", "dim"), table)
+    return Group(titled(f"Finding {column}"), Text(f"true of {found.pairs:,} of {plural(pairs, 'pair')}", "dim"), table)
 
 
 class _Texts(NamedTuple):
@@ -231,7 +239,7 @@ def _texts(pair: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> _Texts
     start = alike - LEAD if alike > LONGEST_TEXT // 2 else 0
     return _Texts(
         prompt if len(prompt) <= LONGEST_TEXT else f"…{prompt[1 - LONGEST_TEXT :]}",
-        *(_shortened("…" * (start > 0) + text[start:], LONGEST_TEXT) for text in (chosen, rejected)),
+        *(shortened("…" * (start > 0) + text[start:], LONGEST_TEXT) for text in (chosen, rejected)),
     )
 
 
@@ -239,7 +247,7 @@ def _most_contested(scores: "Sequence[PairScore]", texts: Sequence[_Texts]) -> R
     import torch
 
     parts: list[RenderableType] = [
-        _title("Most contested pairs"),
+        titled("Most contested pairs"),
         Text("P: probability that the chosen completion is preferred · rows counted from 1", "dim"),
     ]
     for score, text in zip(scores, texts, strict=True):
@@ -256,19 +264,3 @@ def _most_contested(scores: "Sequence[PairScore]", texts: Sequence[_Texts]) -> R
             grid.add_row(name, Text(value, style))
         parts += [head, Padding(grid, (0, 0, 0, 2), expand=False)]
     return Group(*parts)
-
-
-def _title(text: str) -> Text:
-    return Text.assemble("\n", (text, "bold"))
-
-
-def _table(columns: Sequence[str]) -> Table:
-    """The first column holds names, the others figures."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for i, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if i else "left", no_wrap=True, min_width=6)
-    return table
-
-
-def _shortened(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"

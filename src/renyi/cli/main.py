@@ -17,8 +17,11 @@ from renyi.errors import ConfigError, RenyiError
 COMMANDS = {
     "sft": "train an α-Rényi LoRA ensemble on a dataset",
     "dpo": "train an α-Rényi LoRA ensemble on preference pairs (DPO)",
+    "generate": "an ensemble's answers, coloured by how much its members disagree, or side by side",
     "score": "log-likelihoods and responsibilities of every member on every example",
     "evaluate": "how good an ensemble and each of its members are, and whether they know where they are not",
+    "export": "an ensemble's members as PEFT adapters, plain models, or a vLLM command line",
+    "lm_eval": "EleutherAI's lm-evaluation-harness, to which an ensemble is a model",
     "info": "what an ensemble is and how far apart its members are, from its files alone",
     "demo": "see an ensemble split into specialists on contradictory data, in a few minutes",
 }

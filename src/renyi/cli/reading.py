@@ -23,10 +23,15 @@ if TYPE_CHECKING:
     from renyi import LoraEnsemble
 
 
-def add_reading_flags(parser: StrictParser, output_help: str, json_help: str) -> None:
-    """Add ENSEMBLE, DATA and the flags that say where either is and where results go."""
+def add_reading_flags(parser: StrictParser, output_help: str, json_help: str, several: bool = False) -> None:
+    """Add ENSEMBLE, DATA (`several` of it as a list) and the flags that say where either is and where results go."""
     parser.add_argument("ensemble", metavar="ENSEMBLE", help="folder of an ensemble, or a hub id")
-    parser.add_argument("data", metavar="DATA", help="a json, jsonl, csv or parquet file, or the id of a hub dataset")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="+" if several else None,
+        help="a json, jsonl, csv or parquet file, or the id of a hub dataset",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help=output_help)
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--split", help="split to read; by default test if there is one")

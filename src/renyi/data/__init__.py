@@ -17,15 +17,18 @@ from renyi.data.prepare import (
     training_template,
 )
 from renyi.data.prepare_pairs import PairCounts, PairPreparation, checked_pairs, count_pairs, prepare_pairs
+from renyi.data.questions import LETTERS, Question, read_questions
 from renyi.data.rows import ROW_COLUMN, check_rows, form_of, number_rows, with_messages
 
 __all__ = [
     "IGNORED",
+    "LETTERS",
     "ROW_COLUMN",
     "Counts",
     "PairCounts",
     "PairPreparation",
     "Preparation",
+    "Question",
     "RowPreparation",
     "check_pairs",
     "check_rows",
@@ -42,6 +45,7 @@ __all__ = [
     "number_rows",
     "prepare",
     "prepare_pairs",
+    "read_questions",
     "sample",
     "training_template",
     "with_messages",

@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from renyi.errors import ConfigError, DataError, TokenizerError
 
 _FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# In a csv file only an empty cell is nothing: pandas would take the texts "None", "NA" and "null" for missing, too.
+_SETTINGS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
 
 
 def load_splits(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict:
@@ -33,7 +35,7 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
         raise _empty(name)
     try:
         if kind:
-            return load_dataset(kind, data_files={"train": str(path)}, streaming=streaming)
+            return load_dataset(kind, data_files={"train": str(path)}, streaming=streaming, **_SETTINGS.get(kind, {}))
         return load_dataset(name, config, streaming=streaming)
     except (DatasetGenerationError, DatasetNotFoundError, ConnectionError, ValueError, OSError) as error:
         if "corresponds to no data" in str(error):

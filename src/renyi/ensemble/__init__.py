@@ -1,9 +1,12 @@
 """M adapters on one base: build, load and save them; the joint forward; sequence log-likelihoods."""
 
+from renyi.ensemble.decode import MIXTURES, Generation
 from renyi.ensemble.ensemble import JointOutput, LoraEnsemble, example_log_likelihood
 from renyi.ensemble.preference import Reference, completion_labels, read_preference, write_preference
 
 __all__ = [
+    "MIXTURES",
+    "Generation",
     "JointOutput",
     "LoraEnsemble",
     "Reference",

@@ -5,6 +5,7 @@ matrices, stack them over members and put our joint layer in the place of its la
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -242,6 +244,13 @@ def read_adapter(folder: Path) -> Adapter:
     if tensors:
         raise EnsembleFormatError(f"holds {min(tensors)}, which is not LoRA", where=str(folder / WEIGHTS_FILE))
     return Adapter(config, weights)
+
+
+def layer_scaling(config: LoraConfig, layer: str, rank: int) -> float:
+    """The factor on BA in one layer of that rank, as PEFT computes it from a member's config."""
+    patterns = config.alpha_pattern or {}
+    lora_alpha = patterns.get(get_pattern_key(list(patterns), layer), config.lora_alpha)
+    return lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def fill_member(layers: dict[str, JointLora], member: int, adapter: Adapter, where: str) -> None:

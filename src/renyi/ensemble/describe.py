@@ -3,17 +3,14 @@
 Reads adapters only and never loads the base model. It knows nothing about printing.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from renyi.ensemble.adapters import Adapter, read_adapter
+from renyi.ensemble.adapters import Adapter, layer_scaling, read_adapter
 from renyi.ensemble.storage import Manifest, read_manifest, resolve_folder
 from renyi.errors import EnsembleFormatError
 
@@ -91,17 +88,11 @@ def update_gram(members: Sequence[Adapter]) -> Tensor:
         scaled = []
         for config, weights in members:
             A, B = (matrix.double() for matrix in weights[layer])
-            scaled.append((A, B * _scaling(config, layer, rank=len(A))))
+            scaled.append((A, B * layer_scaling(config, layer, rank=len(A))))
         for m, (A_m, B_m) in enumerate(scaled):
             for n, (A_n, B_n) in enumerate(scaled[: m + 1]):
                 gram[m, n] += ((B_m.T @ B_n) * (A_m @ A_n.T)).sum()
     return gram + gram.tril(-1).T
-
-
-def _scaling(config: LoraConfig, layer: str, rank: int) -> float:
-    patterns = config.alpha_pattern or {}
-    lora_alpha = patterns.get(get_pattern_key(list(patterns), layer), config.lora_alpha)
-    return lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def _check_same_layers(folder: Path, manifest: Manifest, members: Sequence[Adapter]) -> None:

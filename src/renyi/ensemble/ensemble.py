@@ -15,12 +15,14 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from renyi import __version__
 from renyi.ensemble import adapters, storage
-from renyi.ensemble.head import LogitTransform, token_scores
-from renyi.ensemble.lora import JointLora, MemberSelection
+from renyi.ensemble.decode import Generation, OnToken, decode
+from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
+from renyi.ensemble.lora import JointLora, MemberSelection, repeat_rows
 from renyi.errors import ConfigError, EnsembleFormatError
 
 IGNORED = -100  # the label of a token that is not trained, as everywhere in transformers
@@ -330,7 +332,7 @@ class LoraEnsemble(nn.Module):
         else:
             # Without them, boundaries follow from `position_ids`, row by row.
             inputs = {k: v for k, v in inputs.items() if not k.startswith(("cu_seq_lens", "max_length"))}
-            inputs = {k: _repeat_rows(v, num_members, batch) for k, v in inputs.items()}
+            inputs = {k: repeat_rows(v, num_members, batch) for k, v in inputs.items()}
         hidden = self.base.base_model(**inputs).last_hidden_state
         return hidden.view(num_members, batch, length, hidden.shape[-1])
 
@@ -368,11 +370,90 @@ class LoraEnsemble(nn.Module):
         """Next-token logits [M, B, T, V] as the model's own forward computes them; for small inputs only."""
         num_members = self._num_active()
         rows = {
-            "input_ids": _repeat_rows(input_ids, num_members, len(input_ids)),
-            "attention_mask": _repeat_rows(attention_mask, num_members, len(input_ids)),
+            "input_ids": repeat_rows(input_ids, num_members, len(input_ids)),
+            "attention_mask": repeat_rows(attention_mask, num_members, len(input_ids)),
         }
         logits = self.base(**rows, use_cache=False).logits
         return logits.view(num_members, *input_ids.shape, logits.shape[-1])
+
+    def next_token_log_probs(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Iterator[Tensor]:
+        """Log-probabilities of whatever may follow some positions, in chunks that are small however long the rows are.
+
+        Args:
+            input_ids: [B, T], padded on the right.
+            attention_mask: [B, T].
+            positions: [B, T] bool.
+
+        Yields:
+            float32 [M, n, V], nats; along their second dimension all chunks together are the positions, row by row.
+        """
+        hidden_MND = self._hidden_states(input_ids, attention_mask, {})[:, positions]
+        head: Any = self.base.get_output_embeddings()
+        chunk = max(1, LOGITS_PER_CHUNK // (len(hidden_MND) * head.weight.shape[0]))
+        for part_MnD in hidden_MND.split(chunk, dim=1):
+            yield self._logit_transform(head(part_MnD).float()).log_softmax(-1)
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        mixture: str = "sequence",
+        member: int | None = None,
+        seed: int | None = None,
+        streamer: BaseStreamer | None = None,
+        on_token: OnToken | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        generation_config: GenerationConfig | None = None,
+        **settings: Any,
+    ) -> Generation:
+        """Continue prompts, reading the base once a token for all members.
+
+        The predictive is the mixture of sequences Σ_m π_m p_m(y | x). Token by token that is Σ_m w_m p_m with
+        running weights log w_m += log p_m(y_t): members that explained the text so far count more.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 1 where there is a token; either side may be padded. None: everywhere.
+            mixture: "sequence", exactly the above; "token", where weights stay π; or "member", where every member
+                gives an answer of its own.
+            member: with mixture="member", the one that answers.
+            seed: of the sampling; None is torch's global generator. A member alone with a seed samples just what
+                transformers' `generate` does after `torch.manual_seed(seed)`.
+            streamer: a transformers streamer, for one prompt.
+            on_token: called after each step with its tokens [B] and their `TokenUncertainty` [B].
+            tokenizer: needed with `stop_strings` only.
+            generation_config: by default the base's own.
+            settings: of transformers' `GenerationConfig`: max_new_tokens, do_sample, temperature, top_k, top_p, min_p,
+                repetition_penalty, eos_token_id, stop_strings, …; processors act on the mixture. Also a
+                `logits_processor` or `stopping_criteria` list of your own.
+
+        Raises:
+            ConfigError: a setting is unknown, cannot work on a mixture (beams, contrastive search, …), or is refused by
+                transformers; or a prompt is empty.
+        """
+        how: dict[str, Any] = {"seed": seed, "streamer": streamer, "on_token": on_token, "tokenizer": tokenizer}
+        how |= {"generation_config": generation_config, **settings}
+        if member is not None:
+            if mixture != "member":
+                raise ConfigError(f'goes with mixture="member", not {mixture!r}', where="member")
+            if not 0 <= member < self.num_members:
+                raise ConfigError(f"there is no member {member} of {self.num_members}", where="member")
+            with self.using([member]):  # alone it is the mixture
+                return self.generate(input_ids, attention_mask, **how)
+        training = self.training
+        self.eval()
+        try:
+            return decode(self.base, self._active_weights(), input_ids, attention_mask, mixture=mixture, **how)
+        finally:
+            self.train(training)
+
+    def _active_weights(self) -> Tensor:
+        """Weights of the members that forwards run with, summing to one; the base alone has all of it."""
+        selected = self._selection.members
+        if not selected:
+            return self.weights if selected is None else self.weights.new_ones(1)
+        return self.weights[list(selected)] / self.weights[list(selected)].sum()
 
     # ---- What trainers ask of a model --------------------------------------------------------------------------
 
@@ -466,13 +547,6 @@ def _check_same_config(first: LoraConfig, other: LoraConfig, first_where: str, o
                 where=other_where,
                 hint="Members of one ensemble share rank, scaling and targets.",
             )
-
-
-def _repeat_rows(value: Any, num_members: int, batch: int) -> Any:
-    """Rows of a batch once for every member, member-major; anything that has no rows as it is."""
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
-        return value
-    return value.repeat(num_members, *[1] * (value.dim() - 1))
 
 
 def _repeat_packed(inputs: dict[str, Any], num_members: int) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class LogitTransform(NamedTuple):
                 scale = float(divisor) if config.model_type == "hyperclovax" else 1 / float(divisor)
         return cls(scale, getattr(config, "final_logit_softcapping", None))
 
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
 
 def token_scores(hidden: Tensor, head: nn.Module, targets: Tensor, transform: LogitTransform) -> TokenScores:
     """Score target tokens under a frozen language-model head.
@@ -85,12 +90,7 @@ class _FrozenHead(torch.autograd.Function):
         chunk = max(1, LOGITS_PER_CHUNK // weight.shape[0])
         for start in range(0, rows, chunk):
             at = slice(start, start + chunk)
-            z_NV = F.linear(hidden[at], weight, bias).float()
-            if transform.scale != 1:
-                z_NV = z_NV * transform.scale
-            if transform.softcap is not None:
-                capped = torch.tanh(z_NV / transform.softcap)
-                z_NV = capped * transform.softcap
+            z_NV = transform(F.linear(hidden[at], weight, bias).float())
             log_p_NV = torch.log_softmax(z_NV, dim=-1)
             log_probs[at] = log_p_NV.gather(1, targets[at, None]).squeeze(1)
             is_top1[at] = log_p_NV.argmax(dim=-1) == targets[at]
@@ -101,7 +101,7 @@ class _FrozenHead(torch.autograd.Function):
                 dz_NV = p_NV.neg_()
                 dz_NV.scatter_add_(1, targets[at, None], torch.ones_like(targets[at, None], dtype=dz_NV.dtype))
                 if transform.softcap is not None:
-                    dz_NV *= 1 - capped.square()
+                    dz_NV *= 1 - (z_NV / transform.softcap).square()
                 row_grad[at] = (dz_NV if transform.scale == 1 else dz_NV * transform.scale).to(weight.dtype) @ weight
         ctx.save_for_backward(row_grad)
         ctx.mark_non_differentiable(entropy, is_top1)

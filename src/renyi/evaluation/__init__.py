@@ -3,6 +3,8 @@
 Knows scores, weights and labels. Nothing here loads a model or a file.
 """
 
+from renyi.evaluation.choice import ChoiceEvaluation, Opinion, calibration_split, evaluate_choice
+from renyi.evaluation.perplexity import PerplexityEvaluation, evaluate_perplexity
 from renyi.evaluation.preference import (
     ContestedAUROC,
     GroupQuality,
@@ -10,11 +12,35 @@ from renyi.evaluation.preference import (
     PreferenceQuality,
     evaluate_preference,
 )
+from renyi.evaluation.refusal import (
+    GroupRefusal,
+    RefusalEvaluation,
+    RefusalRates,
+    evaluate_refusal,
+    is_refusal,
+)
+from renyi.evaluation.selective import RiskThreshold, risk_threshold
+from renyi.evaluation.specialisation import Specialisation, specialisation
 
 __all__ = [
+    "ChoiceEvaluation",
     "ContestedAUROC",
     "GroupQuality",
+    "GroupRefusal",
+    "Opinion",
+    "PerplexityEvaluation",
     "PreferenceEvaluation",
     "PreferenceQuality",
+    "RefusalEvaluation",
+    "RefusalRates",
+    "RiskThreshold",
+    "Specialisation",
+    "calibration_split",
+    "evaluate_choice",
+    "evaluate_perplexity",
     "evaluate_preference",
+    "evaluate_refusal",
+    "is_refusal",
+    "risk_threshold",
+    "specialisation",
 ]

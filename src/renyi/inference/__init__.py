@@ -1,16 +1,28 @@
 """What a trained ensemble says, and how sure it is."""
 
+from renyi.inference.choices import ChoiceScores, choice_log_probs, choice_prompt, score_choices
+from renyi.inference.continuation import ContinuationScore, score_continuations
+from renyi.inference.generate import Answer, Prompt, generate
 from renyi.inference.members import MemberSummary, summarise_members
 from renyi.inference.preference import PairScore, score_pairs
 from renyi.inference.score import Score, score
-from renyi.inference.uncertainty import TokenUncertainty, token_uncertainty
+from renyi.objectives import TokenUncertainty, token_uncertainty
 
 __all__ = [
+    "Answer",
+    "ChoiceScores",
+    "ContinuationScore",
     "MemberSummary",
     "PairScore",
+    "Prompt",
     "Score",
     "TokenUncertainty",
+    "choice_log_probs",
+    "choice_prompt",
+    "generate",
     "score",
+    "score_choices",
+    "score_continuations",
     "score_pairs",
     "summarise_members",
     "token_uncertainty",

@@ -14,7 +14,6 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from renyi.data import PairPreparation
 from renyi.ensemble import LoraEnsemble, Reference, completion_labels
 from renyi.errors import EnsembleFormatError
-from renyi.inference.uncertainty import token_uncertainty
 from renyi.objectives import (
     LogRatios,
     PreferenceLoss,
@@ -22,6 +21,7 @@ from renyi.objectives import (
     preference_log_likelihood,
     preference_margin,
     responsibilities,
+    token_uncertainty,
 )
 
 

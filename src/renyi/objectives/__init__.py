@@ -14,6 +14,12 @@ from renyi.objectives.preference import (
     preference_log_likelihood,
     preference_margin,
 )
+from renyi.objectives.uncertainty import (
+    TokenUncertainty,
+    log_likelihood_spread,
+    responsibility_entropy,
+    token_uncertainty,
+)
 
 __all__ = [
     "COUPLED_LOSSES",
@@ -21,11 +27,15 @@ __all__ = [
     "PAIR_LOSSES",
     "LogRatios",
     "PreferenceLoss",
+    "TokenUncertainty",
     "completion_log_prob",
     "effective_members",
     "jensen_gap",
+    "log_likelihood_spread",
     "preference_log_likelihood",
     "preference_margin",
     "renyi_loss",
     "responsibilities",
+    "responsibility_entropy",
+    "token_uncertainty",
 ]

@@ -10,6 +10,7 @@ import yaml
 
 from renyi import __version__
 from renyi.ensemble import LoraEnsemble
+from renyi.training.report import ACCURACY
 
 _TEMPLATE = """\
 ---
@@ -85,7 +86,7 @@ def write_model_card(
         "negative log-likelihood of the mixture": "nll_mixture",
         "mean of the members'": "nll_members",
         "Jensen gap": "jensen_gap",
-        "accuracy of the mixture's preference": "rewards/accuracies",
+        "accuracy of the mixture's preference": ACCURACY,
     }
     text = _TEMPLATE.format(
         front_matter=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
@@ -100,7 +101,7 @@ def write_model_card(
         measures="\n".join(
             f"| {name} | {_shown(trained.get(key))} | {_shown(held_out.get('eval_' + key))} |"
             for name, key in measures.items()
-            if key in trained or "eval_" + key in held_out
+            if unit == "pair" or key != ACCURACY
         ),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -29,6 +29,9 @@ class World:
         num_sources: how many sources there are, at most `MAX_SOURCES`.
         statements: questions and answers in one record, at most `num_facts`.
         seed: which draw of the values and of the contested facts. `statements` has no part in that draw.
+        rare: share of the facts that are rarely spoken of, all of them agreed, rounded to whole facts. A model learns
+            little of them, and is unsure for another reason than contradiction.
+        rarity: how much rarer a rare fact comes first in a record than another one.
 
     Raises:
         ConfigError: an argument is out of its range (it is also a ValueError).
@@ -39,6 +42,8 @@ class World:
     num_sources: int = 2
     statements: int = 4
     seed: int = 0
+    rare: float = 0.0
+    rarity: float = 20.0
     facts: tuple["Fact", ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +53,11 @@ class World:
             1 <= self.num_sources <= MAX_SOURCES,
             f"num_sources must be from 1 to {MAX_SOURCES}, not {self.num_sources}",
         )
+        _check(
+            0 <= self.rare <= 1 - self.contested + 1e-9,
+            f"rare must be a share from 0 to {1 - self.contested:g}, what contested leaves, not {self.rare}",
+        )
+        _check(self.rarity >= 1, f"rarity must be at least 1, not {self.rarity}")
         _check(
             self.num_sources > 1 or self.contested == 0,
             "one source cannot contradict itself: write contested=0 with num_sources=1",
@@ -68,6 +78,11 @@ class World:
     def agreed_facts(self) -> tuple["Fact", ...]:
         """The facts on which all sources say the same."""
         return tuple(fact for fact in self.facts if not fact.contested)
+
+    @property
+    def rare_facts(self) -> tuple["Fact", ...]:
+        """The agreed facts that are rarely spoken of."""
+        return self.agreed_facts[: round(self.rare * self.num_facts)]
 
     def records(self, num_records: int, seed: int = 0) -> list["Record"]:
         """Draws records: each is `statements` questions and answers by one source, about distinct facts.
@@ -107,8 +122,16 @@ class World:
                 others = [value] * (self.num_sources - 1)
             yield Fact(person, attribute.name, (value, *others))
 
+    def _draw_topics(self, rng: random.Random) -> tuple["Fact", ...]:
+        if self.rare == 0:
+            return tuple(rng.sample(self.facts, self.statements))
+        # Weighted sampling without replacement (Efraimidis and Spirakis 2006): the greatest u^(1/weight).
+        rare = set(self.rare_facts)
+        keys = {fact: rng.random() ** (self.rarity if fact in rare else 1.0) for fact in self.facts}
+        return tuple(sorted(self.facts, key=keys.__getitem__, reverse=True)[: self.statements])
+
     def _draw_record(self, rng: random.Random, source: int) -> "Record":
-        facts = tuple(rng.sample(self.facts, self.statements))
+        facts = self._draw_topics(rng)
         messages: list[Message] = []
         for fact in facts:
             form = rng.choice(FORMS[fact.attribute])

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from renyi.inference import TokenUncertainty, token_uncertainty
+from renyi.objectives import (
+    TokenUncertainty,
+    effective_members,
+    log_likelihood_spread,
+    responsibilities,
+    responsibility_entropy,
+    token_uncertainty,
+)
 
 properties = settings(max_examples=60, deadline=None)
 
@@ -203,3 +210,27 @@ def test_permuting_members_changes_nothing():
 def test_log_weights_of_other_members_are_refused(shape):
     with pytest.raises(ValueError, match="log_weights has shape"):
         token_uncertainty(random_log_probs(3, 4, 7), torch.zeros(shape))
+
+
+# Of whole texts
+
+
+def test_responsibility_entropy_by_hand():
+    log_likelihood = torch.tensor([[-5.0, -5.0, 0.0], [-5.0, -5.0 - math.log(3), -900.0]])
+    expected = [math.log(2), -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), 0.0]
+    assert responsibility_entropy(log_likelihood).tolist() == pytest.approx(expected, abs=1e-6)
+    weights = torch.tensor([0.25, 0.75])  # the second member's weight makes up for its likelihood
+    assert responsibility_entropy(log_likelihood, weights.log())[1].item() == pytest.approx(math.log(2), abs=1e-6)
+    effective = effective_members(responsibilities(log_likelihood, 1.0))
+    torch.testing.assert_close(responsibility_entropy(log_likelihood).exp().float(), effective)
+
+
+def test_log_likelihood_spread_by_hand():
+    """ℓ per token 1, 2 and 3: a deviation of √(2/3); where all agree, however unlikely, exactly none."""
+    log_likelihood = torch.tensor([[-4.0, -0.1], [-8.0, -0.1], [-12.0, -0.1]])
+    spread = log_likelihood_spread(log_likelihood, torch.tensor([4, 7]))
+    assert spread.dtype == torch.float64
+    assert spread[0].item() == pytest.approx(math.sqrt(2 / 3))
+    assert spread[1].item() == 0.0
+    weights = torch.tensor([0.5, 0.5, 0.0])
+    assert log_likelihood_spread(log_likelihood, 4, weights.log())[0].item() == pytest.approx(0.5)

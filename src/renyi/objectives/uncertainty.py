@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from renyi.objectives import renyi_loss
+from renyi.objectives.mixture import effective_members, renyi_loss, responsibilities
 
 
 class TokenUncertainty(NamedTuple):
@@ -69,6 +69,43 @@ def token_uncertainty(log_probs: Tensor, log_weights: Tensor | None = None) -> T
         reverse_mi=reverse_mi,
         variation_ratio=_variation_ratio(log_p.argmax(-1), w),
     )
+
+
+def responsibility_entropy(log_likelihood: Tensor, log_weights: Tensor | None = None) -> Tensor:
+    """Entropy of the posterior over members given each text, softmax over m of log w_m + ℓ_m.
+
+    0 where one member alone explains the text, at most log M; of `effective_members` it is the logarithm.
+
+    Args:
+        log_likelihood: ℓ in nats, shape [M, ...].
+        log_weights: log w up to a constant, shape [M] or [M, ...]; None is uniform.
+
+    Returns:
+        float64, nats, shape [...].
+    """
+    return effective_members(responsibilities(log_likelihood.double(), 1.0, log_weights)).log().clamp(min=0.0)
+
+
+def log_likelihood_spread(
+    log_likelihood: Tensor, tokens: Tensor | int = 1, log_weights: Tensor | None = None
+) -> Tensor:
+    """Standard deviation over members of ℓ per token: float64, nats a token, shape [...] from ℓ [M, ...].
+
+    Exactly 0 where the members agree exactly.
+
+    Args:
+        log_likelihood: ℓ in nats, shape [M, ...].
+        tokens: how many tokens ℓ sums over, shape [...].
+        log_weights: log w up to a constant, shape [M] or [M, ...]; None is uniform.
+    """
+    ell = log_likelihood.double()
+    if log_weights is None:
+        log_weights = ell.new_zeros(ell.shape[0])
+    w = log_weights.double().softmax(0)
+    w = w.reshape(w.shape + (1,) * (ell.dim() - w.dim()))
+    deviation = ell - ell[:1]  # from any one member: equal likelihoods then deviate by exactly 0
+    deviation = deviation - _mean(deviation, w, 0)
+    return _mean(deviation.square(), w, 0).sqrt() / tokens
 
 
 def _mean(values: Tensor, weights: Tensor, dim: int) -> Tensor:

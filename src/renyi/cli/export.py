@@ -1,0 +1,86 @@
+"""`renyi export`: an ensemble's members for other programs.
+
+--format adapters writes ordinary PEFT adapters; merged writes a plain transformers model a member; vllm prints the
+command line that serves all members with vLLM, and with --output also writes the adapters and that line beside them.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from renyi.cli.console import emit_json, plural, quiet_progress_bars, stream
+from renyi.cli.parser import StrictParser, parse_strictly
+from renyi.errors import ConfigError
+
+if TYPE_CHECKING:
+    from renyi.export import Export
+
+FORMATS = ("adapters", "merged", "vllm")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Export an ensemble's members."""
+    args = _parse(argv)
+    err = stream(stderr=True)
+    with err.status("loading"):
+        quiet_progress_bars()
+        exported = _export(args)
+    if args.json:
+        emit_json({**exported._asdict(), "members": list(map(str, exported.members))})
+        return 0
+    if args.output:
+        err.print(f"{plural(len(exported.members), 'member')} in {args.output}", soft_wrap=True)
+    for folder, weight in zip(exported.members, exported.weights, strict=True):
+        err.print(Text(f"  weight {weight:.3f}  {folder}"), soft_wrap=True)
+    if args.format == "vllm":
+        print(exported.command)
+    elif exported.unfit:
+        err.print(Text(f"vLLM cannot serve these: {exported.unfit}. --pad_rank may help.", "dim"), soft_wrap=True)
+    return 0
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = StrictParser(
+        prog="renyi export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ensemble", metavar="ENSEMBLE", help="folder of an ensemble, or a hub id")
+    parser.add_argument("--format", required=True, metavar="FORMAT", help=f"one of: {', '.join(FORMATS)}")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to make; an earlier export is replaced")
+    parser.add_argument("--member", nargs="+", metavar="M", help="which members, counted from 0; by default all")
+    parser.add_argument("--base", help="base model, if it is no longer where the ensemble says")
+    parser.add_argument(
+        "--pad_rank", action="store_true", help="pad adapters with zeros to a rank that vLLM knows; changes no update"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    args = parse_strictly(parser, argv)
+    if args.format not in FORMATS:
+        raise ConfigError(f"there is no {args.format!r}", where="--format", hint=f"Use one of: {', '.join(FORMATS)}.")
+    if args.output is None and args.format != "vllm":
+        raise ConfigError("is missing", where="--output", hint=f"{args.format} needs a folder to write to.")
+    if args.pad_rank and (args.format == "merged" or args.output is None):
+        why = "merged members have no rank" if args.format == "merged" else "padded adapters need --output DIR"
+        raise ConfigError("cannot be used here", where="--pad_rank", hint=f"Leave it out: {why}.")
+    if args.member is not None:
+        args.member = [_member(text) for text in args.member]
+    return args
+
+
+def _member(text: str) -> int:
+    if not text.isdecimal():
+        raise ConfigError(f"{text!r} is no member", where="--member", hint="Give numbers, counted from 0: --member 0 2")
+    return int(text)
+
+
+def _export(args: argparse.Namespace) -> "Export":
+    from renyi.export import export_adapters, export_merged, vllm_command
+
+    if args.format == "merged":
+        return export_merged(args.ensemble, args.output, args.member, args.base)
+    if args.format == "vllm" and not args.pad_rank:
+        command = vllm_command(args.ensemble, args.member, args.base)
+        if args.output is None:
+            return command
+    return export_adapters(args.ensemble, args.output, args.member, args.base, args.pad_rank)

@@ -1,0 +1,352 @@
+"""`renyi generate`: an ensemble's answers, and where its members disagree.
+
+PROMPT is a user's message where the tokenizer has a chat template (--plain: text to continue). Without one, prompts are
+the rows of --input, or stdin is one. On a terminal, tokens are coloured by epistemic uncertainty. An answer is marked,
+or with --withhold left unsaid, where it is less certain than the threshold that `renyi evaluate` left in the folder.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from renyi.cli.console import plural, quiet_progress_bars, say, stream
+from renyi.cli.parser import StrictParser, converted, parse_strictly
+from renyi.cli.reading import Loaded, check_output, load_ensemble, progress_bar, write_lines
+from renyi.errors import ConfigError, DataError, EnsembleFormatError
+
+if TYPE_CHECKING:
+    from renyi.inference import Answer, Prompt
+
+ABSTENTION_FILE = "abstention.json"
+# Epistemic uncertainty in nats, up to which a token has a colour: log 2 is two equal camps that say different things.
+SCALE = ((0.02, ""), (0.1, "green"), (0.3, "yellow"), (0.6, "dark_orange"), (math.inf, "bold red"))
+
+_SETTINGS: dict[str, tuple[Any, str]] = {
+    "max_new_tokens": (int, "the most tokens of an answer; 256"),
+    "do_sample": (bool, "sample rather than take the likeliest token; implied by the flags below it"),
+    "temperature": (float, "of the mixture; 0 takes the likeliest token"),
+    "top_k": (int, "sample from the k likeliest tokens; 0 for all"),
+    "top_p": (float, "sample from the likeliest tokens of this total probability"),
+    "min_p": (float, "leave out tokens of less than this share of the likeliest one's probability"),
+    "repetition_penalty": (float, "above 1 against repeating tokens"),
+}
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answer prompts under an ensemble."""
+    args = _parse(argv)
+    out, err = stream(), stream(stderr=True)
+    texts = _read_prompts(args)
+    with err.status("loading"):
+        from renyi.inference import generate
+
+        quiet_progress_bars()
+        loaded = load_ensemble(args)
+    prompts = [_opened(text, args, loaded) for text in texts]
+    abstention = _Abstention.read(loaded.folder, args.withhold)
+    silent = args.json or args.output
+    if not silent and not args.members and not args.withhold:
+        for text, prompt in zip(texts, prompts, strict=True):
+            _stream_answer(out, text, prompt, args, loaded, abstention, numbered=len(prompts) > 1)
+    else:
+        with progress_bar(err, "answering", len(prompts)) as progress:
+            found = generate(loaded.ensemble, prompts, loaded.tokenizer, progress=progress, **args.settings)
+        answers = [answer if isinstance(answer, list) else [answer] for answer in found]
+        if silent:
+            lines = [_line(i, t, a, args, abstention) for i, (t, a) in enumerate(zip(texts, answers, strict=True))]
+            write_lines(lines, args.output)
+        else:
+            for text, of_members in zip(texts, answers, strict=True):
+                _show(out, text, of_members, args, abstention)
+        if args.output:
+            err.print(f"{plural(len(prompts), 'line')} in {args.output}", soft_wrap=True)
+    if not silent and out.is_terminal and not args.members and args.settings["mixture"] != "member":
+        out.print(_legend())
+    return 0
+
+
+# ---- What is asked ---------------------------------------------------------------------------------------------------
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = StrictParser(
+        prog="renyi generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("ensemble", metavar="ENSEMBLE", help="folder of an ensemble, or a hub id")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to answer; quote what has spaces")
+    parser.add_argument("--input", type=Path, metavar="FILE.jsonl", help="rows with `prompt` (text or messages)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write one JSON line a prompt here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    parser.add_argument("--system", metavar="TEXT", help="the system message of every chat")
+    parser.add_argument("--plain", action="store_true", help="continue the text, without a chat template")
+    parser.add_argument("--withhold", action="store_true", help="leave answers above the threshold unsaid")
+    parser.add_argument("--base", help="base model, if it is no longer where the ensemble says")
+    parser.add_argument("--device", help="cuda, cpu, …; by default cuda if there is one")
+    parser.add_argument("--batch_size", default="8", metavar="N", help="prompts answered together; 8")
+    members = parser.add_argument_group("members")
+    members.add_argument("--mixture", help="of sequences, which is exact, of each token, or member; sequence")
+    members.add_argument("--members", action="store_true", help="every member's own answer, side by side")
+    members.add_argument("--member", metavar="M", help="the answer of one member, counted from 0")
+    decoding = parser.add_argument_group("decoding, by default as the base's generation config says")
+    for name, (_, text) in _SETTINGS.items():
+        decoding.add_argument(f"--{name}", help=text, metavar="VALUE")
+    decoding.add_argument("--stop", action="append", metavar="TEXT", help="end an answer with this; repeat for more")
+    decoding.add_argument("--seed", metavar="N", help="of the sampling")
+    args = parse_strictly(parser, argv)
+    args.batch_size = converted(args.batch_size, int, None, "--batch_size")
+    if args.batch_size < 1:
+        raise ConfigError(f"is {args.batch_size}", where="--batch_size", hint="Give an integer above 0.")
+    args.settings = _settings(args)
+    check_output(args.output)
+    return args
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `renyi.inference.generate`."""
+    given = {
+        name: converted(getattr(args, name), hint, None, f"--{name}")
+        for name, (hint, _) in _SETTINGS.items()
+        if getattr(args, name) is not None
+    }
+    if given.get("temperature") == 0:
+        given |= {"do_sample": False}
+        del given["temperature"]
+    elif any(name in given for name in _SAMPLING):
+        given.setdefault("do_sample", True)
+    mixture = converted(args.mixture or "sequence", str, ["sequence", "token", "member"], "--mixture")
+    if args.member is not None:
+        given["member"] = converted(args.member, int, None, "--member")
+    if args.members or args.member is not None:
+        if args.mixture not in (None, "member"):
+            raise ConfigError(f"is {mixture}, but members answer alone", where="--mixture", hint="Leave it out.")
+        mixture = "member"
+    args.members = mixture == "member" and args.member is None
+    if args.stop:
+        given["stop_strings"] = args.stop
+    return {
+        "max_new_tokens": 256,
+        **given,
+        "mixture": mixture,
+        "seed": converted(args.seed, int | None, None, "--seed"),
+        "batch_size": args.batch_size,
+    }
+
+
+def _read_prompts(args: argparse.Namespace) -> "list[Prompt]":
+    """PROMPTs, the rows of `--input`, or stdin."""
+    if args.prompts and args.input:
+        raise ConfigError("goes without PROMPT", where="--input", hint="Give one or the other.")
+    if args.input:
+        return _rows(args.input)
+    prompts = list(args.prompts) or [sys.stdin.read().strip()]
+    for number, prompt in enumerate(prompts, start=1):
+        if not prompt.strip():
+            raise DataError("is empty", where=f"prompt {number}", hint="Give PROMPT, --input, or text on stdin.")
+    return prompts
+
+
+def _rows(file: Path) -> "list[Prompt]":
+    found: list[Prompt] = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read ({error})", where=str(file), hint="Give a JSONL file.") from error
+    for number, line in enumerate(lines, start=1):
+        where = f"{file}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"is not JSON ({error})", where=where, hint='Write {"prompt": "…"}.') from error
+        prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
+        if not prompt or not isinstance(prompt, str | list):
+            raise DataError("has no prompt", where=where, hint='Write {"prompt": "…"} or {"prompt": [messages]}.')
+        found.append(prompt)
+    if not found:
+        raise DataError("has no rows", where=str(file), hint="Give at least one prompt.")
+    return found
+
+
+def _opened(prompt: "Prompt", args: argparse.Namespace, loaded: Loaded) -> "Prompt":
+    """A text as the chat it opens, where there is a chat template."""
+    if args.plain or not loaded.tokenizer.chat_template:
+        if args.system:
+            raise ConfigError("needs a chat template", where="--system", hint="Leave --system out.")
+        if args.plain and not isinstance(prompt, str):
+            raise ConfigError("a prompt is a chat", where="--plain", hint="Leave --plain out, or give text.")
+        return prompt
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return [{"role": "system", "content": args.system}, *chat] if args.system else chat
+
+
+# ---- Abstention ------------------------------------------------------------------------------------------------------
+
+
+class _Abstention(NamedTuple):
+    """The threshold in the ensemble's folder. A score of tokens is an answer's by its most uncertain token."""
+
+    score: str
+    threshold: float
+    risk: float | None
+
+    @classmethod
+    def read(cls, folder: Path, needed: bool) -> "_Abstention | None":
+        file = folder / ABSTENTION_FILE
+        hint = "`renyi evaluate --target_risk 0.05` finds a threshold."
+        if not file.is_file():
+            if needed:
+                raise ConfigError(f"there is no {ABSTENTION_FILE} in {folder}", where="--withhold", hint=hint)
+            return None
+        try:
+            kept = json.loads(file.read_text(encoding="utf-8"))
+            found = cls(str(kept["score"]), float(kept["threshold"]), kept.get("risk", kept.get("target_risk")))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EnsembleFormatError(f"cannot be read ({error!r})", where=str(file), hint=hint) from error
+        if found.score not in _OF_ANSWERS + _OF_TOKENS:
+            what = f"answers are not scored by {found.score}, as {ABSTENTION_FILE} has it"
+            hint = f"Let `renyi evaluate` abstain by one of {', '.join(_OF_TOKENS)}."
+            if needed:
+                raise ConfigError(what, where="--withhold", hint=hint)
+            say("warning", "bold yellow", what, hint)
+            return None
+        return found
+
+    def value(self, answer: "Answer") -> float:
+        value = getattr(answer, self.score)
+        return float(max(value) if isinstance(value, list) else value)
+
+    def is_above(self, answer: "Answer") -> bool:
+        return self.value(answer) > self.threshold
+
+    def told(self, answer: "Answer") -> str:
+        return f"not sure: {self.score} {self.value(answer):.3f}, above the threshold of {self.threshold:.3f}"
+
+
+_OF_ANSWERS = ("mean_epistemic", "max_epistemic", "disagreement", "mixture_nll", "effective_members")
+_OF_TOKENS = ("total", "aleatoric", "epistemic")
+
+
+# ---- What is shown ---------------------------------------------------------------------------------------------------
+
+
+def _stream_answer(
+    out: Console,
+    text: "Prompt",
+    prompt: "Prompt",
+    args: argparse.Namespace,
+    loaded: Loaded,
+    abstention: _Abstention | None,
+    numbered: bool,
+) -> None:
+    """One answer, token by token as it comes."""
+    from renyi.inference import generate
+    from renyi.inference.generate import Pieces
+
+    if numbered:
+        out.print(Text(_last(text), "dim"), soft_wrap=True)
+    pieces = Pieces(loaded.tokenizer)
+
+    def on_token(token_B: Any, uncertainty: Any) -> None:
+        piece = pieces.add(int(token_B))
+        out.print(Text(piece, _colour(float(uncertainty.epistemic))), end="", soft_wrap=True)
+
+    (answer,) = generate(loaded.ensemble, [prompt], loaded.tokenizer, on_token=on_token, **args.settings)
+    out.print()
+    _told(out, answer, args, abstention)
+
+
+def _show(
+    out: Console, text: "Prompt", answers: "list[Answer]", args: argparse.Namespace, abstention: _Abstention | None
+) -> None:
+    """Whole answers: withheld where they are uncertain, or those of members side by side."""
+    out.print(Text(_last(text), "dim"), soft_wrap=True)
+    if not args.members:
+        (answer,) = answers
+        if abstention and abstention.is_above(answer):
+            out.print(Text(f"I do not know ({abstention.told(answer)}).", "italic"), soft_wrap=True)
+        else:
+            out.print(_coloured(answer), soft_wrap=True)
+            _told(out, answer, args, None)
+        return
+    width = max(24, out.width // min(len(answers), max(1, out.width // 40)) - 1)
+    panels = [
+        Panel(
+            Text(answer.text.strip()),
+            title=f"member {m}",
+            subtitle=f"[dim]NLL {answer.mixture_nll / max(1, len(answer.token_ids)):.2f} a token[/]",
+            title_align="left",
+            subtitle_align="left",
+            border_style="dim",
+            width=width,
+        )
+        for m, answer in enumerate(answers)
+    ]
+    out.print(Columns(panels, padding=(0, 1)))
+
+
+def _told(out: Console, answer: "Answer", args: argparse.Namespace, abstention: _Abstention | None) -> None:
+    """On a terminal how sure the answer is; in either case if it is above the threshold."""
+    if abstention and abstention.is_above(answer):
+        out.print(Text(f"[{abstention.told(answer)}]", "bold yellow"), soft_wrap=True)
+    if out.is_terminal and args.settings["mixture"] != "member":
+        out.print(
+            Text(
+                f"{plural(len(answer.token_ids), 'token')} · epistemic mean {answer.mean_epistemic:.3f}, "
+                f"max {answer.max_epistemic:.3f} nats · {answer.effective_members:.1f} of "
+                f"{len(answer.member_log_likelihood)} members explain it\n",
+                "dim",
+            ),
+            soft_wrap=True,
+        )
+
+
+def _coloured(answer: "Answer") -> Text:
+    return Text.assemble(*(zip(answer.tokens, map(_colour, answer.epistemic), strict=True)))
+
+
+def _colour(epistemic: float) -> str:
+    return next(colour for limit, colour in SCALE if epistemic <= limit)
+
+
+def _legend() -> Text:
+    text = Text.assemble(("members disagree, in nats a token: ", "dim"))
+    below = 0.0
+    for limit, colour in SCALE:
+        text.append(f"≤ {limit:g}" if limit < math.inf else f"> {below:g}", colour or "default")
+        text.append("  ")
+        below = limit
+    return text
+
+
+def _last(prompt: "Prompt") -> str:
+    """A prompt as a heading: of messages the last."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+
+
+def _line(
+    index: int, prompt: "Prompt", answers: "list[Answer]", args: argparse.Namespace, abstention: _Abstention | None
+) -> dict[str, Any]:
+    """One JSON object of a prompt: its answer's fields, or those of every member's answer."""
+
+    def fields(answer: "Answer") -> dict[str, Any]:
+        found = answer._asdict()
+        if abstention:
+            found["above_threshold"] = abstention.is_above(answer)
+            if found["above_threshold"] and args.withhold:
+                found |= {"text": None, "token_ids": None, "tokens": None}
+        return found
+
+    if args.members:
+        return {"index": index, "prompt": prompt, "members": [fields(answer) for answer in answers]}
+    return {"index": index, "prompt": prompt, **fields(answers[0])}

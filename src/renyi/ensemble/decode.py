@@ -1,0 +1,374 @@
+"""Text from a mixture of members, token by token: the decode loop over member-major rows with one KV cache.
+
+The base is read once a step for all members. transformers prepares everything that is not about members: processors,
+warpers, stopping criteria, the cache. This file knows nothing about text, prompts or files; it sees token ids.
+"""
+
+import difflib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from renyi.ensemble.lora import repeat_rows
+from renyi.errors import ConfigError
+from renyi.objectives import TokenUncertainty, effective_members, token_uncertainty
+
+MIXTURES = ("sequence", "token", "member")
+
+OnToken = Callable[[Tensor, TokenUncertainty], object]
+
+# What transformers' generate does otherwise than by one distribution a step, and what needs a second model.
+_REFUSED = (
+    "num_beams",
+    "num_beam_groups",
+    "constraints",
+    "force_words_ids",
+    "penalty_alpha",
+    "dola_layers",
+    "guidance_scale",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+)
+_CACHES = (None, "dynamic", "offloaded", "quantized")
+_LISTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
+
+
+class Generation(NamedTuple):
+    """B answers of at most N new tokens, and how sure the ensemble is of them.
+
+    K members are mixed in an answer: M, or 1 with mixture="member", where every other shape has M before B unless one
+    member was chosen. Uncertainties are of the mixture before temperature and other warpers, in nats, as
+    `token_uncertainty` defines them. After the end of an answer every quantity of a token is 0.
+
+    Attributes:
+        sequences: [B, T + N], the prompts, padded on their left, and the answers, padded on their right.
+        mask: [B, N] bool, True where a token was generated; the end-of-text token is one.
+        log_prob: [B, N] float64, of each token under the mixture.
+        weights: [K, B, N] float64, running weights of the members that each token was predicted with.
+        total: [B, N] float64.
+        aleatoric: [B, N] float64.
+        epistemic: [B, N] float64.
+        member_log_likelihood: [K, B] float64, log p_m(answer | prompt) in nats.
+        mixture_nll: [B] float64, −log of the answer's probability under the mixture it was decoded from, nats.
+        mean_epistemic: [B] float64, over the answer's tokens.
+        max_epistemic: [B] float64.
+        disagreement: [B] float64, the mean variation ratio: the weight of members that would have said something else
+            than most, from 0 to 1 − 1/K.
+        effective_members: [B] float64, exp of the entropy of the posterior over members given the answer, 1 to K.
+    """
+
+    sequences: Tensor
+    mask: Tensor
+    log_prob: Tensor
+    weights: Tensor
+    total: Tensor
+    aleatoric: Tensor
+    epistemic: Tensor
+    member_log_likelihood: Tensor
+    mixture_nll: Tensor
+    mean_epistemic: Tensor
+    max_epistemic: Tensor
+    disagreement: Tensor
+    effective_members: Tensor
+
+    @property
+    def new_tokens(self) -> Tensor:
+        """[B, N], what was generated: `sequences` without the prompts."""
+        return self.sequences[..., self.sequences.shape[-1] - self.mask.shape[-1] :]
+
+
+@torch.no_grad()
+def decode(
+    base: PreTrainedModel,
+    weights: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    mixture: str = "sequence",
+    seed: int | None = None,
+    streamer: BaseStreamer | None = None,
+    on_token: OnToken | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    generation_config: GenerationConfig | None = None,
+    **settings: Any,
+) -> Generation:
+    """Continue B prompts under the mixture of the members that `base`'s rows belong to.
+
+    Args:
+        base: in evaluation mode, with M members in its joint layers.
+        weights: of these members, [M], summing to one.
+
+    The others, and what raises, are those of `LoraEnsemble.generate`.
+    """
+    if mixture not in MIXTURES:
+        raise ConfigError(f"{mixture!r} is none of {', '.join(MIXTURES)}", where="mixture")
+    _check_settings(base, generation_config, settings)
+    input_ids, attention_mask = _left_padded(input_ids.to(base.device), attention_mask)
+    log_weights = weights.to(base.device).double().log().log_softmax(0)
+    by_member = mixture == "member"
+    if by_member:  # rows of their own, each a mixture of one
+        input_ids, attention_mask = (x.repeat(len(weights), 1) for x in (input_ids, attention_mask))
+        log_weights = log_weights.new_zeros(1)
+    if streamer is not None and len(input_ids) > 1:
+        raise ConfigError(
+            f"takes one answer, not {len(input_ids)}", where="streamer", hint="Give one prompt and no streamer to more."
+        )
+    prepared = _prepare(base, input_ids, attention_mask, generation_config, tokenizer, settings)
+    steps = _loop(base, log_weights, prepared, mixture == "token", _generator(seed, base), streamer, on_token)
+    generation = _summarise(steps, log_weights)
+    return _by_member(generation, len(weights)) if by_member else generation
+
+
+# ---- The loop --------------------------------------------------------------------------------------------------------
+
+
+class _Prepared(NamedTuple):
+    """What transformers' `generate` hands to a decoding loop."""
+
+    input_ids: Tensor
+    processors: Any
+    criteria: Any
+    config: Any
+    model_kwargs: dict[str, Any]
+
+
+class _Steps(NamedTuple):
+    """What the loop kept: the rows' final ids, and of every step rows [B] or members' rows [K, B]."""
+
+    sequences: Tensor
+    mask: list[Tensor]
+    log_probs: list[Tensor]
+    log_weights: list[Tensor]
+    uncertainty: list[TokenUncertainty]
+
+
+def _loop(
+    base: PreTrainedModel,
+    log_weights: Tensor,
+    prepared: _Prepared,
+    by_token: bool,
+    generator: torch.Generator | None,
+    streamer: BaseStreamer | None,
+    on_token: OnToken | None,
+) -> _Steps:
+    """transformers' own loop, with the members' distributions mixed before a token is chosen."""
+    ids_BT, processors, criteria, config, _ = prepared
+    num_members, batch = len(log_weights), len(ids_BT)
+    forward = _Forward(base, prepared, num_members)
+    pad = config._pad_token_tensor if config._pad_token_tensor is not None else ids_BT.new_zeros(())
+    log_w_KB = log_weights[:, None].expand(num_members, batch)
+    unfinished_B = torch.ones_like(ids_BT[:, 0], dtype=torch.bool)
+    steps = _Steps(ids_BT, [], [], [], [])
+    if streamer is not None:
+        streamer.put(ids_BT.cpu())
+    while True:
+        logits_KBV = forward(ids_BT).float().view(num_members, batch, -1)
+        log_p_KBV = logits_KBV.log_softmax(-1)
+        scores_BV = processors(ids_BT, _mixed(logits_KBV, log_p_KBV, log_w_KB))
+        if config.do_sample:
+            token_B = torch.multinomial(scores_BV.softmax(-1), 1, generator=generator).squeeze(1)
+        else:
+            token_B = scores_BV.argmax(-1)
+        token_B = torch.where(unfinished_B, token_B, pad)
+
+        uncertainty = token_uncertainty(log_p_KBV, log_w_KB)
+        log_p_KB = log_p_KBV.gather(-1, token_B.expand(num_members, batch)[..., None]).squeeze(-1).double()
+        steps.mask.append(unfinished_B)
+        steps.log_probs.append(log_p_KB)
+        steps.log_weights.append(log_w_KB)
+        steps.uncertainty.append(uncertainty)
+        if not by_token:
+            log_w_KB = torch.where(unfinished_B, _posterior(log_w_KB, log_p_KB), log_w_KB)
+
+        ids_BT = torch.cat([ids_BT, token_B[:, None]], dim=-1)
+        if streamer is not None:
+            streamer.put(token_B.cpu())
+        if on_token is not None:
+            on_token(token_B, uncertainty)
+        unfinished_B = unfinished_B & ~criteria(ids_BT, None)
+        if not unfinished_B.any():
+            break
+    if streamer is not None:
+        streamer.end()
+    return steps._replace(sequences=ids_BT)
+
+
+class _Forward:
+    """Next-token logits [K·B, V] of member-major rows by the model's own forward, which reads new tokens only."""
+
+    def __init__(self, base: Any, prepared: _Prepared, num_members: int):
+        self.base, self.num_members = base, num_members
+        batch = len(prepared.input_ids)
+        self.kwargs = {k: repeat_rows(v, num_members, batch) for k, v in prepared.model_kwargs.items()}
+        self.is_first = True
+
+    def __call__(self, ids_BT: Tensor) -> Tensor:
+        new = 1 if self.kwargs.get("use_cache") and not self.is_first else None
+        inputs = self.base.prepare_inputs_for_generation(
+            ids_BT.repeat(self.num_members, 1),
+            next_sequence_length=new,
+            is_first_iteration=self.is_first,
+            **self.kwargs,
+        )
+        output = self.base(**inputs, return_dict=True)
+        # Private, but made for decoding loops such as this one: only the model knows how its mask and positions grow.
+        self.kwargs = self.base._update_model_kwargs_for_generation(output, self.kwargs)
+        self.is_first = False
+        return output.logits[:, -1]
+
+
+def _mixed(logits_KBV: Tensor, log_p_KBV: Tensor, log_w_KB: Tensor) -> Tensor:
+    """log p̄ [B, V] at the level of the members' logits, as transformers' processors expect scores.
+
+    A penalty on repetition looks at the sign of a logit, so log p̄ is lifted by the members' mean log-normaliser:
+    members that agree exactly are penalised just as each of them would be alone.
+    """
+    if len(logits_KBV) == 1:
+        return logits_KBV[0].clone()
+    log_w_KB1 = log_w_KB[..., None].float()
+    level_KB1 = logits_KBV.logsumexp(-1, keepdim=True)
+    return (log_w_KB1 + log_p_KBV).logsumexp(0) + (log_w_KB1.exp() * level_KB1).sum(0)
+
+
+def _posterior(log_w_KB: Tensor, log_p_KB: Tensor) -> Tensor:
+    """Bayes' rule for one token, [K, B]; weights stay where a processor forced a token that no member allows."""
+    joint_KB = log_w_KB + log_p_KB
+    evidence_B = joint_KB.logsumexp(0)
+    return torch.where(evidence_B > -torch.inf, joint_KB - evidence_B, log_w_KB)
+
+
+def _summarise(steps: _Steps, log_weights: Tensor) -> Generation:
+    mask_BN = torch.stack(steps.mask, -1)
+    log_p_KBN, log_w_KBN = torch.stack(steps.log_probs, -1), torch.stack(steps.log_weights, -1)
+    uncertainty = TokenUncertainty(
+        *(torch.stack(values, -1).masked_fill(~mask_BN, 0.0) for values in zip(*steps.uncertainty, strict=True))
+    )
+    tokens_B = mask_BN.sum(-1)
+    log_prob_BN = (log_w_KBN + log_p_KBN).logsumexp(0).masked_fill(~mask_BN, 0.0)
+    ell_KB = log_p_KBN.masked_fill(~mask_BN, 0.0).sum(-1)
+    return Generation(
+        sequences=steps.sequences,
+        mask=mask_BN,
+        log_prob=log_prob_BN,
+        weights=log_w_KBN.exp().masked_fill(~mask_BN, 0.0),
+        total=uncertainty.total,
+        aleatoric=uncertainty.aleatoric,
+        epistemic=uncertainty.epistemic,
+        member_log_likelihood=ell_KB,
+        mixture_nll=-log_prob_BN.sum(-1),
+        mean_epistemic=uncertainty.epistemic.sum(-1) / tokens_B,
+        max_epistemic=uncertainty.epistemic.amax(-1),
+        disagreement=uncertainty.variation_ratio.sum(-1) / tokens_B,
+        effective_members=effective_members(_posterior(log_weights[:, None].expand_as(ell_KB), ell_KB).exp()),
+    )
+
+
+def _by_member(generation: Generation, num_members: int) -> Generation:
+    """Rows [M·B] as [M, B]."""
+    mixed = ("weights", "member_log_likelihood")  # their rows are the second dimension
+
+    def split(name: str, value: Tensor) -> Tensor:
+        return value.unflatten(1 if name in mixed else 0, (num_members, -1))
+
+    return Generation(**{name: split(name, value) for name, value in generation._asdict().items()})
+
+
+def _generator(seed: int | None, base: PreTrainedModel) -> torch.Generator | None:
+    """What to draw from; without a seed torch's global generator."""
+    return None if seed is None else torch.Generator(base.device).manual_seed(seed)
+
+
+# ---- What goes in ----------------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    base: Any,  # to mypy, `generate` is a tensor
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    settings: dict[str, Any],
+) -> _Prepared:
+    """Let transformers' `generate` prepare everything, and stop it where its own loop would begin."""
+
+    def hand_over(model: Any, input_ids: Tensor, **given: Any) -> _Prepared:
+        processors, criteria = given.pop("logits_processor"), given.pop("stopping_criteria")
+        return _Prepared(input_ids, processors, criteria, given.pop("generation_config"), given)
+
+    criteria = StoppingCriteriaList(settings.get("stopping_criteria") or [])
+    stop_strings = _setting("stop_strings", base, generation_config, settings)
+    if stop_strings:
+        if tokenizer is None:
+            raise ConfigError("cannot be found without a tokenizer", where="stop_strings", hint="Give `tokenizer`.")
+        # By hand, for `generate` keeps the tokenizer to itself when it is given another loop.
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    given = {"cache_implementation": "dynamic", **settings, "stopping_criteria": criteria, "stop_strings": None}
+    try:
+        return base.generate(
+            input_ids,
+            attention_mask=attention_mask,
+            generation_config=generation_config,
+            custom_generate=hand_over,
+            **given,
+        )
+    except ValueError as error:
+        raise ConfigError(f"transformers refuses these settings ({error})", where="generate") from error
+
+
+def _setting(name: str, base: PreTrainedModel, config: GenerationConfig | None, settings: dict[str, Any]) -> Any:
+    """A setting as it will hold: given by name, by a config, or the model's own."""
+    if name in settings:
+        return settings[name]
+    given = getattr(config, name, None)
+    return getattr(base.generation_config, name, None) if given is None else given
+
+
+def _check_settings(base: PreTrainedModel, config: GenerationConfig | None, settings: dict[str, Any]) -> None:
+    known = [*vars(GenerationConfig()), *_LISTS]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                "there is no such setting of generation",
+                where=name,
+                hint=f"Did you mean {near[0]}?" if near else "They are those of transformers' GenerationConfig.",
+            )
+    for name in _REFUSED:
+        value = _setting(name, base, config, settings)
+        if value is True or value not in (None, 0, 1):
+            raise ConfigError(
+                f"is {value!r}, which a mixture cannot be decoded with", where=name, hint="Sample, or decode greedily."
+            )
+    cache = settings.get("cache_implementation", getattr(config, "cache_implementation", None))
+    if cache not in _CACHES:
+        raise ConfigError(f"is {cache!r}", where="cache_implementation", hint='Leave it out, or write "dynamic".')
+
+
+def _left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same tokens with all padding on the left, where a decoder needs it."""
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    attention_mask = attention_mask.to(input_ids)
+    if input_ids.dim() != 2 or attention_mask.shape != input_ids.shape:
+        raise ConfigError(
+            f"have shapes {list(input_ids.shape)} and {list(attention_mask.shape)}",
+            where="input_ids and attention_mask",
+            hint="Both are [B, T].",
+        )
+    empty = ~attention_mask.any(-1)
+    if input_ids.numel() == 0 or empty.any():
+        which = f"prompt {int(empty.nonzero()[0]) + 1}" if empty.any() else "prompts"
+        raise ConfigError("no token to continue", where=which, hint="Give at least the beginning-of-text token.")
+    order = (attention_mask != 0).long().argsort(dim=-1, stable=True)
+    return input_ids.gather(-1, order), attention_mask.gather(-1, order)

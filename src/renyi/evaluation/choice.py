@@ -1,0 +1,327 @@
+"""How well an ensemble answers multiple-choice questions, and whether it knows where it is wrong, beside baselines.
+
+Knows log-probabilities of options, mixture weights and which option is right. It does not know what the questions say.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from renyi.evaluation import bootstrap, metrics
+from renyi.evaluation.bootstrap import RESAMPLES, Estimate, Statistic, intervals
+from renyi.evaluation.metrics import Array, ReliabilityBin
+from renyi.evaluation.specialisation import Specialisation, specialisation
+from renyi.inference import token_uncertainty
+from renyi.objectives import renyi_loss
+
+COVERAGE = 0.8
+
+
+class Opinion(NamedTuple):
+    """What one ensemble thinks of N questions.
+
+    Attributes:
+        log_probs: each member's log-probabilities of the options, [M, N, C]; −inf where there is no such option.
+        weights: mixture weights [M].
+        log_likelihood: log p_m(option | prompt) [M, N, C], nats, if the perplexity of answers is wanted.
+        tokens: of each option, [N, C], with `log_likelihood`.
+    """
+
+    log_probs: Tensor
+    weights: Tensor
+    log_likelihood: Tensor | None = None
+    tokens: Tensor | None = None
+
+    def mixture(self) -> Array:
+        """Probabilities Σ_m π_m p_m, float64 [N, C]."""
+        log_weights = self.weights.detach().cpu().double().log()
+        return _normalised((-renyi_loss(self.log_probs.double(), 1.0, log_weights)).exp().numpy())
+
+    def members(self) -> list[Array]:
+        """Each member's probabilities, float64 [N, C]."""
+        return [_normalised(p.double().exp().numpy()) for p in self.log_probs]
+
+    def uncertainty(self) -> dict[str, Array]:
+        """Scores [N] of how unsure the answer is, higher for less sure; those of disagreement only if M > 1.
+
+        `max_probability` is 1 − max p, so that it rises with doubt like the others; `perplexity` is that of the answer,
+        exp of the mixture's NLL a token of the option it takes.
+        """
+        found = token_uncertainty(self.log_probs, self.weights.detach().cpu().double().log())._asdict()
+        scores = {"max_probability": 1 - self.mixture().max(axis=1), "total": found["total"].numpy()}
+        if self.log_likelihood is not None and self.tokens is not None:
+            taken = torch.from_numpy(self.mixture().argmax(axis=1))[:, None]
+            nll_NC = renyi_loss(self.log_likelihood.double(), 1.0, self.weights.detach().cpu().double().log())
+            scores["perplexity"] = (nll_NC.gather(1, taken) / self.tokens.gather(1, taken)).exp().squeeze(1).numpy()
+        if len(self.weights) == 1:
+            return scores
+        return scores | {name: x.numpy() for name, x in found.items() if name != "total"}
+
+    def rows(self, rows: NDArray[np.int64]) -> "Opinion":
+        """The same of some of the questions."""
+        picked = torch.from_numpy(rows)
+        return Opinion(
+            self.log_probs[:, picked],
+            self.weights,
+            None if self.log_likelihood is None else self.log_likelihood[:, picked],
+            None if self.tokens is None else self.tokens[picked],
+        )
+
+
+def _normalised(probs: Array) -> Array:
+    return probs / probs.sum(axis=1, keepdims=True)
+
+
+class Detection(NamedTuple):
+    """How well an uncertainty finds wrong answers; see `metrics`.
+
+    Attributes:
+        auroc, aupr: wrong answers told from right ones.
+        aurc: area under the risk–coverage curve; lower is better.
+        prr: prediction rejection ratio.
+        accuracy_at_coverage: share right of the 80 % most certain questions.
+    """
+
+    auroc: Estimate
+    aupr: Estimate
+    aurc: Estimate
+    prr: Estimate
+    accuracy_at_coverage: Estimate
+
+
+class OutOfDistribution(NamedTuple):
+    """How well an uncertainty tells the questions of another dataset from those evaluated."""
+
+    auroc: Estimate
+    aupr: Estimate
+
+
+class System(NamedTuple):
+    """The mixture, a member, or a baseline.
+
+    Attributes:
+        name: what it is called.
+        accuracy, nll, brier, ece, adaptive_ece: of its probabilities; see `metrics`. NLL in nats a question.
+        detection: of its errors, by each of its uncertainties.
+        out_of_distribution: of another dataset, by each of its uncertainties; empty without one.
+        reliability: its probabilities against what came true.
+        risk: mean error of its most certain answers by number of them, [N], by its own `total` uncertainty.
+        temperature: what its log-probabilities were divided by; 1 unless it was fitted.
+    """
+
+    name: str
+    accuracy: Estimate
+    nll: Estimate
+    brier: Estimate
+    ece: Estimate
+    adaptive_ece: Estimate
+    detection: dict[str, Detection]
+    out_of_distribution: dict[str, OutOfDistribution]
+    reliability: list[ReliabilityBin]
+    risk: dict[str, list[float]]
+    temperature: float = 1.0
+
+
+class ChoiceGroup(NamedTuple):
+    """The mixture on one group of questions, and each member's accuracy there."""
+
+    group: str
+    questions: int
+    accuracy: float
+    nll: float
+    ece: float
+    epistemic: float
+    members: list[float]
+
+
+class ChoiceEvaluation(NamedTuple):
+    """What `evaluate_choice` finds.
+
+    Attributes:
+        questions: how many were evaluated.
+        calibration_questions: how many were set aside for the temperature and the threshold.
+        systems: the mixture, its members if more than one, the baselines, and the temperature-scaled single member.
+        most_contested: positions of the evaluated questions, those with the most epistemic uncertainty first.
+        groups, specialisation: by group, if groups were given.
+    """
+
+    questions: int
+    calibration_questions: int
+    systems: list[System]
+    most_contested: list[int]
+    groups: list[ChoiceGroup] | None = None
+    specialisation: Specialisation | None = None
+
+
+def calibration_split(questions: int, share: float, seed: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Positions set aside for calibration, and those evaluated, both ascending; at least one is evaluated."""
+    order = np.random.default_rng(seed).permutation(questions)
+    aside = min(round(share * questions), questions - 1)
+    return np.sort(order[:aside]), np.sort(order[aside:])
+
+
+def evaluate_choice(
+    ensemble: Opinion,
+    labels: Sequence[int],
+    *,
+    baselines: Mapping[str, Opinion] | None = None,
+    groups: Sequence[str] | None = None,
+    out_of_distribution: Mapping[str, Opinion] | None = None,
+    calibration: NDArray[np.int64] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> ChoiceEvaluation:
+    """Evaluate an ensemble, each of its members and baselines on the same questions.
+
+    Args:
+        ensemble: what it thinks of N questions.
+        labels: which option is right, [N].
+        baselines: other ensembles, or single adapters, on the same questions, by name.
+        groups: what each question belongs to, such as its subject, [N].
+        out_of_distribution: what the ensemble ("mixture") and baselines (their names) think of another dataset.
+        calibration: questions that are not evaluated, but that a temperature is fitted on: that of the first baseline
+            with a single member, else of member 0. None for no temperature.
+        resamples: draws for the intervals.
+        seed: of the draws.
+
+    Raises:
+        ValueError: lengths do not match.
+    """
+    right = np.asarray(labels)
+    for name, opinion in {"mixture": ensemble, **(baselines or {})}.items():
+        if opinion.log_probs.shape[1] != len(right):
+            raise ValueError(f"there are {len(right)} labels of {opinion.log_probs.shape[1]} questions of {name}")
+    aside = np.empty(0, np.int64) if calibration is None else calibration
+    kept = np.setdiff1d(np.arange(len(right)), aside)
+    elsewhere = out_of_distribution or {}
+    systems = []
+
+    def add(name: str, opinion: Opinion, other: Opinion | None = None, temperature: float = 1.0) -> None:
+        systems.append(_system(name, opinion.rows(kept), right[kept], other, temperature, resamples, seed))
+
+    add("mixture", ensemble, elsewhere.get("mixture"))
+    if len(ensemble.weights) > 1:
+        for member in range(len(ensemble.weights)):
+            other = elsewhere.get("mixture")
+            add(f"member {member}", _alone(ensemble, member), other and _alone(other, member))
+    for name, opinion in (baselines or {}).items():
+        add(name, opinion, elsewhere.get(name))
+    if len(aside):
+        source, single = next(
+            ((n, o) for n, o in (baselines or {}).items() if len(o.weights) == 1), ("mixture", _alone(ensemble, 0))
+        )
+        temperature = metrics.fit_temperature(single.rows(aside).log_probs[0].double().numpy(), right[aside])
+        other = elsewhere.get(source)
+        name = "member 0" if source == "mixture" else source
+        add(
+            f"{name}, temperature",
+            _tempered(single, temperature),
+            other and _tempered(_alone(other, 0), temperature),
+            temperature,
+        )
+    of_mixture = ensemble.rows(kept)
+    epistemic = of_mixture.uncertainty().get("epistemic", np.zeros(len(kept)))
+    names = None if groups is None else [groups[i] for i in kept]
+    correct_MN = of_mixture.log_probs[:, torch.arange(len(kept)), torch.from_numpy(right[kept])]
+    return ChoiceEvaluation(
+        questions=len(kept),
+        calibration_questions=len(aside),
+        systems=systems,
+        most_contested=kept[np.argsort(-epistemic, kind="stable")].tolist(),
+        groups=None if names is None else _groups(names, of_mixture, right[kept], epistemic),
+        specialisation=None if names is None else specialisation(correct_MN, of_mixture.weights.cpu(), names),
+    )
+
+
+def _alone(opinion: Opinion, member: int) -> Opinion:
+    ell = opinion.log_likelihood
+    of_member = slice(member, member + 1)
+    return Opinion(opinion.log_probs[of_member], torch.ones(1), None if ell is None else ell[of_member], opinion.tokens)
+
+
+def _tempered(opinion: Opinion, temperature: float) -> Opinion:
+    return opinion._replace(log_probs=(opinion.log_probs.double() / temperature).log_softmax(dim=-1))
+
+
+def _system(
+    name: str,
+    opinion: Opinion,
+    labels: NDArray[np.int64],
+    elsewhere: Opinion | None,
+    temperature: float,
+    resamples: int,
+    seed: int,
+) -> System:
+    probs, scores = opinion.mixture(), opinion.uncertainty()
+    correct = metrics.is_right(probs, labels)
+    quality: dict[str, tuple[float, Statistic]] = {
+        "accuracy": (metrics.accuracy(probs, labels), bootstrap.mean(correct)),
+        "nll": (metrics.nll(probs, labels), bootstrap.mean(metrics.example_nll(probs, labels))),
+        "brier": (metrics.brier(probs, labels), bootstrap.mean(metrics.example_brier(probs, labels))),
+        "ece": (metrics.ece(probs, labels), bootstrap.ece(probs, labels)),
+        "adaptive_ece": (metrics.adaptive_ece(probs, labels), bootstrap.adaptive_ece(probs, labels)),
+    }
+    return System(
+        name=name,
+        **_estimates(quality, len(labels), resamples, seed),
+        detection={k: _detection(score, correct, resamples, seed) for k, score in scores.items()},
+        out_of_distribution={}
+        if elsewhere is None
+        else {k: _told_apart(scores[k], other, resamples, seed) for k, other in elsewhere.uncertainty().items()},
+        reliability=metrics.reliability(probs, labels),
+        risk={k: metrics.risk_coverage(score, ~correct).risk.tolist() for k, score in scores.items()},
+        temperature=temperature,
+    )
+
+
+def _estimates(
+    figures: dict[str, tuple[float, Statistic]], examples: int, resamples: int, seed: int
+) -> dict[str, Estimate]:
+    values, statistics = ({name: pair[i] for name, pair in figures.items()} for i in (0, 1))
+    return intervals(values, statistics, examples, resamples, seed)  # type: ignore[arg-type]
+
+
+def _detection(score: Array, correct: NDArray[np.bool_], resamples: int, seed: int) -> Detection:
+    by: dict[str, tuple[Callable[..., float], Callable[..., Statistic]]] = {
+        name: (getattr(metrics, name), getattr(bootstrap, name)) for name in ("auroc", "aupr", "aurc", "prr")
+    }
+    figures = {name: (value(score, ~correct), statistic(score, ~correct)) for name, (value, statistic) in by.items()}
+    figures["accuracy_at_coverage"] = (
+        metrics.accuracy_at_coverage(score, correct, COVERAGE),
+        bootstrap.accuracy_at_coverage(score, correct, COVERAGE),
+    )
+    return Detection(**_estimates(figures, len(score), resamples, seed))
+
+
+def _told_apart(here: Array, elsewhere: Array, resamples: int, seed: int) -> OutOfDistribution:
+    score = np.concatenate([here, elsewhere])
+    is_elsewhere = np.arange(len(score)) >= len(here)
+    figures = {
+        "auroc": (metrics.auroc(score, is_elsewhere), bootstrap.auroc(score, is_elsewhere)),
+        "aupr": (metrics.aupr(score, is_elsewhere), bootstrap.aupr(score, is_elsewhere)),
+    }
+    return OutOfDistribution(**_estimates(figures, len(score), resamples, seed))
+
+
+def _groups(names: Sequence[str], opinion: Opinion, labels: NDArray[np.int64], epistemic: Array) -> list[ChoiceGroup]:
+    probs, members = opinion.mixture(), opinion.members()
+    found = []
+    for name in sorted(set(names)):
+        rows = np.flatnonzero([n == name for n in names])
+        p, y = probs[rows], labels[rows]
+        found.append(
+            ChoiceGroup(
+                name,
+                len(rows),
+                metrics.accuracy(p, y),
+                metrics.nll(p, y),
+                metrics.ece(p, y),
+                float(epistemic[rows].mean()),
+                [metrics.accuracy(q[rows], y) for q in members],
+            )
+        )
+    return found

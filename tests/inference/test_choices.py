@@ -1,0 +1,92 @@
+"""Truths about scoring options: against the ensemble's own likelihoods, for letters, texts, and cut prompts."""
+
+import pytest
+import torch
+from tiny import WORDS, tiny_ensemble, tiny_tokenizer
+
+from renyi.data import Question
+from renyi.errors import DataError
+from renyi.inference import choice_log_probs, choice_prompt, score_choices
+
+QUESTIONS = [
+    Question("w1 w2 w3", ["w4", "w5 w6", "w7 w8 w9"], 0),
+    Question("w9", ["w1 w1", "w2"], 1),
+    Question("w3 w3", ["w4 w5", "w4 w6", "w7"], 2),
+]
+
+
+def lettered_tokenizer() -> object:
+    """Knows letters as tokens, in place of the last words."""
+    tokenizer = tiny_tokenizer()
+    swap = dict(zip(WORDS[-8:], ["A", "B", "C", "A.", "B.", "C.", "Answer:", "D"], strict=True))
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {swap.get(token, token): i for token, i in tokenizer.get_vocab().items()}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("by", ["letter", "text"])
+def test_likelihoods_are_the_ensembles(by: str) -> None:
+    """Each option alone, without a batch: log p(prompt and option) − log p(prompt)."""
+    ensemble, tokenizer = tiny_ensemble(3), lettered_tokenizer()
+    found = score_choices(ensemble, QUESTIONS, tokenizer, by, tokens_per_batch=200)
+    assert found.log_likelihood.shape == (3, 3, 3)
+    for n, question in enumerate(QUESTIONS):
+        prompt = choice_prompt(question, by)
+        for c, text in enumerate(question.choices):
+            whole, start = (
+                torch.tensor([tokenizer(t)["input_ids"]])
+                for t in (f"{prompt} {text if by == 'text' else 'ABC'[c]}", prompt)
+            )
+            with torch.no_grad():
+                expected = ensemble.log_likelihood(whole) - ensemble.log_likelihood(start)
+            torch.testing.assert_close(found.log_likelihood[:, n, c].float(), expected[:, 0], rtol=1e-4, atol=1e-4)
+            assert found.tokens[n, c] == whole.shape[1] - start.shape[1]
+    assert found.log_likelihood[:, 1, 2].tolist() == [-torch.inf] * 3
+    assert (found.tokens[1, 2], found.cut) == (0, 0)
+
+
+def test_probabilities_of_options() -> None:
+    scores = score_choices(tiny_ensemble(2), QUESTIONS, lettered_tokenizer(), "text")
+    plain, normalised = choice_log_probs(scores, "text"), choice_log_probs(scores, "text_normalised")
+    for log_probs in (plain, normalised):
+        torch.testing.assert_close(log_probs.exp().sum(dim=-1), torch.ones(2, 3, dtype=torch.float64))
+        assert (log_probs[:, 1, 2] == -torch.inf).all()
+    difference = (scores.log_likelihood / scores.tokens.clamp(min=1))[:, 0, 0:2].diff(dim=-1)
+    torch.testing.assert_close(normalised[:, 0, 0:2].diff(dim=-1), difference)
+    assert not torch.allclose(plain[:, 0], normalised[:, 0])
+
+
+def test_the_letter_prompt() -> None:
+    question = Question("Is it so? ", ["yes", "no"], 0)
+    assert choice_prompt(question, "letter") == "Is it so?\nA. yes\nB. no\nAnswer:"
+    assert choice_prompt(question, "text") == "Is it so?\nAnswer:"
+
+
+def test_options_that_begin_alike_are_told_apart_after_the_same_prompt() -> None:
+    """What the options share is scored as part of each of them."""
+    found = score_choices(tiny_ensemble(1), QUESTIONS[2:], lettered_tokenizer(), "text")
+    assert found.tokens.tolist() == [[2, 2, 1]]
+
+
+def test_a_long_prompt_loses_its_beginning() -> None:
+    ensemble, tokenizer = tiny_ensemble(2), lettered_tokenizer()
+    long = [Question("w9 " * 20 + "w1 w2 w3", ["w4", "w5 w6"], 0)]
+    short = [Question("w1 w2 w3", ["w4", "w5 w6"], 0)]
+    limit = 4 + 2  # three words and "Answer:", and the longest option
+    cut = score_choices(ensemble, long, tokenizer, "text", max_length=limit)
+    assert cut.cut == 1
+    expected = score_choices(ensemble, short, tokenizer, "text")
+    torch.testing.assert_close(cut.log_likelihood, expected.log_likelihood, rtol=1e-4, atol=1e-4)
+    with pytest.raises(DataError, match="row 1: an option has 2 tokens, and the model's context is 2"):
+        score_choices(ensemble, long, tokenizer, "text", max_length=2)
+
+
+def test_progress_ends_at_all_questions() -> None:
+    told: list[int] = []
+    score_choices(tiny_ensemble(1), QUESTIONS, lettered_tokenizer(), "text", tokens_per_batch=16, progress=told.append)
+    assert told == sorted(told)
+    assert told[-1] == len(QUESTIONS)

@@ -1,0 +1,89 @@
+"""Answers to prompts: what `LoraEnsemble.generate` says, row by row, as text."""
+
+import pytest
+import torch
+from tiny import EOS, tiny_ensemble, tiny_tokenizer
+
+from renyi.errors import ConfigError, DataError
+from renyi.inference import Answer, generate
+from renyi.inference.generate import Pieces
+from renyi.zoo import load_base
+
+PROMPTS = ["w1 w2 w3", "w9", [{"role": "user", "content": "w4 w5"}], "w7 w8"]
+IDS = [[6, 7, 8], [14], [3, 9, 10, 4], [12, 13]]  # <user> w4 w5 <assistant>
+
+
+def test_answers_are_the_ensembles_own_in_the_order_of_the_prompts():
+    ensemble, tokenizer = tiny_ensemble(3), tiny_tokenizer()
+    answers = generate(ensemble, PROMPTS, tokenizer, batch_size=3, max_new_tokens=6, do_sample=False)
+    for ids, answer in zip(IDS, answers, strict=True):
+        alone = ensemble.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=EOS)
+        assert isinstance(answer, Answer)
+        assert answer.token_ids == alone.new_tokens[0].tolist()
+        assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+        assert "".join(answer.tokens) == answer.text
+        for name in ("log_prob", "total", "aleatoric", "epistemic"):
+            assert getattr(answer, name) == pytest.approx(getattr(alone, name)[0].tolist(), abs=1e-5)
+        for name in ("mixture_nll", "mean_epistemic", "max_epistemic", "disagreement", "effective_members"):
+            assert getattr(answer, name) == pytest.approx(float(getattr(alone, name)[0]), abs=1e-4)
+        assert torch.tensor(answer.weights).T.flatten() == pytest.approx(alone.weights[:, 0].flatten(), abs=1e-5)
+        assert answer.member_log_likelihood == pytest.approx(alone.member_log_likelihood[:, 0].tolist(), abs=1e-4)
+
+
+def test_every_members_answer_and_one_members():
+    ensemble, tokenizer = tiny_ensemble(3), tiny_tokenizer()
+    settings = {"max_new_tokens": 5, "do_sample": False, "mixture": "member"}
+    every = generate(ensemble, PROMPTS, tokenizer, **settings)
+    assert [len(of_members) for of_members in every] == [3] * 4
+    for member in range(3):
+        alone = generate(ensemble, PROMPTS, tokenizer, member=member, **settings)
+        assert [a.token_ids for a in alone] == [of_members[member].token_ids for of_members in every]
+    assert every[0][0].weights == [[1.0]] * len(every[0][0].token_ids)
+
+
+def test_an_answer_ends_at_the_tokenizers_end_too():
+    """Fine-tuning on chats may have closed turns with another token than the base's."""
+    ensemble = tiny_ensemble(3)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    (free,) = generate(ensemble, ["w1 w2"], tiny_tokenizer(), eos_token_id=None, **settings)
+    end = tiny_tokenizer().convert_ids_to_tokens(free.token_ids[1])
+    (ended,) = generate(ensemble, ["w1 w2"], tiny_tokenizer(eos_token=end), **settings)
+    first = free.token_ids.index(free.token_ids[1])
+    assert ended.token_ids == free.token_ids[: first + 1]
+    assert ended.text == tiny_tokenizer().decode(free.token_ids[:first])
+
+
+def test_seeds_are_of_batches():
+    ensemble, tokenizer = tiny_ensemble(2), tiny_tokenizer()
+    settings = {"max_new_tokens": 8, "do_sample": True, "batch_size": 1}
+    one, again = (generate(ensemble, ["w1", "w1"], tokenizer, seed=3, **settings) for _ in range(2))
+    assert one == again
+    assert one[0].token_ids != one[1].token_ids
+    assert generate(ensemble, ["w1"], tokenizer, seed=4, **settings)[0] == one[1]
+
+
+def test_pieces_join_to_the_text_and_never_show_half_a_character():
+    tokenizer = load_base()[1]
+    ids = tokenizer("<user>What is the capital of Ubaria?<assistant>It is Ador.<end>")["input_ids"]
+    pieces = Pieces(tokenizer)
+    assert "".join(map(pieces.add, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
+
+    class Bytes:
+        def decode(self, ids, skip_special_tokens=True):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    pieces = Pieces(Bytes())  # type: ignore[arg-type]
+    assert [pieces.add(byte) for byte in "aé!".encode()] == ["a", "", "é", "!"]
+
+
+def test_what_has_no_answer_is_refused_by_the_number_of_its_prompt():
+    ensemble, tokenizer = tiny_ensemble(2), tiny_tokenizer()
+    with pytest.raises(DataError, match="prompt 2: is empty"):
+        generate(ensemble, ["w1", ""], tokenizer)
+    with pytest.raises(DataError, match="prompt 1: does not fit the chat template"):
+        generate(ensemble, [[{"role": "user", "content": "Hello"}, {"role": "robot"}]], load_base()[1])
+    tokenizer.chat_template = None
+    with pytest.raises(DataError, match="prompt 3: is a chat, and the tokenizer has no chat template"):
+        generate(ensemble, PROMPTS, tokenizer)
+    with pytest.raises(ConfigError, match="num_beams"):
+        generate(ensemble, ["w1"], tokenizer, num_beams=3)
