@@ -6,7 +6,7 @@ from tiny import WORDS, tiny_ensemble, tiny_tokenizer
 
 from renyi.data import Question
 from renyi.errors import DataError
-from renyi.inference import choice_log_probs, choice_prompt, score_choices
+from renyi.inference import choice_log_probs, choice_prompt, choices, score_choices
 
 QUESTIONS = [
     Question("w1 w2 w3", ["w4", "w5 w6", "w7 w8 w9"], 0),
@@ -90,3 +90,13 @@ def test_progress_ends_at_all_questions() -> None:
     score_choices(tiny_ensemble(1), QUESTIONS, lettered_tokenizer(), "text", tokens_per_batch=16, progress=told.append)
     assert told == sorted(told)
     assert told[-1] == len(QUESTIONS)
+
+
+def test_letters_in_one_pass_are_letters_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A question's letters are read off one row; scored as rows of their own they come out the same."""
+    ensemble, tokenizer = tiny_ensemble(3), lettered_tokenizer()
+    at_once = score_choices(ensemble, QUESTIONS, tokenizer, "letter", tokens_per_batch=64)
+    monkeypatch.setattr(choices._Tokenised, "is_one_token", False)
+    one_by_one = score_choices(ensemble, QUESTIONS, tokenizer, "letter")
+    torch.testing.assert_close(at_once.log_likelihood, one_by_one.log_likelihood, rtol=1e-5, atol=1e-5)
+    assert torch.equal(at_once.tokens, one_by_one.tokens)

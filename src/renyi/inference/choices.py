@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from renyi.data import IGNORED, LETTERS, Question
 from renyi.ensemble import LoraEnsemble
-from renyi.errors import DataError
+from renyi.errors import DataError, EnsembleFormatError
+from renyi.inference.batches import batches_by_length, padded
 from renyi.inference.score import score
 
 ChoiceBy = Literal["letter", "text", "text_normalised"]
@@ -65,6 +66,8 @@ def score_choices(
     """
     limit = max_length or getattr(ensemble.config, "max_position_embeddings", None)
     tokenised = [_tokenised(q, tokenizer, by, limit, number) for number, q in enumerate(questions, start=1)]
+    if all(question.is_one_token for question in tokenised):  # as letters are: one row a question says it all
+        return _score_next_tokens(ensemble, tokenised, tokens_per_batch, progress)
     rows = [row for question in tokenised for row in question.rows]
     dataset = Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})
     share = len(questions) / len(rows)
@@ -79,6 +82,41 @@ def score_choices(
         ell_MNC[:, n, c] = torch.tensor(one.log_likelihood, dtype=torch.float64)
         tokens_NC[n, c] = one.tokens
     return ChoiceScores(ell_MNC, tokens_NC, sum(q.is_cut for q in tokenised))
+
+
+@torch.inference_mode()
+def _score_next_tokens(
+    ensemble: LoraEnsemble,
+    questions: "Sequence[_Tokenised]",
+    tokens_per_batch: int,
+    progress: Callable[[int], object],
+) -> ChoiceScores:
+    """`score_choices` where an option is the one token after its question's prompt."""
+    prompts = [q.rows[0].input_ids[:-1] for q in questions]
+    options = padded([[row.input_ids[-1] for row in q.rows] for q in questions], -1)
+    ell_MNC = torch.full((ensemble.num_members, *options.shape), -torch.inf, dtype=torch.float64)
+    training, done = ensemble.training, 0
+    ensemble.eval()
+    for rows in batches_by_length([len(ids) for ids in prompts], tokens_per_batch // ensemble.num_members):
+        input_ids = padded([prompts[i] for i in rows], 0)
+        lengths = torch.tensor([len(prompts[i]) for i in rows])[:, None]
+        position = torch.arange(input_ids.shape[1])
+        inputs = (input_ids, (position < lengths).long(), position == lengths - 1)
+        log_p_MBV = torch.cat(list(ensemble.next_token_log_probs(*(x.to(ensemble.device) for x in inputs))), dim=1)
+        there = options[rows] >= 0
+        picked = options[rows].clamp(min=0).to(log_p_MBV.device).expand(ensemble.num_members, -1, -1)
+        log_p_MBC = log_p_MBV.gather(-1, picked).double().cpu()
+        bad = ~log_p_MBC.isfinite().all(dim=0) & there
+        if bad.any():
+            raise EnsembleFormatError(
+                "a member's log-likelihood is no finite number",
+                where=f"row {rows[int(bad.any(dim=1).nonzero()[0])] + 1}",
+                hint="Its training diverged, or the base is loaded in a precision too low for it.",
+            )
+        ell_MNC[:, rows] = log_p_MBC.masked_fill(~there, -torch.inf)
+        progress(done := done + len(rows))
+    ensemble.train(training)
+    return ChoiceScores(ell_MNC, (options >= 0).long(), sum(q.is_cut for q in questions))
 
 
 def choice_log_probs(scores: ChoiceScores, by: ChoiceBy = "letter") -> Tensor:
@@ -106,6 +144,11 @@ class _Row(NamedTuple):
 class _Tokenised(NamedTuple):
     rows: list[_Row]
     is_cut: bool
+
+    @property
+    def is_one_token(self) -> bool:
+        """Whether every option is a single token after the same prompt."""
+        return all(row.labels.count(IGNORED) == len(row.labels) - 1 for row in self.rows)
 
 
 def _tokenised(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import DataError, EnsembleFormatError
+from renyi.inference.batches import batches_by_length
 
 
 class ContinuationScore(NamedTuple):
@@ -61,7 +62,7 @@ def score_continuations(
     try:
         with torch.inference_mode():
             lengths = [len(x) + len(y) - 1 for x, y in zip(contexts, continuations, strict=True)]
-            for rows in _batches(lengths, tokens_per_batch // ensemble.num_members):
+            for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
                 pairs = [([*contexts[i], *continuations[i]], len(continuations[i])) for i in rows]
                 for row, scored in zip(rows, _score_batch(ensemble, pairs), strict=True):
                     if not torch.tensor(scored.member_log_likelihood).isfinite().all():
@@ -75,18 +76,6 @@ def score_continuations(
     finally:
         ensemble.train(training)
     return [found[i] for i in range(len(found))]
-
-
-def _batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Row indices, longest first, no more than `tokens` tokens with their padding."""
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 def _score_batch(ensemble: LoraEnsemble, rows: Sequence[tuple[list[int], int]]) -> list[ContinuationScore]:

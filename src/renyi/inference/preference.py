@@ -3,7 +3,8 @@
 The same tokens, reference and joint forward as in training. It knows nothing about files.
 """
 
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from renyi.data import PairPreparation
 from renyi.ensemble import LoraEnsemble, Reference, completion_labels
 from renyi.errors import EnsembleFormatError
+from renyi.inference.batches import batches_by_length
 from renyi.objectives import (
     LogRatios,
     PreferenceLoss,
@@ -85,35 +87,23 @@ def score_pairs(
     """
     collate = DataCollatorForPreference(0, preparation.max_length, preparation.truncation_mode)
     columns = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    lengths = [
+        min(len(prompt) + max(len(chosen), len(rejected)), preparation.max_length or sys.maxsize)
+        for batch in columns.iter(1000)
+        for prompt, chosen, rejected in zip(*batch.values(), strict=True)
+    ]
     scores: list[PairScore] = []
     training = ensemble.training
     ensemble.eval()
     try:
         with torch.no_grad():
-            for rows in _batches(columns, preparation.max_length, tokens_per_batch // ensemble.num_members):
+            for rows in batches_by_length(lengths, tokens_per_batch // (2 * ensemble.num_members)):
                 batch = {k: v.to(ensemble.device) for k, v in collate([columns[i] for i in rows]).items()}
                 scores += _score_batch(ensemble, rows, batch, loss, reference)
                 progress(len(scores))
     finally:
         ensemble.train(training)
     return sorted(scores)
-
-
-def _batches(pairs: Dataset, max_length: int | None, tokens: int) -> Iterator[list[int]]:
-    """Indices of pairs, those of like length together, no more than `tokens` tokens with their padding."""
-    lengths = [
-        min(len(prompt) + max(len(chosen), len(rejected)), max_length or len(prompt) + max(len(chosen), len(rejected)))
-        for columns in pairs.iter(1000)
-        for prompt, chosen, rejected in zip(*columns.values(), strict=True)
-    ]
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and 2 * (len(batch) + 1) * lengths[row] > tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 def _score_batch(

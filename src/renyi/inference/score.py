@@ -4,17 +4,17 @@ The same tokens, labels and joint forward as in training, so that a score is wha
 nothing about files.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from datasets import Dataset
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from renyi.data import IGNORED, Preparation, prepare
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import EnsembleFormatError
+from renyi.inference.batches import batches_by_length, padded
 from renyi.objectives import jensen_gap, renyi_loss, responsibilities
 
 
@@ -69,12 +69,13 @@ def score(
         if tokenizer is None:
             raise ValueError("the dataset is not prepared: a tokenizer is needed")
         dataset = prepare(dataset, tokenizer, preparation or Preparation())
+    lengths = [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
     scores: list[Score] = []
     training = ensemble.training
     ensemble.eval()
     try:
         with torch.inference_mode():
-            for rows in _batches(dataset, tokens_per_batch // ensemble.num_members):
+            for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
                 scores += _score_batch(ensemble, rows, dataset[rows])
                 progress(len(scores))
     finally:
@@ -82,22 +83,9 @@ def score(
     return sorted(scores)
 
 
-def _batches(dataset: Dataset, tokens: int) -> Iterator[list[int]]:
-    """Row indices, rows of like length together, no more than `tokens` tokens with their padding."""
-    lengths = [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[row] > tokens:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
-
-
 def _score_batch(ensemble: LoraEnsemble, rows: list[int], columns: dict[str, list[list[int]]]) -> list[Score]:
-    input_ids, attention_mask = _padded(columns["input_ids"], 0), _padded([[1] * len(x) for x in columns["labels"]], 0)
-    labels = _padded(columns["labels"], IGNORED)
+    input_ids, attention_mask = padded(columns["input_ids"], 0), padded([[1] * len(x) for x in columns["labels"]], 0)
+    labels = padded(columns["labels"], IGNORED)
     ell_MB = ensemble.log_likelihood(*(x.to(ensemble.device) for x in (input_ids, attention_mask, labels))).cpu()
     if not ell_MB.isfinite().all():
         bad = int((~ell_MB.isfinite()).any(dim=0).nonzero()[0])
@@ -121,8 +109,3 @@ def _score_batch(ensemble: LoraEnsemble, rows: list[int], columns: dict[str, lis
             strict=True,
         )
     ]
-
-
-def _padded(rows: list[list[int]], value: int) -> Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
