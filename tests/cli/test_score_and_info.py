@@ -183,3 +183,18 @@ def test_info_needs_no_base(trained: tuple[Path, Ended], tmp_path: Path) -> None
     assert (ended.code, ended.err) == (0, "")
     for part in ("/nowhere/base", "2 × LoRA rank 2", "0.8, sequence routed", "Members' updates"):
         assert part in ended.out
+
+
+def test_options_of_questions_are_scored(trained: tuple[Path, Ended], tmp_path: Path) -> None:
+    rows = [{"question": "w1 w2", "choices": ["w3", "w4 w5"], "answer": 0}, {"question": "w6", "choices": ["w7"] * 2}]
+    file = write_rows(tmp_path / "quiz.jsonl", [{"answer": 1, **row} for row in rows])
+    out = tmp_path / "options.jsonl"
+    ended = renyi("score", trained[0], file, "--choice_by", "text", "--output", out, "--device", "cpu")
+    assert ended.code == 0, ended.err
+    first, second = (json.loads(line) for line in out.read_text("utf-8").splitlines())
+    assert (first["index"], first["tokens"]) == (0, [1, 2])
+    assert [len(options) for options in first["log_likelihood"]] == [2, 2]
+    assert sum(first["probabilities"]) == pytest.approx(1)
+    assert second["probabilities"] == pytest.approx([0.5, 0.5])
+    assert second["epistemic"] == pytest.approx(0, abs=1e-9)
+    assert renyi("score", trained[0], file, "--choice_by", "number").code == 2

@@ -1,12 +1,15 @@
 """`renyi score`: log-likelihoods and responsibilities of every member on every example, one JSON line each.
 
-Rows are prepared as they were for the ensemble's training, so a flag is needed only to depart from that.
+Rows are prepared as they were for the ensemble's training, so a flag is needed only to depart from that. With
+--choice_by, rows are multiple-choice questions, and a line has the likelihood of every option under every member.
 """
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from renyi.cli.console import emit_json, plural, quiet_progress_bars, stream
 from renyi.cli.members import members_table
@@ -29,6 +32,8 @@ def run(argv: Sequence[str]) -> int:
     """Score a dataset under an ensemble."""
     args = _parse(argv)
     err = stream(stderr=True)
+    if args.choice_by is not None:
+        return _score_questions(args, err)
     with err.status("loading"):
         from renyi.data import Preparation
         from renyi.inference import score, summarise_members
@@ -53,13 +58,43 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _score_questions(args: argparse.Namespace, err: Console) -> int:
+    """A line a question; what is right is not looked at."""
+    with err.status("loading"):
+        from renyi.data import read_questions
+        from renyi.evaluation import Opinion
+        from renyi.inference import choice_log_probs, score_choices
+
+        quiet_progress_bars()
+        questions = read_questions(load_rows(args), args.data)
+        _, ensemble, tokenizer = load_ensemble(args)
+    with progress_bar(err, "scoring", len(questions)) as progress:
+        scores = score_choices(ensemble, questions, tokenizer, args.choice_by, progress=progress)
+    opinion = Opinion(choice_log_probs(scores, args.choice_by), ensemble.weights, scores.log_likelihood, scores.tokens)
+    mixture, uncertainty = opinion.mixture(), opinion.uncertainty()
+    lines = []
+    for i, question in enumerate(questions):
+        options = slice(len(question.choices))
+        line = {"index": i, "tokens": scores.tokens[i, options].tolist()}
+        line |= {"log_likelihood": scores.log_likelihood[:, i, options].tolist()}
+        line |= {"probabilities": mixture[i, options].tolist(), "choice": int(mixture[i].argmax())}
+        lines.append(line | {name: float(values[i]) for name, values in uncertainty.items()})
+    write_lines(lines, args.output)
+    if args.output:
+        err.print(f"{plural(len(lines), 'line')} in {args.output}", soft_wrap=True)
+    return 0
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = StrictParser(prog="renyi score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_reading_flags(parser, "write the lines here; to stdout if not given", "print the summary as one JSON object")
     kept = parser.add_argument_group("preparation, by default as in training")
     for name, (_, text) in _PREPARATION.items():
         kept.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS)
+    parser.add_argument("--choice_by", help="score the options of questions: letter, text or text_normalised")
     args = parse_strictly(parser, argv)
+    if args.choice_by is not None:
+        converted(args.choice_by, str, ("letter", "text", "text_normalised"), "--choice_by")
     args.preparation = {
         name: converted(getattr(args, name), hint, None, f"--{name}")
         for name, (hint, _) in _PREPARATION.items()
