@@ -11,7 +11,7 @@ from torch import Tensor
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from renyi.ensemble import JointOutput, example_log_likelihood
-from renyi.ensemble.ensemble import _repeat_packed
+from renyi.ensemble.rows import repeat_packed
 
 
 def examples(lengths: list[int], seed: int = 0) -> list[list[int]]:
@@ -104,7 +104,7 @@ def test_segments_are_summed_as_a_loop_sums_them(rows, random):
 def test_repeated_boundaries_are_those_of_the_members_rows_one_after_another():
     batch = packed([examples([5, 3]), examples([4])])
     length = 12
-    repeated = _repeat_packed({**batch, "use_cache": False, "attention_mask": None}, num_members=3)
+    repeated = repeat_packed({**batch, "use_cache": False, "attention_mask": None}, num_members=3)
     assert repeated["input_ids"].shape == (1, 3 * length)
     assert torch.equal(repeated["input_ids"].view(3, length), batch["input_ids"].expand(3, -1))
     assert torch.equal(repeated["position_ids"].view(3, length), batch["position_ids"].expand(3, -1))

@@ -1,8 +1,9 @@
 """M adapters on one base: build, load and save them; the joint forward; sequence log-likelihoods."""
 
 from renyi.ensemble.decode import MIXTURES, Generation
-from renyi.ensemble.ensemble import JointOutput, LoraEnsemble, example_log_likelihood
+from renyi.ensemble.ensemble import LoraEnsemble
 from renyi.ensemble.preference import Reference, completion_labels, read_preference, write_preference
+from renyi.ensemble.rows import JointOutput, example_log_likelihood
 
 __all__ = [
     "MIXTURES",

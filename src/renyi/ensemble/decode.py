@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from renyi.ensemble.lora import repeat_rows
+from renyi.ensemble.rows import repeat_rows
 from renyi.errors import ConfigError
 from renyi.objectives import TokenUncertainty, effective_members, token_uncertainty
 

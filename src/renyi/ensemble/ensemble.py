@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -21,30 +21,15 @@ from transformers.generation.streamers import BaseStreamer
 from renyi import __version__
 from renyi.ensemble import adapters, storage
 from renyi.ensemble.decode import Generation, OnToken, decode
-from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
-from renyi.ensemble.lora import JointLora, MemberSelection, repeat_rows
+from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, check_head, token_scores
+from renyi.ensemble.lora import JointLora, MemberSelection
+from renyi.ensemble.rows import JointOutput, repeat_packed, repeat_rows
 from renyi.errors import ConfigError, EnsembleFormatError
 
 IGNORED = -100  # the label of a token that is not trained, as everywhere in transformers
 
 
 Snapshot: TypeAlias = list[tuple[Tensor, Tensor]]  # every layer's A [M, R, I] and B [M, O, R]
-
-
-class JointOutput(NamedTuple):
-    """What the joint forward returns. Position t of the last dimension predicts token t + 1.
-
-    Attributes:
-        log_probs: [M, B, T−1] float32, nats; zero where not trained. Carries the gradient.
-        label_mask: [B, T−1] bool, where a token is trained.
-        entropy: [M, B, T−1] float32, nats; zero where not trained; no gradient.
-        is_top1: [M, B, T−1] bool, whether the token is the member's most likely one.
-    """
-
-    log_probs: Tensor
-    label_mask: Tensor
-    entropy: Tensor
-    is_top1: Tensor
 
 
 class LoraEnsemble(nn.Module):
@@ -93,7 +78,7 @@ class LoraEnsemble(nn.Module):
         base = _load_base(model) if isinstance(model, str | Path) else model
         if adapters.joint_layers(base):
             raise ConfigError("the model already carries an ensemble", hint="Load the base model anew.")
-        _check_head(base)
+        check_head(base)
         selection = MemberSelection()
         resolved = adapters.draw_members(base, peft_config, num_members, seed, selection)
         return cls(base, resolved, selection, num_members)
@@ -328,7 +313,7 @@ class LoraEnsemble(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs, "use_cache": False}
         if "cu_seq_lens_q" in inputs and "flash" in str(self.base.config._attn_implementation):
             # Variable-length kernels see one long row: the members' copies of the packed row, one after another.
-            inputs = _repeat_packed(inputs, num_members)
+            inputs = repeat_packed(inputs, num_members)
         else:
             # Without them, boundaries follow from `position_ids`, row by row.
             inputs = {k: v for k, v in inputs.items() if not k.startswith(("cu_seq_lens", "max_length"))}
@@ -507,37 +492,6 @@ def _load_base(name: str | Path) -> PreTrainedModel:
         ) from error
 
 
-def _check_head(base: PreTrainedModel) -> None:
-    """Raise `ConfigError` unless our head, on the backbone's hidden states, gives the model's own probabilities."""
-    head = base.get_output_embeddings()
-    if not isinstance(getattr(head, "weight", None), Tensor) or base.base_model is base:
-        raise ConfigError(f"{type(base).__name__} is not a causal language model with a linear head", where="model")
-    if base.device.type == "meta":
-        return
-    ids = torch.arange(3, device=base.device)[None]
-    targets = torch.linspace(
-        0, head.weight.shape[0] - 1, 8, device=base.device
-    ).long()  # tokens all over the vocabulary
-    training = base.training
-    base.eval()  # a base with dropout of its own answers differently each time
-    for module in base.modules():
-        if isinstance(module, nn.Linear):
-            module.train()  # on a CPU, bitsandbytes repacks a layer for good in evaluation; it has no gradient then
-    with torch.no_grad():
-        hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        transform = LogitTransform.from_config(base.config)
-        rows, row_targets = hidden.repeat_interleave(len(targets), 0), targets.repeat(len(hidden))
-        ours = token_scores(rows, head, row_targets, transform).log_probs
-        theirs = base(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)[:, targets].flatten()
-    base.train(training)
-    if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05):
-        raise ConfigError(
-            f"{type(base).__name__} does something to its hidden states or logits that this version does not know",
-            where="model",
-            hint="Log-likelihoods would be wrong. Please report the architecture.",
-        )
-
-
 def _check_same_config(first: LoraConfig, other: LoraConfig, first_where: str, other_where: str) -> None:
     """Members share one config: their scaling and shapes are the ensemble's."""
     for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
@@ -547,45 +501,3 @@ def _check_same_config(first: LoraConfig, other: LoraConfig, first_where: str, o
                 where=other_where,
                 hint="Members of one ensemble share rank, scaling and targets.",
             )
-
-
-def _repeat_packed(inputs: dict[str, Any], num_members: int) -> dict[str, Any]:
-    """One packed row [1, T] as [1, M·T], its sequence boundaries repeated behind each other."""
-    length = inputs["input_ids"].shape[1]
-    repeated = dict(inputs)
-    for name, value in inputs.items():
-        if name.startswith("cu_seq_lens"):
-            starts = torch.arange(num_members, device=value.device, dtype=value.dtype)[:, None] * length
-            repeated[name] = torch.cat([value[:1], (value[1:] + starts).flatten()])
-        elif name == "seq_idx":
-            sequences = value.max() + 1
-            repeated[name] = torch.cat([value + m * sequences for m in range(num_members)], dim=1)
-        elif isinstance(value, Tensor) and value.dim() == 2:
-            repeated[name] = value.repeat(1, num_members)
-    return repeated
-
-
-def example_log_likelihood(output: JointOutput, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Sum token log-probabilities by example.
-
-    A row is one example, or, in a packed row, several: each begins where `position_ids` is 0.
-
-    Args:
-        output: of the joint forward over B rows of T tokens.
-        position_ids: [B, T] of a packed batch; None where each row is one example.
-
-    Returns:
-        Log-likelihoods [M, E] in nats and trained tokens [E], of the E examples that have any.
-    """
-    tokens_BT = output.label_mask
-    if position_ids is None:
-        ell_ME, tokens_E = output.log_probs.sum(dim=-1), tokens_BT.sum(dim=-1)
-    else:
-        example_BT = (position_ids == 0).flatten().cumsum(0).view_as(position_ids)[:, 1:] - 1
-        num_examples = int(example_BT.max()) + 1
-        index = example_BT.flatten()
-        ell_ME = output.log_probs.new_zeros(output.log_probs.shape[0], num_examples)
-        ell_ME = ell_ME.index_add(1, index, output.log_probs.flatten(1))
-        tokens_E = tokens_BT.new_zeros(num_examples, dtype=torch.long).index_add(0, index, tokens_BT.flatten().long())
-    trained = tokens_E > 0
-    return ell_ME[:, trained], tokens_E[trained]

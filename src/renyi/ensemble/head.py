@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from renyi.errors import ConfigError
 
 # Rows are scored in chunks of about this many logits: 16 MiB in float32, which allocators reuse from chunk to chunk.
 LOGITS_PER_CHUNK = 1 << 22
@@ -113,3 +115,34 @@ class _FrozenHead(torch.autograd.Function):
         (row_grad,) = ctx.saved_tensors
         grad_hidden = None if row_grad is None else row_grad * grad_log_probs[:, None].to(row_grad.dtype)
         return grad_hidden, None, None, None, None
+
+
+def check_head(base: PreTrainedModel) -> None:
+    """Raise `ConfigError` unless our head, on the backbone's hidden states, gives the model's own probabilities."""
+    head = base.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), Tensor) or base.base_model is base:
+        raise ConfigError(f"{type(base).__name__} is not a causal language model with a linear head", where="model")
+    if base.device.type == "meta":
+        return
+    ids = torch.arange(3, device=base.device)[None]
+    targets = torch.linspace(
+        0, head.weight.shape[0] - 1, 8, device=base.device
+    ).long()  # tokens all over the vocabulary
+    training = base.training
+    base.eval()  # a base with dropout of its own answers differently each time
+    for module in base.modules():
+        if isinstance(module, nn.Linear):
+            module.train()  # on a CPU, bitsandbytes repacks a layer for good in evaluation; it has no gradient then
+    with torch.no_grad():
+        hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        transform = LogitTransform.from_config(base.config)
+        rows, row_targets = hidden.repeat_interleave(len(targets), 0), targets.repeat(len(hidden))
+        ours = token_scores(rows, head, row_targets, transform).log_probs
+        theirs = base(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)[:, targets].flatten()
+    base.train(training)
+    if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05):
+        raise ConfigError(
+            f"{type(base).__name__} does something to its hidden states or logits that this version does not know",
+            where="model",
+            hint="Log-likelihoods would be wrong. Please report the architecture.",
+        )

@@ -87,10 +87,3 @@ class JointLora(nn.Module):
     def extra_repr(self) -> str:
         members, rank, _ = self.lora_A.shape
         return f"members={members}, r={rank}, scaling={self.scaling:g}"
-
-
-def repeat_rows(value: Any, num_members: int, batch: int) -> Any:
-    """Rows of a batch once for every member, member-major; anything that has no rows as it is."""
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
-        return value
-    return value.repeat(num_members, *[1] * (value.dim() - 1))
