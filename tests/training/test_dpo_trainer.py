@@ -357,3 +357,11 @@ def test_log_probabilities_of_completions_leave_prompts_out(tmp_path):
     whole = completion_log_prob(output.log_probs, batch["completion_mask"][:, 1:])
     zero = LogRatios(*(whole - whole).chunk(2, dim=1))
     assert preference_log_likelihood(zero).exp().eq(0.5).all()
+
+
+def test_references_that_cannot_be_kept_are_used_all_the_same(tmp_path, monkeypatch, caplog):
+    (tmp_path / "a file").write_text("")
+    monkeypatch.setattr(reference, "HF_HOME", str(tmp_path / "a file"))
+    trainer = dpo_trainer_of(tmp_path, num_members=2, precompute_ref_log_probs=True)
+    assert "ref_chosen_logps" in trainer.train_dataset.column_names
+    assert "not kept" in caplog.text

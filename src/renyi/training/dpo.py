@@ -253,7 +253,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's, but kept by content and not by the dataset's own cache, which another run does not find."""
-        return with_reference(self, dataset, name, batch_size)
+        return with_reference(dataset, self.reference, self.data_collator, self.args, self.accelerator, batch_size)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)

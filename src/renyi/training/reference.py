@@ -5,41 +5,53 @@ pairs finds it, and one that differs in anything does not.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from renyi.training.dpo import RenyiDPOTrainer
+from renyi.ensemble import Reference
+
+logger = logging.getLogger(__name__)
 
 _COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-def with_reference(trainer: "RenyiDPOTrainer", dataset: Dataset, name: str, batch_size: int) -> Dataset:
+def with_reference(
+    dataset: Dataset, reference: Reference, collate: Any, args: Any, accelerator: Accelerator, batch_size: int
+) -> Dataset:
     """Add columns `ref_chosen_logps` and `ref_rejected_logps` to prepared pairs: a number, or a list of M.
 
     Every process computes its share of the pairs; the first writes the file.
+
+    Args:
+        dataset: prepared pairs.
+        reference: what to compute them under.
+        collate: makes a batch of pairs.
+        args: of the trainer: where pairs are cut, and in which precision they are computed.
+        accelerator: of the trainer.
+        batch_size: pairs computed together.
     """
-    file = cache_folder() / f"{_content(trainer, dataset)}.safetensors"
-    trainer.accelerator.wait_for_everyone()  # all have looked for the same file before one writes it
-    if not file.is_file():
-        found = _computed(trainer, dataset, batch_size)
-        if trainer.accelerator.is_main_process:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
-            save_file(found, partial)
-            partial.replace(file)
-    else:
+    file = cache_folder() / f"{_content(dataset, reference, args)}.safetensors"
+    accelerator.wait_for_everyone()  # all have looked for the same file before one writes it
+    if file.is_file():
         found = load_file(file)
-    trainer.accelerator.wait_for_everyone()
+    else:
+        found = _computed(dataset, reference, collate, args.ld_alpha, accelerator, batch_size)
+        if accelerator.is_main_process:
+            _keep(found, file)
+    accelerator.wait_for_everyone()
     columns = {column: (x[:, 0] if x.shape[1] == 1 else x).tolist() for column, x in found.items()}
     return concatenate_datasets([dataset, Dataset.from_dict({c: columns[c] for c in _COLUMNS})], axis=1)
 
@@ -49,29 +61,46 @@ def cache_folder() -> Path:
     return Path(HF_HOME) / "renyi" / "reference"
 
 
-def _content(trainer: "RenyiDPOTrainer", dataset: Dataset) -> str:
-    args = trainer.args
+def _keep(found: dict[str, Tensor], file: Path) -> None:
+    """Write the file whole or not at all; a run that cannot keep its references is no worse for it."""
+    partial = file.with_suffix(".partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(found, partial)
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        logger.warning("The reference log-probabilities are not kept for another run: %s", error)
+
+
+def _content(dataset: Dataset, reference: Reference, args: Any) -> str:
     settings = [args.max_length, args.truncation_mode, args.ld_alpha, bool(args.bf16), bool(args.fp16)]
     digest = blake2b(digest_size=16)
-    digest.update(json.dumps([trainer.reference.fingerprint(), settings]).encode())
+    digest.update(json.dumps([reference.fingerprint(), settings]).encode())
     for rows in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(batch_size=1000):
         digest.update(json.dumps(rows).encode())
     return digest.hexdigest()
 
 
-def _computed(trainer: "RenyiDPOTrainer", dataset: Dataset, batch_size: int) -> dict[str, Tensor]:
+def _computed(
+    dataset: Dataset,
+    reference: Reference,
+    collate: Any,
+    ld_alpha: float | None,
+    state: Accelerator,
+    batch_size: int,
+) -> dict[str, Tensor]:
     """Reference log-probabilities [N, S] of both completions, in the dataset's order."""
-    state, model = trainer.accelerator, trainer.model
+    model = reference.ensemble
     found: list[tuple[int, list[float], list[float]]] = []
     training = model.training
     model.eval()
     mine = range(state.process_index, len(dataset), state.num_processes)
     for rows in _batches(dataset, mine, batch_size):
-        batch = trainer.data_collator(list(dataset.select(rows)))
+        batch = {name: x.to(state.device) for name, x in collate(list(dataset.select(rows))).items()}
         with state.autocast():
-            logps_S2B = trainer.reference.log_probs(
-                {k: v.to(state.device) for k, v in batch.items()}, trainer.args.ld_alpha
-            )
+            logps_S2B = reference.log_probs(batch, ld_alpha)
         found += zip(rows, *(half_SB.T.tolist() for half_SB in logps_S2B.chunk(2, dim=1)), strict=True)
     model.train(training)
     everyones = sorted(gather_object(found) if state.num_processes > 1 else found)

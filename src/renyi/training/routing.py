@@ -3,17 +3,15 @@
 Everything comes from log-likelihoods and responsibilities; nothing here knows what an example is.
 """
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from renyi.ensemble import LoraEnsemble
 from renyi.objectives import effective_members, renyi_loss
-
-if TYPE_CHECKING:
-    from renyi.training.trainer import EnsembleTrainer
 
 Sums = Mapping[str, tuple[Tensor, Tensor]]  # by logged name: what is added up, and what it is divided by
 
@@ -73,8 +71,9 @@ class LearnMixtureWeights(TrainerCallback):
     examples; while alpha is 0 responsibilities equal the weights and nothing moves.
     """
 
-    def __init__(self, trainer: "EnsembleTrainer", rate: float):
-        self.trainer, self.rate = trainer, rate
+    def __init__(self, ensemble: LoraEnsemble, reduce: Callable[[Any], Any], rate: float):
+        """`reduce` sums a tensor over processes."""
+        self.ensemble, self.reduce, self.rate = ensemble, reduce, rate
         self._loads_M: Tensor | float = 0.0
 
     def add(self, r_ME: Tensor) -> None:
@@ -84,8 +83,8 @@ class LearnMixtureWeights(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        loads_M = self.trainer.accelerator.reduce(self._loads_M)
+        loads_M = self.reduce(self._loads_M)
         self._loads_M = 0.0
-        weights = self.trainer.model.weights
+        weights = self.ensemble.weights
         weights.lerp_(loads_M / loads_M.sum(), self.rate)
         weights /= weights.sum()

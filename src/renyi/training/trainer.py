@@ -99,7 +99,8 @@ class EnsembleTrainer(Trainer):
         self.add_callback(_RestoreLogging(self))
         self._learned_weights: LearnMixtureWeights | None = None
         if args.mixture_weights == "learned":
-            self._learned_weights = LearnMixtureWeights(self, args.mixture_weights_rate)
+            rate = args.mixture_weights_rate
+            self._learned_weights = LearnMixtureWeights(self.model, self.accelerator.reduce, rate)
             self.add_callback(self._learned_weights)
         if args.prior_std is not None:
             self._prior_units = self._loss_units()
