@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
-from peft import PeftConfig
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from renyi import data
-from renyi.ensemble import JointOutput, LoraEnsemble, example_log_likelihood
+from renyi.ensemble import JointOutput, example_log_likelihood
 from renyi.training.config import EnsembleConfig, require
 from renyi.training.routing import routing_sums
 from renyi.training.trainer import EnsembleTrainer
@@ -70,18 +68,6 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
     _preparation = data.Preparation
 
     args: RenyiSFTConfig
-
-    def __init__(
-        self,
-        model: str | PreTrainedModel | LoraEnsemble,
-        args: RenyiSFTConfig,
-        train_dataset: Dataset | IterableDataset,
-        peft_config: PeftConfig | None = None,
-        quantization_config: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(model, args, train_dataset, peft_config, quantization_config, callbacks, **kwargs)
 
     def _loss_units(self) -> int:
         return data.count_tokens(self.train_dataset).trained
