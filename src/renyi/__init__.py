@@ -4,14 +4,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LoraEnsemble", "RenyiDPOConfig", "RenyiDPOTrainer", "RenyiSFTConfig", "RenyiSFTTrainer"]
+__all__ = [
+    "LoraEnsemble",
+    "PowerFlowConfig",
+    "PowerFlowTrainer",
+    "RenyiDPOConfig",
+    "RenyiDPOTrainer",
+    "RenyiSFTConfig",
+    "RenyiSFTTrainer",
+]
 
 if TYPE_CHECKING:
     from renyi.ensemble import LoraEnsemble
-    from renyi.training import RenyiDPOConfig, RenyiDPOTrainer, RenyiSFTConfig, RenyiSFTTrainer
+    from renyi.training import (
+        PowerFlowConfig,
+        PowerFlowTrainer,
+        RenyiDPOConfig,
+        RenyiDPOTrainer,
+        RenyiSFTConfig,
+        RenyiSFTTrainer,
+    )
 
 _HOMES = {
     "LoraEnsemble": "renyi.ensemble",
+    "PowerFlowConfig": "renyi.training",
+    "PowerFlowTrainer": "renyi.training",
     "RenyiDPOConfig": "renyi.training",
     "RenyiDPOTrainer": "renyi.training",
     "RenyiSFTConfig": "renyi.training",

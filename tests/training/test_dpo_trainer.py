@@ -16,7 +16,7 @@ from tiny import (
 )
 
 from renyi import LoraEnsemble, RenyiDPOConfig, RenyiDPOTrainer
-from renyi.ensemble import Reference, completion_labels, read_preference
+from renyi.ensemble import Reference, completion_labels, read_preference, write_preference
 from renyi.errors import ConfigError, DataError, EnsembleFormatError, TrainingDivergedError
 from renyi.objectives import (
     LogRatios,
@@ -343,10 +343,18 @@ def test_snapshots_are_frozen_and_leave_no_trace(tmp_path):
         torch.testing.assert_close(ensemble.log_likelihood(ids), before)
     torch.testing.assert_close(ensemble.log_likelihood(ids), now)
     assert (before - now).abs().max() > 1e-3
-    tiny_ensemble(3).save(tmp_path)
-    with pytest.raises(EnsembleFormatError, match="holds 3 members"):
-        ensemble.read_snapshot(tmp_path)
+
+    three = tiny_ensemble(3)
+    scatter_members(three, seed=4)
+    three.save(tmp_path)
+    with ensemble.acting_as(ensemble.read_snapshot(tmp_path)):
+        assert ensemble.num_members == 3
+        torch.testing.assert_close(ensemble.log_likelihood(ids), three.log_likelihood(ids))
     torch.testing.assert_close(ensemble.log_likelihood(ids), now)
+
+    write_preference(tmp_path, PreferenceLoss(), Reference(three, three.snapshot()))
+    with pytest.raises(EnsembleFormatError, match="holds 3 members"):
+        read_preference(tmp_path, ensemble)
 
 
 def test_log_probabilities_of_completions_leave_prompts_out(tmp_path):

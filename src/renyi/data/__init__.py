@@ -17,6 +17,7 @@ from renyi.data.prepare import (
     training_template,
 )
 from renyi.data.prepare_pairs import PairCounts, PairPreparation, checked_pairs, count_pairs, prepare_pairs
+from renyi.data.prompts import PromptPreparation, check_prompts, prompt_tokens
 from renyi.data.questions import LETTERS, Question, read_questions
 from renyi.data.rows import ROW_COLUMN, check_rows, form_of, number_rows, with_messages
 
@@ -28,9 +29,11 @@ __all__ = [
     "PairCounts",
     "PairPreparation",
     "Preparation",
+    "PromptPreparation",
     "Question",
     "RowPreparation",
     "check_pairs",
+    "check_prompts",
     "check_rows",
     "checked",
     "checked_pairs",
@@ -45,6 +48,7 @@ __all__ = [
     "number_rows",
     "prepare",
     "prepare_pairs",
+    "prompt_tokens",
     "read_questions",
     "sample",
     "training_template",

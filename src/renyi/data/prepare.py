@@ -28,15 +28,7 @@ IGNORED = -100  # the label of a token that is not trained, as everywhere in tra
 
 @dataclass(frozen=True)
 class RowPreparation(ABC):
-    """The settings that decide a row's tokens, under TRL's names. An ensemble keeps those of its training.
-
-    Attributes:
-        max_length: tokens after which a row is cut; None for no limit.
-        truncation_mode: which end is kept.
-    """
-
-    max_length: int | None = 1024
-    truncation_mode: str = "keep_start"
+    """The settings that decide a row's tokens, under TRL's names. An ensemble keeps those of its training."""
 
     @classmethod
     def of(cls, settings: Any) -> Self:
@@ -82,11 +74,15 @@ class Preparation(RowPreparation):
     """The settings that decide the tokens and labels of rows for supervised fine-tuning.
 
     Attributes:
+        max_length: tokens after which a row is cut; None for no limit.
+        truncation_mode: which end is kept.
         dataset_text_field: the column that holds the text of a row of text.
         completion_only_loss: whether only a completion is trained; None: where there is one.
         assistant_only_loss: whether only the assistant's messages are trained.
     """
 
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
     dataset_text_field: str = "text"
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False

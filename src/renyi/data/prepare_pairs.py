@@ -26,7 +26,15 @@ _TEMPLATE_ERRORS = (TemplateError, TypeError)  # a template says no, or meets wh
 
 @dataclass(frozen=True)
 class PairPreparation(RowPreparation):
-    """The settings that decide the tokens of preference pairs; a prompt and a completion are cut together."""
+    """The settings that decide the tokens of preference pairs; a prompt and a completion are cut together.
+
+    Attributes:
+        max_length: tokens after which they are cut; None for no limit.
+        truncation_mode: which end is kept.
+    """
+
+    max_length: int | None = 1024
+    truncation_mode: str = "keep_start"
 
     def check(self, rows: Dataset, name: str = "dataset") -> str:
         return check_pairs(rows, name)

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -29,7 +29,11 @@ from renyi.errors import ConfigError, EnsembleFormatError
 IGNORED = -100  # the label of a token that is not trained, as everywhere in transformers
 
 
-Snapshot: TypeAlias = list[tuple[Tensor, Tensor]]  # every layer's A [M, R, I] and B [M, O, R]
+class Snapshot(NamedTuple):
+    """Members as they were, or others of their shapes: weights [K], and every layer's A [K, R, I] and B [K, O, R]."""
+
+    weights: Tensor
+    layers: list[tuple[Tensor, Tensor]]
 
 
 class LoraEnsemble(nn.Module):
@@ -151,12 +155,12 @@ class LoraEnsemble(nn.Module):
         Raises:
             EnsembleFormatError: the folder is damaged, or holds another number or shape of members.
         """
-        manifest = self._read_members(Path(path))
+        manifest = storage.read_manifest(Path(path))
+        self._read_members(Path(path), manifest)
         self.weights.copy_(torch.tensor(manifest.weights))
         self.alpha, self.routing_quantity = manifest.alpha, manifest.routing_quantity
 
-    def _read_members(self, folder: Path) -> storage.Manifest:
-        manifest = storage.read_manifest(folder)
+    def _read_members(self, folder: Path, manifest: storage.Manifest) -> None:
         if len(manifest.members) != self.num_members:
             raise EnsembleFormatError(
                 f"holds {len(manifest.members)} members, not {self.num_members}",
@@ -165,8 +169,9 @@ class LoraEnsemble(nn.Module):
             )
         layers = adapters.joint_layers(self.base)
         for member, name in enumerate(manifest.members):
-            adapters.fill_member(layers, member, adapters.read_adapter(folder / name), f"{folder}/{name}")
-        return manifest
+            adapter = adapters.read_adapter(folder / name)
+            _check_same_config(self.peft_config, adapter.config, "this ensemble", str(folder / name))
+            adapters.fill_member(layers, member, adapter, f"{folder}/{name}")
 
     # ---- Members -----------------------------------------------------------------------------------------------
 
@@ -182,31 +187,38 @@ class LoraEnsemble(nn.Module):
         """Run forwards with these members only (`()`: the base alone); M is then `len(members)`."""
         return self._selection.using(members)
 
-    def snapshot(self) -> "Snapshot":
+    def snapshot(self) -> Snapshot:
         """A frozen copy of all members as they are now, for `acting_as`."""
-        return [(lay.lora_A.detach().clone(), lay.lora_B.detach().clone()) for lay in self._layers()]
+        layers = [(lay.lora_A.detach().clone(), lay.lora_B.detach().clone()) for lay in self._layers()]
+        return Snapshot(self.weights.clone(), layers)
 
-    def read_snapshot(self, path: str | Path) -> "Snapshot":
-        """The members in an ensemble's folder, of this ensemble's shapes, without becoming them.
+    def read_snapshot(self, path: str | Path) -> Snapshot:
+        """The members in an ensemble's folder, however many, of this ensemble's shapes, without becoming them.
 
         Raises:
-            EnsembleFormatError: the folder is damaged, or holds another number or shape of members.
+            EnsembleFormatError: the folder is damaged, or its members have other layers, ranks or scaling.
         """
-        with self.acting_as(self.snapshot()):
-            self._read_members(Path(path))
+        folder = storage.resolve_folder(path)
+        manifest = storage.read_manifest(folder)
+        many = len(manifest.members)
+        blank = [(a[:1].repeat(many, 1, 1), b[:1].repeat(many, 1, 1)) for a, b in self.snapshot().layers]
+        with self.acting_as(Snapshot(self.weights.new_tensor(manifest.weights), blank)):
+            self._read_members(folder, manifest)
             return self.snapshot()
 
     @contextmanager
-    def acting_as(self, snapshot: "Snapshot") -> Iterator[None]:
-        """Run forwards with the members as they were when a snapshot was taken. No gradient reaches them."""
+    def acting_as(self, snapshot: Snapshot) -> Iterator[None]:
+        """Run forwards with the members of a snapshot. No gradient reaches them."""
         parameters = [p for lay in self._layers() for p in (lay.lora_A, lay.lora_B)]
-        now = [p.data for p in parameters]
-        for parameter, then in zip(parameters, (x for pair in snapshot for x in pair), strict=True):
+        now, weights = [p.data for p in parameters], self.weights
+        self.weights = snapshot.weights.to(weights)
+        for parameter, then in zip(parameters, (x for pair in snapshot.layers for x in pair), strict=True):
             parameter.data = then.to(parameter)
         try:
             with torch.no_grad():
                 yield
         finally:
+            self.weights = weights
             for parameter, value in zip(parameters, now, strict=True):
                 parameter.data = value
 
@@ -283,7 +295,7 @@ class LoraEnsemble(nn.Module):
         """
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
-        hidden_MBTD = self._hidden_states(input_ids, attention_mask, kwargs)
+        hidden_MBTD = self.hidden_states(input_ids, attention_mask, kwargs)
         targets_BT = labels[:, 1:].to(hidden_MBTD.device)
         mask_BT = targets_BT != IGNORED
         if attention_mask is not None:
@@ -306,11 +318,13 @@ class LoraEnsemble(nn.Module):
 
         return JointOutput(scattered(scores.log_probs), mask_BT, scattered(scores.entropy), scattered(scores.is_top1))
 
-    def _hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
-        """Last hidden states [M, B, T, D] of the backbone over member-major rows."""
+    def hidden_states(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, kwargs: dict[str, Any] | None = None
+    ) -> Tensor:
+        """Last hidden states [M, B, T, D] of the backbone over member-major rows; arguments as for `forward`."""
         num_members = self._num_active()
         batch, length = input_ids.shape
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs, "use_cache": False}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **(kwargs or {}), "use_cache": False}
         if "cu_seq_lens_q" in inputs and "flash" in str(self.base.config._attn_implementation):
             # Variable-length kernels see one long row: the members' copies of the packed row, one after another.
             inputs = repeat_packed(inputs, num_members)
@@ -372,7 +386,7 @@ class LoraEnsemble(nn.Module):
         Yields:
             float32 [M, n, V], nats; along their second dimension all chunks together are the positions, row by row.
         """
-        hidden_MND = self._hidden_states(input_ids, attention_mask, {})[:, positions]
+        hidden_MND = self.hidden_states(input_ids, attention_mask)[:, positions]
         head: Any = self.base.get_output_embeddings()
         chunk = max(1, LOGITS_PER_CHUNK // (len(hidden_MND) * head.weight.shape[0]))
         for part_MnD in hidden_MND.split(chunk, dim=1):

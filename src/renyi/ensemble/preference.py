@@ -48,7 +48,7 @@ class Reference:
         """A hash of every number that `token_log_probs` depends on."""
         digest = blake2b(digest_size=16)
         tensors = [(n, t) for n, t in self.ensemble.base.state_dict().items() if ".lora_" not in n]
-        tensors += [(f"start.{i}", t) for i, pair in enumerate(self.start or []) for t in pair]
+        tensors += [(f"start.{i}", t) for i, pair in enumerate(self.start.layers if self.start else []) for t in pair]
         for name, tensor in tensors:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -95,4 +95,10 @@ def read_preference(folder: Path, ensemble: LoraEnsemble) -> KeptPreference:
             f"cannot be read ({error})", where=str(file), hint="Copy it again from where the ensemble was trained."
         ) from error
     start = None if against == "base" else ensemble.read_snapshot(folder / against)
+    if start and len(start.weights) != ensemble.num_members:
+        raise EnsembleFormatError(
+            f"holds {len(start.weights)} members, not {ensemble.num_members}",
+            where=str(folder / against),
+            hint="It keeps the members as they were when training began; copy both from the same run.",
+        )
     return KeptPreference(loss, Reference(ensemble, start))

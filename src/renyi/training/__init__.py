@@ -1,6 +1,14 @@
 """Trainers over an ensemble and their configs."""
 
 from renyi.training.dpo import RenyiDPOConfig, RenyiDPOTrainer
+from renyi.training.powerflow import PowerFlowConfig, PowerFlowTrainer
 from renyi.training.sft import RenyiSFTConfig, RenyiSFTTrainer
 
-__all__ = ["RenyiDPOConfig", "RenyiDPOTrainer", "RenyiSFTConfig", "RenyiSFTTrainer"]
+__all__ = [
+    "PowerFlowConfig",
+    "PowerFlowTrainer",
+    "RenyiDPOConfig",
+    "RenyiDPOTrainer",
+    "RenyiSFTConfig",
+    "RenyiSFTTrainer",
+]

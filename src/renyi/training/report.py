@@ -81,10 +81,7 @@ def draw_training(log_history: Sequence[Row], title: str, file: Path, unit: str 
     _draw_routing(routing, train)
     _draw_loads(loads, train)
     loads.set_xlabel("step")
-    try:
-        figure.savefig(file, dpi=120)
-    except OSError as error:
-        raise SaveError(f"could not be written ({error})", where=str(file), hint="Free some space.") from error
+    _write_figure(figure, file)
 
 
 def _draw_losses(axes: Axes, train: list[Row], held_out: list[Row], unit: str) -> None:
@@ -136,6 +133,53 @@ def _draw_loads(axes: Axes, train: list[Row]) -> None:
     axes.set_ylim(0, 1)
     axes.margins(x=0)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def draw_powerflow(log_history: Sequence[Row], title: str, file: Path, power: float) -> None:
+    """Draw the curves of a PowerFlow run: log-probabilities, whether the balance is met, the regression, and lengths.
+
+    Nothing is drawn when nothing was logged.
+
+    Raises:
+        SaveError: the file could not be written.
+    """
+    rows = [row for row in log_history if "residual/variance" in row]
+    if not rows:
+        return
+    steps = _column(rows, "step")
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    log_probs, balance, slopes, lengths = figure.subplots(4, 1, sharex=True)
+    figure.suptitle(title)
+
+    def curve(axes: Axes, name: str, label: str, colour: str) -> None:
+        axes.plot(steps, _column(rows, name), color=f"tab:{colour}", label=label, **_line(steps))
+
+    curve(log_probs, "logps/policy", "policy", "blue")
+    curve(log_probs, "logps/base", "base", "gray")
+    log_probs.set_ylabel("log-probability\nof rollouts, nats a token")
+    curve(balance, "residual/variance", "variance of the residual", "red")
+    curve(balance, "log_partition", "log Z'", "green")
+    balance.set_ylabel("balance, nats a token")
+    curve(slopes, "slope/log_base", "slope of log π on log p_base", "blue")
+    curve(slopes, "slope/length", "on the length (must approach −log Z')", "orange")
+    curve(slopes, "slope/r2", "R²", "gray")
+    slopes.axhline(power, color="tab:blue", linestyle=":", label=f"power {power:g}")
+    slopes.set_ylabel("regression")
+    for name, label in (("mean", "mean"), ("max", "longest"), ("min", "shortest")):
+        curve(lengths, f"completions/{name}_length", label, {"mean": "blue"}.get(name, "gray"))
+    lengths.set_ylabel("tokens a rollout")
+    lengths.set_xlabel("step")
+    for axes in (log_probs, balance, slopes, lengths):
+        axes.legend(frameon=False, fontsize="small", ncols=2)
+    _write_figure(figure, file)
+
+
+def _write_figure(figure: Figure, file: Path) -> None:
+    try:
+        figure.savefig(file, dpi=120)
+    except OSError as error:
+        raise SaveError(f"could not be written ({error})", where=str(file), hint="Free some space.") from error
 
 
 def _column(rows: list[Row], name: str) -> list[float]:

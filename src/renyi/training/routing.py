@@ -53,13 +53,18 @@ def routing_sums(ell_ME: Tensor, r_ME: Tensor, log_weights: Tensor, units: Tenso
     examples.
     """
     members, mixture = renyi_loss(ell_ME, 0.0, log_weights).sum(), renyi_loss(ell_ME, 1.0, log_weights).sum()
-    examples = ell_ME.new_tensor(ell_ME.shape[1])
     sums = {
         "nll_members": (members, units),
         "nll_mixture": (mixture, units),
         "jensen_gap": (members - mixture, units),
-        "effective_members": (effective_members(r_ME).sum(), examples),
     }
+    return sums | member_sums(r_ME)
+
+
+def member_sums(r_ME: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Who takes the examples, from responsibilities [M, E]."""
+    examples = r_ME.new_tensor(r_ME.shape[1])
+    sums = {"effective_members": (effective_members(r_ME).sum(), examples)}
     return sums | {f"member_load/{m}": (load, examples) for m, load in enumerate(r_ME.sum(dim=1))}
 
 

@@ -22,7 +22,7 @@ from renyi.errors import ConfigError, DataError, RenyiError, SaveError
 from renyi.training.checkpoints import Checkpoints
 from renyi.training.config import EnsembleConfig
 from renyi.training.output import check_output_dir, check_targets, checkpoints_of
-from renyi.training.report import FIGURE_FILE, MetricsFile, draw_training
+from renyi.training.report import FIGURE_FILE, MetricsFile
 from renyi.training.trainer import EnsembleTrainer
 
 
@@ -347,9 +347,7 @@ def train(run: Run) -> None:
 
 def _draw(run: Run) -> None:
     if run.trainer.is_world_process_zero():
-        draw_training(
-            run.trainer.state.log_history, run.output_dir.name, run.output_dir / FIGURE_FILE, run.trainer.unit
-        )
+        run.trainer.draw(run.output_dir / FIGURE_FILE)
 
 
 def save(run: Run, dataset_name: str | None) -> None:

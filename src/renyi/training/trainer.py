@@ -39,6 +39,7 @@ from renyi.errors import ConfigError, DataError, RenyiError, SaveError, Training
 from renyi.objectives import renyi_loss, responsibilities
 from renyi.training import card
 from renyi.training.checkpoints import SEAL_FILE, find_checkpoints, seal
+from renyi.training.report import draw_training
 from renyi.training.routing import LearnMixtureWeights, RunningMeans, Sums
 from renyi.training.schedule import scheduled_alpha
 
@@ -309,11 +310,20 @@ class EnsembleTrainer(Trainer):
                 logs.update({f"mixture_weight/{m}": w for m, w in enumerate(self.model.weights.tolist())})
         if self._watched[mode].names:
             sums = self.accelerator.reduce(self._watched[mode].sums)
-            logs.update({prefix + k: v for k, v in self._watched[mode].means(sums).items()})
+            means = self.derived(self._watched[mode].means(sums))
+            logs.update({prefix + k: v for k, v in means.items()})
             if mode == "train":
                 self._watch_starvation(logs)
             self._watched[mode] = RunningMeans(self.args.device)
         super().log(logs, start_time)
+
+    def derived(self, means: dict[str, float]) -> dict[str, float]:
+        """What is logged, from the means of what was watched."""
+        return means
+
+    def draw(self, file: Path) -> None:
+        """Draw the curves of the run, as far as it is logged."""
+        draw_training(self.state.log_history, self.output_dir.name, file, self.unit)
 
     def watch(self, batch: Sums, inputs: dict[str, Any]) -> None:
         """Add what is logged of a batch, and in training the tokens of its inputs."""

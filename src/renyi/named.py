@@ -1,0 +1,38 @@
+"""A user's own function, named on a command line or in a config file as `package.module:function`."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from renyi.errors import ConfigError
+
+
+def named_function(name: str, where: str, called_with: str) -> Callable[..., Any]:
+    """The function that `package.module:function` names, looked for in the working directory, too.
+
+    Args:
+        name: of the function.
+        where: the setting that gave the name.
+        called_with: what the function is called with, for the error that says so.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise ConfigError(f"{name!r} names no function", where=where, hint="Write package.module:function.")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        hint = f"Looked in {os.getcwd()}, too."
+        raise ConfigError(f"{module} cannot be imported ({error})", where=where, hint=hint) from error
+    except AttributeError as error:
+        raise ConfigError(f"{module} has no {function}", where=where, hint="Write package.module:function.") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not callable(found):
+        raise ConfigError(f"{name} is no function", where=where, hint=f"It is called with {called_with}.")
+    return found

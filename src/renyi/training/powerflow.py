@@ -1,0 +1,402 @@
+"""PowerFlow: unsupervised tuning toward a power of the base distribution (Chen et al. 2026, arXiv 2603.18363).
+
+The one difference from TRL's GRPOTrainer is the loss: no reward and no advantage, but a length-aware trajectory
+balance between a policy's log-likelihood of its own rollout and the power of the base's. The base is the frozen model
+without its adapters, so there is no second copy. Rollouts stand in `rollouts.py`, the loss in
+`renyi.objectives.power`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback
+from trl import GRPOConfig
+
+from renyi import data
+from renyi.ensemble import BaseScore, JointOutput, LoraEnsemble
+from renyi.ensemble.pool import POOLS
+from renyi.errors import ConfigError
+from renyi.objectives import BALANCES, group_partition, importance_weight, trajectory_balance, trajectory_residual
+from renyi.training.balance import Balance, balance_figures, balance_sums
+from renyi.training.config import EnsembleConfig, require
+from renyi.training.form import Form, form_of
+from renyi.training.partition import LearnedPartition
+from renyi.training.report import draw_powerflow
+from renyi.training.rollouts import UNTOUCHED, Rollouts, RolloutTrainer, no_reward
+from renyi.training.routing import member_sums
+from renyi.training.trainer import as_ensemble
+
+PARTITIONS = ("group", "learned")
+PARTITION_FILE = "partition.safetensors"
+_NO_PART = "which has no part in this loss"
+# GRPO's settings that would change what is sampled or minimised: their one value here, and why.
+_FIXED: dict[str, tuple[Any, str]] = {
+    **{name: (value, "rollouts must be samples of the policy itself") for name, value in UNTOUCHED.items()},
+    "beta": (0.0, f"that is the weight of a KL term, {_NO_PART}"),
+    "mask_truncated_completions": (False, "truncated completions are trajectories like others"),
+    "sync_ref_model": (False, "the reference is frozen"),
+    "reward_weights": (None, f"that weighs rewards, {_NO_PART}"),
+    "top_entropy_quantile": (1.0, "every token of a trajectory is in the balance"),
+    "entropy_coef": (0.0, "an entropy bonus would move the target"),
+    "use_adaptive_entropy": (False, "an entropy bonus would move the target"),
+    "off_policy_mask_threshold": (None, "every trajectory is in the balance; see epsilon"),
+    "delta": (None, "the importance ratio is clipped by epsilon and epsilon_high"),
+    "use_transformers_continuous_batching": (False, "it knows no joint members"),
+}  # fmt: skip
+
+
+@dataclass
+class PowerFlowConfig(EnsembleConfig, GRPOConfig):
+    """TRL's GRPOConfig plus what PowerFlow needs; members of the ensemble are policies, one unless told otherwise.
+
+    Sampling is from the policy itself: temperature 1, top-p 1, no dropout; anything else is refused. `epsilon` and
+    `epsilon_high` clip the importance ratio of rollouts that are used for several updates.
+
+    Args:
+        power: exponent of the target. Above 1 sharpens toward what the base half knows, below 1 flattens; the paper
+            takes 4 for base models, 2 for instruction-tuned ones and 0.5 for creative writing.
+        balance: "length_aware", the paper's loss; or, for comparison, "trajectory" (plain trajectory balance, by whole
+            sequences) and "token_mean" (only the target is averaged over tokens).
+        partition: log Z' of a prompt is the mean over its rollouts ("group") or a small head's ("learned").
+        partition_learning_rate: of that head.
+        reference: what the target is a power of: "start", the policies as training began (for fresh ones that is the
+            base); "base", the frozen base; or the folder of an ensemble on this base.
+        reference_pool: how a reference of several members is one: "arithmetic", the mixture of sequences; "geometric";
+            or "member", each policy by its own.
+        format_penalty: a regular expression that a well-formed completion contains, or `package.module:function` of
+            prompt and completion that returns ψ in nats a token; None for no penalty.
+        format_penalty_size: what a completion without a match loses, nats a token.
+        length_penalty: what a completion that is cut at `max_completion_length` loses, nats a token.
+        max_prompt_length: tokens above which a prompt is refused; by default what the model's context leaves.
+    """
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    num_members: int = field(default=1, metadata={"help": "Number of policies, trained jointly on shared rollouts."})
+    alpha: float = field(
+        default=0.0, metadata={"help": "Rényi order that couples several policies; 0: each fits every rollout."}
+    )
+    power: float = field(
+        default=4.0, metadata={"help": "Exponent of the target: above 1 sharpens the base, below 1 flattens it."}
+    )
+    balance: str = field(
+        default="length_aware",
+        metadata={"help": "The loss: length_aware, or for comparison by whole sequences.", "choices": list(BALANCES)},
+    )
+    partition: str = field(
+        default="group",
+        metadata={"help": "log Z' of a prompt: the mean over its rollouts, or a head's.", "choices": list(PARTITIONS)},
+    )
+    partition_learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of a learned partition."})
+    reference: str = field(
+        default="start",
+        metadata={"help": "What the target is a power of: start, base, or an ensemble's folder."},
+    )
+    reference_pool: str = field(
+        default="arithmetic",
+        metadata={"help": "How a reference of several members is one distribution.", "choices": list(POOLS)},
+    )
+    format_penalty: str | None = field(
+        default=None,
+        metadata={"help": "A regular expression that completions should match, or package.module:function."},
+    )
+    format_penalty_size: float = field(
+        default=1.0, metadata={"help": "What a completion that does not match loses, nats a token."}
+    )
+    length_penalty: float = field(
+        default=0.0, metadata={"help": "What a completion cut at max_completion_length loses, nats a token."}
+    )
+    max_prompt_length: int | None = field(
+        default=None, metadata={"help": "Tokens above which a prompt is refused; what the model can read if unset."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, (value, why) in _FIXED.items():
+            given = getattr(self, name)
+            if given != value:
+                raise ConfigError(f"{given!r} is not allowed: {why}", where=name, hint=f"Leave it at {value!r}.")
+        sampled = set(self.generation_kwargs or {}) - {"max_new_tokens", "stop_strings", "eos_token_id", "use_cache"}
+        require("generation_kwargs", sorted(sampled), not sampled, "nothing that changes what is sampled")
+        power = self.power
+        require("power", power, 0 <= power < math.inf, "a number of at least 0; 1 is the base itself")
+        require("balance", self.balance, self.balance in BALANCES, f"one of {', '.join(BALANCES)}")
+        require("partition", self.partition, self.partition in PARTITIONS, f"one of {', '.join(PARTITIONS)}")
+        require("reference_pool", self.reference_pool, self.reference_pool in POOLS, f"one of {', '.join(POOLS)}")
+        sizes = ("format_penalty_size", "length_penalty")
+        for name in sizes:
+            require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "a number of at least 0")
+        rate, longest = self.partition_learning_rate, self.max_prompt_length
+        require("partition_learning_rate", rate, 0 < rate < math.inf, "a number above 0")
+        require("max_prompt_length", longest, longest is None or longest >= 1, "at least 1, or leave it out")
+        many = self.num_members
+        for name in ("num_generations", "num_generations_eval"):
+            rollouts = getattr(self, name)
+            require(name, rollouts, not rollouts or rollouts % many == 0, f"a multiple of num_members ({many})")
+        one = not self.use_vllm or many == 1
+        require("use_vllm", self.use_vllm, one, "false: vLLM serves one merged policy, and there are several")
+        form_of(self.format_penalty, self.format_penalty_size)
+
+
+class PowerFlowTrainer(RolloutTrainer):
+    """Tunes policies toward a power of the base distribution, without labels or rewards.
+
+    Minimises, over a policy's own rollouts y of a prompt q, w · (log Z'(q) + mean_t log π(y_t) − power · [mean_t
+    log p_base(y_t) + ψ(y)])², with a detached, clipped importance ratio w (arXiv 2603.18363). The fixed point is
+    π*(y|q) = p_base(y|q)^power · e^{power·|y|·ψ} · e^{−λ|y|}, where λ = log Z' makes it sum to one.
+
+    Several policies share their rollouts: each writes its part of them, and each is trained on all of them with the
+    ratio to their mixture. With `alpha` above 0 they are coupled by the α-Rényi loss of ℓ_m = −loss_m.
+
+    Args:
+        model: a folder, a hub id, a loaded base model, or a `LoraEnsemble` to go on training.
+        args: a `PowerFlowConfig`.
+        train_dataset: a column `prompt`: text, or messages. Other columns are left alone.
+        peft_config: a `peft.LoraConfig` of the policies, without dropout; rank 16 on all linear layers if not given.
+        quantization_config: how to quantise the base when `model` is a name.
+        base_score: log-likelihoods [1 or M, B] of trajectories, from (input_ids, attention_mask, labels), in the place
+            of what `reference` says.
+        kwargs: as for TRL's GRPOTrainer (`eval_dataset`, `processing_class`, `optimizers`), but for rewards and tools.
+
+    Raises:
+        ConfigError, DataError: before anything is written.
+        TrainingDivergedError: in training, when the loss is no number any more.
+    """
+
+    _tag_names = ["renyi", "lora", "powerflow", "trl"]  # noqa: RUF012 (TRL's own form)
+    _name = "PowerFlow"
+    unit = "trajectory"
+    _preparation = data.PromptPreparation
+
+    args: PowerFlowConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | LoraEnsemble,
+        args: PowerFlowConfig,
+        train_dataset: Dataset | IterableDataset,
+        peft_config: PeftConfig | None = None,
+        quantization_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        base_score: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ):
+        for name in ("reward_funcs", "tools", "environment_factory", "rollout_func"):
+            if kwargs.get(name) is not None:
+                raise ConfigError("has no part in this loss", where=name, hint="Leave it out.")
+        ensemble = as_ensemble(model, args, peft_config, quantization_config)
+        _check_no_dropout(ensemble)
+        args.max_prompt_length = args.max_prompt_length or _longest_prompt(ensemble, args.max_completion_length)
+        if args.partition == "learned":
+            hidden_size = ensemble.config.get_text_config().hidden_size
+            ensemble.partition = LearnedPartition(ensemble.num_members, hidden_size).to(ensemble.device)
+        kwargs["reward_funcs"] = no_reward
+        super().__init__(ensemble, args=args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
+        for name, rows in {"train": self.train_dataset, "eval": self.eval_dataset}.items():
+            for part, prompts in rows.items() if isinstance(rows, dict) else [(name, rows)]:
+                if isinstance(prompts, Dataset):
+                    self._preparation.of(args).prepare(prompts, self._tokenizer, f"{part} dataset")
+        self.base_score = base_score or self._reference(ensemble)
+        self._form: Form | None = form_of(args.format_penalty, args.format_penalty_size)
+        if args.use_vllm:
+            self.send_members_to_vllm()
+
+    def _reference(self, ensemble: LoraEnsemble) -> BaseScore:
+        """What `args.reference` stands for; the policies are still as training begins."""
+        reference, pool = self.args.reference, self.args.reference_pool
+        if reference == "base" or (reference == "start" and ensemble.is_fresh):
+            return BaseScore(ensemble)
+        members = ensemble.snapshot() if reference == "start" else ensemble.read_snapshot(reference)
+        return BaseScore(ensemble, members, pool)
+
+    # ---- The objective -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score_rollouts(self, rollouts: Rollouts, group_size: int) -> dict[str, Tensor]:
+        """Of each rollout: log-likelihoods under base and policies as they wrote it, ψ, and log Z' of its prompt."""
+        size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
+        base, policy = [], []
+        rows = (rollouts.input_ids, rollouts.attention_mask, rollouts.labels)
+        with self.accelerator.autocast():
+            for batch in zip(*(r.split(size) for r in rows), strict=True):
+                base.append(self.base_score(*batch))
+                policy.append(self.model(*batch).log_probs.sum(dim=-1))
+        log_base, log_policy_MN = torch.cat(base, dim=1), torch.cat(policy, dim=1)
+        members = self.model.num_members
+        log_behaviour_N = rollouts.sampled_log_prob
+        if log_behaviour_N is None:  # as many of each policy: a sample of their mixture (the balance heuristic)
+            log_behaviour_N = torch.logsumexp(log_policy_MN, dim=0) - math.log(members)
+        scored = {
+            "input_ids": rollouts.input_ids,
+            "attention_mask": rollouts.attention_mask,
+            "labels": rollouts.labels,
+            "log_base": log_base.T,
+            "log_behaviour": log_behaviour_N,
+            "penalty": self._penalties(rollouts),
+        }
+        # A prompt's rollouts may lie on several processes, and are shuffled before they are split into batches.
+        every = [self.accelerator.gather(x.T.contiguous()) for x in (log_policy_MN, log_base)]
+        penalty, tokens = self.accelerator.gather(scored["penalty"]), self.accelerator.gather(rollouts.tokens)
+        target = (self.args.power, penalty, self.args.balance)
+        if self.args.partition == "group":
+            log_partition = group_partition(every[0].T, every[1].T, tokens, group_size, *target)
+            mine = slice(self.accelerator.process_index * len(penalty) // self.accelerator.num_processes, None)
+            scored["log_partition"] = log_partition.T[mine][: len(rollouts.tokens)]
+        else:
+            scored["prompt_state"] = self._prompt_states(rollouts)
+            first = trajectory_residual(
+                every[0].T, every[1].T, tokens, 0.0, self.args.power, penalty, self.args.balance
+            )
+            self._partition.start_at(-first.mean(dim=1))
+        return scored
+
+    def _penalties(self, rollouts: Rollouts) -> Tensor:
+        """ψ [N], nats a token."""
+        penalty = torch.zeros(len(rollouts.tokens), device=rollouts.tokens.device)
+        if self._form is not None:
+            given = [self._form(p, c) for p, c in zip(rollouts.prompts, rollouts.completions, strict=True)]
+            penalty += torch.tensor(given, device=penalty.device)
+        if self.args.length_penalty:
+            penalty -= self.args.length_penalty * rollouts.is_truncated
+        return penalty
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """The balance of a batch of rollouts: its mean over trajectories."""
+        longest = int(inputs["attention_mask"].sum(dim=1).max())
+        output: JointOutput = model(*(inputs[k][:, :longest] for k in ("input_ids", "attention_mask", "labels")))
+        log_policy_MB, tokens_B = output.log_probs.sum(dim=-1), output.label_mask.sum(dim=-1)
+        learned = self.args.partition == "learned"
+        log_partition_MB = self._partition(inputs["prompt_state"]) if learned else inputs["log_partition"].T
+
+        low, high = 1 - self.epsilon_low, 1 + self.epsilon_high
+        ratio = importance_weight(log_policy_MB, inputs["log_behaviour"], low, high)
+        terms = (log_policy_MB, inputs["log_base"].T, tokens_B, log_partition_MB, self.args.power, inputs["penalty"])
+        loss_MB = trajectory_balance(*terms, self.args.balance, ratio.weight)
+        loss_B, r_MB = self.routed(-loss_MB, tokens_B)
+        loss = self.to_minimise(loss_B.mean(), -loss_MB, r_MB, inputs, num_items_in_batch)
+
+        with torch.no_grad():
+            watched = Balance(
+                log_policy=log_policy_MB,
+                log_base=inputs["log_base"].T,
+                tokens=tokens_B,
+                log_partition=log_partition_MB,
+                residual=trajectory_residual(*terms, self.args.balance),
+                is_clipped=ratio.is_clipped,
+                entropy=output.entropy.sum(dim=-1),
+                weights=self.model.weights,
+            )
+            rows = loss_B.new_tensor(len(tokens_B))
+            sums = {**balance_sums(watched), **member_sums(r_MB)}
+            if self._form is not None:
+                sums["format_rate"] = ((inputs["penalty"] >= 0).sum(), rows)
+            self.watch(sums, inputs)
+        return loss
+
+    def derived(self, means: dict[str, float]) -> dict[str, float]:
+        return balance_figures(means)
+
+    def draw(self, file: Path) -> None:
+        draw_powerflow(self.state.log_history, self.output_dir.name, file, self.args.power)
+
+    # ---- A learned partition ---------------------------------------------------------------------------------------
+
+    @property
+    def _partition(self) -> LearnedPartition:
+        partition = self.model.partition
+        assert isinstance(partition, LearnedPartition)
+        return partition
+
+    def _prompt_states(self, rollouts: Rollouts) -> Tensor:
+        """The base's last hidden state [N, D], float32, averaged over each prompt's tokens."""
+        longest = int(rollouts.prompt_tokens.max())
+        at_BT = torch.arange(longest, device=rollouts.tokens.device) < rollouts.prompt_tokens[:, None]
+        ids, states = rollouts.input_ids[:, :longest], []
+        size = self.args.per_device_train_batch_size
+        with self.model.using(()), self.accelerator.autocast():
+            for part, at in zip(ids.split(size), at_BT.split(size), strict=True):
+                states.append((self.model.hidden_states(part, at.long())[0].float() * at[..., None]).sum(dim=1))
+        return torch.cat(states) / rollouts.prompt_tokens[:, None]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """transformers', with a group and a learning rate of its own for a learned partition."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.partition == "learned":
+            own = set(self._partition.parameters())
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if p not in own]
+            rate = self.args.partition_learning_rate
+            optimizer.add_param_group({"params": list(own), "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    # ---- Files -------------------------------------------------------------------------------------------------
+
+    def card_settings(self) -> dict[str, str]:
+        reference = self.args.reference + (f" ({self.args.reference_pool})" if self.model.num_members > 1 else "")
+        return {
+            "power": f"{self.args.power:g} of {reference}",
+            "loss": f"{self.args.balance}, {self.args.partition} partition",
+            "rollouts": f"{self.args.num_generations} a prompt, at most {self.args.max_completion_length} tokens",
+        }
+
+    def _loss_units(self) -> int:
+        prompts: Any = self.train_dataset
+        if not isinstance(prompts, Dataset):
+            raise ConfigError("the number of streamed prompts is unknown", where="prior_std", hint="Leave it out.")
+        return len(prompts) * (self.args.num_generations or 1)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.output_dir)
+            self._preparation.of(self.args).write(folder)
+            if self.args.partition == "learned":
+                save_file(self._partition.state_dict(), folder / PARTITION_FILE)
+
+    def _restore_members(self, checkpoint: str) -> None:
+        super()._restore_members(checkpoint)
+        if self.args.partition == "learned":
+            self._partition.load_state_dict(load_file(Path(checkpoint) / PARTITION_FILE))
+
+
+def _check_no_dropout(ensemble: LoraEnsemble) -> None:
+    """Raise `ConfigError` if what is scored would not be what was sampled."""
+    dropout = {"lora_dropout": ensemble.peft_config.lora_dropout}
+    dropout |= {name: module.p for name, module in ensemble.base.named_modules() if isinstance(module, nn.Dropout)}
+    config = ensemble.config.get_text_config().to_dict()
+    dropout |= {k: v for k, v in config.items() if k.endswith(("dropout", "pdrop")) and isinstance(v, float)}
+    for name, probability in dropout.items():
+        if probability > 0:
+            raise ConfigError(
+                f"{probability} is not allowed: a policy that drops at random is not the one that wrote the rollouts, "
+                "and at power 1 its loss would not be zero",
+                where=name,
+                hint="Set it to 0; of a base, with model_init_kwargs (for example attention_dropout: 0).",
+            )
+
+
+def _longest_prompt(ensemble: LoraEnsemble, max_completion_length: int | None) -> int | None:
+    """Tokens that the model's context leaves for a prompt; None if it says no limit."""
+    context = getattr(ensemble.config.get_text_config(), "max_position_embeddings", None)
+    if context is None or max_completion_length is None:
+        return None
+    if context <= max_completion_length:
+        raise ConfigError(
+            f"{max_completion_length} tokens leave no room for a prompt: the model reads {context}",
+            where="max_completion_length",
+            hint="Give fewer.",
+        )
+    return int(context - max_completion_length)
