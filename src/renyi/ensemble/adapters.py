@@ -19,7 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from renyi.ensemble.lora import JointLora, MemberSelection
@@ -276,3 +276,26 @@ def fill_member(layers: dict[str, JointLora], member: int, adapter: Adapter, whe
                         hint="Members of one ensemble share their rank and their base model.",
                     )
                 stacked[member].copy_(weight)
+
+
+def check_same_config(first: LoraConfig, other: LoraConfig, first_where: str, other_where: str) -> None:
+    """Raise `EnsembleFormatError` unless two adapters share what decides scaling and shapes."""
+    for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
+        if getattr(first, name) != getattr(other, name):
+            raise EnsembleFormatError(
+                f"{name} is {getattr(other, name)}, but {getattr(first, name)} in {first_where}",
+                where=other_where,
+                hint="Members of one ensemble share rank, scaling and targets.",
+            )
+
+
+def load_base(name: str | Path) -> PreTrainedModel:
+    """The base model in a folder or of a hub id; raises `EnsembleFormatError`."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise EnsembleFormatError(
+            f"the base model could not be loaded ({error})",
+            where=str(name),
+            hint="Give `base`: a folder or a hub id.",
+        ) from error

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from renyi import __version__
@@ -79,7 +79,7 @@ class LoraEnsemble(nn.Module):
         Raises:
             ConfigError: `peft_config` or `num_members` cannot make an ensemble on this model.
         """
-        base = _load_base(model) if isinstance(model, str | Path) else model
+        base = adapters.load_base(model) if isinstance(model, str | Path) else model
         if adapters.joint_layers(base):
             raise ConfigError("the model already carries an ensemble", hint="Load the base model anew.")
         check_head(base)
@@ -114,7 +114,7 @@ class LoraEnsemble(nn.Module):
             raise EnsembleFormatError("the list of adapters is empty", hint="Give at least one PEFT adapter folder.")
         read = [adapters.read_adapter(f) for f in folders]
         for adapter, where in zip(read[1:], folders[1:], strict=True):
-            _check_same_config(read[0].config, adapter.config, str(folders[0]), str(where))
+            adapters.check_same_config(read[0].config, adapter.config, str(folders[0]), str(where))
         named = manifest.base_model if manifest else read[0].config.base_model_name_or_path
         if base is None:
             if not named:
@@ -170,7 +170,7 @@ class LoraEnsemble(nn.Module):
         layers = adapters.joint_layers(self.base)
         for member, name in enumerate(manifest.members):
             adapter = adapters.read_adapter(folder / name)
-            _check_same_config(self.peft_config, adapter.config, "this ensemble", str(folder / name))
+            adapters.check_same_config(self.peft_config, adapter.config, "this ensemble", str(folder / name))
             adapters.fill_member(layers, member, adapter, f"{folder}/{name}")
 
     # ---- Members -----------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class LoraEnsemble(nn.Module):
             EnsembleFormatError: the adapter does not fit.
         """
         adapter = adapters.read_adapter(Path(path))
-        _check_same_config(self.peft_config, adapter.config, "the ensemble", str(path))
+        adapters.check_same_config(self.peft_config, adapter.config, "the ensemble", str(path))
         layers = adapters.joint_layers(self.base)
         grown = [*range(self.num_members), 0]
         self._keep(grown, self.weights)
@@ -493,25 +493,3 @@ class LoraEnsemble(nn.Module):
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         self.base.add_model_tags(tags)
-
-
-def _load_base(name: str | Path) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise EnsembleFormatError(
-            f"the base model could not be loaded ({error})",
-            where=str(name),
-            hint="Give `base`: a folder or a hub id.",
-        ) from error
-
-
-def _check_same_config(first: LoraConfig, other: LoraConfig, first_where: str, other_where: str) -> None:
-    """Members share one config: their scaling and shapes are the ensemble's."""
-    for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
-        if getattr(first, name) != getattr(other, name):
-            raise EnsembleFormatError(
-                f"{name} is {getattr(other, name)}, but {getattr(first, name)} in {first_where}",
-                where=other_where,
-                hint="Members of one ensemble share rank, scaling and targets.",
-            )
