@@ -11,6 +11,9 @@ mixture and every member, and the pairs that members contradict each other on.
 
 --task refusal: rows are prompts, safe or unsafe to answer. Every member answers, or has answered. It reports how often
 each refuses, how far members differ, and the prompts that split them.
+
+--task sampling: rows are prompts, with answers or without. Of several samples of each it reports how many are right,
+how much they vary, how long they are, and how likely to the base; --baseline base puts the base's own beside them.
 """
 
 import argparse
@@ -36,7 +39,7 @@ from renyi.cli.tables import (
     shortened,
     titled,
 )
-from renyi.cli.tasks import choice, perplexity, refusal
+from renyi.cli.tasks import choice, perplexity, refusal, sampling
 from renyi.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -73,6 +76,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     preference.add_argument("--beta", metavar="FLOAT", help="temperature of the margins; by default as in training")
     choice.add_flags(parser)
     refusal.add_flags(parser)
+    sampling.add_flags(parser)
     args = parse_strictly(parser, argv)
     args.task = converted(args.task, str, list(TASKS), "--task")
     args.data, *args.more_data = args.data
@@ -155,7 +159,13 @@ def _preference(args: argparse.Namespace) -> int:
     return 0
 
 
-TASKS = {"choice": choice.run, "perplexity": perplexity.run, "preference": _preference, "refusal": refusal.run}
+TASKS = {
+    "choice": choice.run,
+    "perplexity": perplexity.run,
+    "preference": _preference,
+    "refusal": refusal.run,
+    "sampling": sampling.run,
+}
 READS_SEVERAL = ("choice", "perplexity")
 REPORTS = ("choice", "perplexity", "preference")
 

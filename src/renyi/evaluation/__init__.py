@@ -19,6 +19,16 @@ from renyi.evaluation.refusal import (
     evaluate_refusal,
     is_refusal,
 )
+from renyi.evaluation.sampling import (
+    Sample,
+    SamplingEvaluation,
+    SamplingQuality,
+    distinct_n,
+    evaluate_sampling,
+    majority_accuracy,
+    pass_at_k,
+    self_bleu,
+)
 from renyi.evaluation.selective import RiskThreshold, risk_threshold
 from renyi.evaluation.specialisation import Specialisation, specialisation
 
@@ -34,13 +44,21 @@ __all__ = [
     "RefusalEvaluation",
     "RefusalRates",
     "RiskThreshold",
+    "Sample",
+    "SamplingEvaluation",
+    "SamplingQuality",
     "Specialisation",
     "calibration_split",
+    "distinct_n",
     "evaluate_choice",
     "evaluate_perplexity",
     "evaluate_preference",
     "evaluate_refusal",
+    "evaluate_sampling",
     "is_refusal",
+    "majority_accuracy",
+    "pass_at_k",
     "risk_threshold",
+    "self_bleu",
     "specialisation",
 ]

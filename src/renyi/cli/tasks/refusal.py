@@ -5,9 +5,6 @@ does no arithmetic: the figures are `renyi.evaluation.evaluate_refusal`'s.
 """
 
 import argparse
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +27,7 @@ from renyi.cli.tables import (
     titled,
 )
 from renyi.errors import ConfigError, DataError
+from renyi.named import named_function
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -239,27 +237,10 @@ def _is_safe(value: Any, in_words: bool = False) -> bool | None:
 
 
 def _classifier(name: str | None) -> Classifier:
-    """The library's classifier, or the function that `module:function` names, looked for here, too."""
+    """The library's classifier, or the function that `module:function` names."""
     from renyi.evaluation import is_refusal
 
-    if name is None:
-        return is_refusal
-    where, (module, _, function) = "--classifier", name.partition(":")
-    if not (module and function):
-        raise ConfigError(f"{name!r} names no function", where=where, hint="Write package.module:function.")
-    sys.path.insert(0, os.getcwd())
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        hint = f"Looked in {os.getcwd()}, too."
-        raise ConfigError(f"{module} cannot be imported ({error})", where=where, hint=hint) from error
-    except AttributeError as error:
-        raise ConfigError(f"{module} has no {function}", where=where, hint="Write package.module:function.") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(found):
-        raise ConfigError(f"{name} is no function", where=where, hint="It is called with a completion and its prompt.")
-    return found
+    return is_refusal if name is None else named_function(name, "--classifier", "a completion and its prompt")
 
 
 def _verdict(classify: Classifier, name: str | None, completion: str, prompt: str, number: int) -> bool:

@@ -1,0 +1,202 @@
+"""Independent samples of what may follow a prompt, and how likely each was to what drew it.
+
+Prompts in, texts and nats out. It knows what `generate` knows, and that a temperature or a nucleus changes what is
+sampled from: it reports the distribution that a token was drawn from, where `generate` reports the mixture itself.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from renyi.data import IGNORED
+from renyi.ensemble import LoraEnsemble
+from renyi.errors import EnsembleFormatError
+from renyi.inference.batches import batches_by_length, padded
+from renyi.inference.generate import Prompt, end_tokens, generate, prompt_ids
+
+# A base's own generation config may hold any of these, and a sample would then not be the model's.
+_PLAIN: dict[str, Any] = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
+class Draw(NamedTuple):
+    """One sample of T tokens.
+
+    Attributes:
+        text: without special tokens.
+        token_ids: [T], the end-of-text token, if there is one, included.
+        log_prob: Σ_t log q(y_t | y_<t), nats, q being what was sampled from, temperature and nucleus included. None,
+            as the next two, of a sample of unknown origin.
+        entropy: Σ_t H[q(· | y_<t)], nats; its mean over samples is an estimate of the entropy of samples, as that of
+            −log_prob is, with less variance.
+        truncated: whether it was still going on after the most tokens that it may have.
+    """
+
+    text: str
+    token_ids: list[int]
+    log_prob: float | None
+    entropy: float | None
+    truncated: bool | None
+
+
+def draw_samples(
+    ensemble: LoraEnsemble,
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    batch_size: int = 8,
+    seed: int | None = None,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[list[Draw]]:
+    """Draw K independent samples for each of P prompts, from the mixture of sequences.
+
+    Nothing of the base's generation config but its end tokens has a part in it: at temperature 1 and top-p 1 a sample
+    is the model's own.
+
+    Args:
+        ensemble: M members, or with `ensemble.using` some of them, or the base alone.
+        prompts: as for `generate`.
+        tokenizer: of the base.
+        samples: K ≥ 1.
+        max_new_tokens: after which a sample is cut.
+        temperature: of the mixture, above 0.
+        top_p: the least probability that the likeliest tokens have together from which one is drawn.
+        batch_size: prompts sampled together, each in K rows.
+        seed: of the first batch, plus one for each further one; None is torch's global generator.
+        progress: called after each batch with the number of prompts done.
+
+    Returns:
+        [P][K].
+
+    Raises:
+        DataError: a prompt has no token, or its messages do not fit the chat template.
+    """
+    for number, prompt in enumerate(prompts, start=1):  # all before the first is answered
+        prompt_ids(prompt, tokenizer, number)
+    ends = set(end_tokens(ensemble, tokenizer))
+    warpers: list[LogitsProcessor] = []
+    if temperature != 1:
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if top_p != 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    found: list[list[Draw]] = []
+    for batch, start in enumerate(range(0, len(prompts), batch_size)):
+        rows = [prompt for prompt in prompts[start : start + batch_size] for _ in range(samples)]
+        seen = _Seen()
+        answers = generate(
+            ensemble,
+            rows,
+            tokenizer,
+            batch_size=len(rows),
+            seed=None if seed is None else seed + batch,
+            max_new_tokens=max_new_tokens,
+            logits_processor=LogitsProcessorList([*warpers, seen]),
+            on_token=seen.on_token,
+            **_PLAIN,
+        )
+        draws = []
+        for answer, log_prob, entropy in zip(answers, seen.log_prob(), seen.entropy(), strict=True):
+            ids = answer.token_ids
+            nats = [float(values[: len(ids)].sum()) for values in (log_prob, entropy)]
+            draws.append(Draw(answer.text, ids, nats[0], nats[1], truncated=ids[-1] not in ends))
+        found += [draws[i : i + samples] for i in range(0, len(draws), samples)]
+        progress(len(found))
+    return found
+
+
+class _Seen(LogitsProcessor):
+    """Notes, behind all warpers, the distribution that each token is drawn from."""
+
+    def __init__(self) -> None:
+        self._log_probs: list[Tensor] = []
+        self._entropies: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._log_p_BV = scores.float().log_softmax(-1)
+        self._entropies.append(torch.special.entr(self._log_p_BV.exp()).sum(-1))
+        return scores
+
+    def on_token(self, token_B: Tensor, uncertainty: object) -> None:
+        self._log_probs.append(self._log_p_BV.gather(-1, token_B[:, None])[:, 0])
+
+    def log_prob(self) -> Tensor:
+        """[B, N], what follows the end of a sample included."""
+        return torch.stack(self._log_probs, -1).double().cpu()
+
+    def entropy(self) -> Tensor:
+        return torch.stack(self._entropies, -1).double().cpu()
+
+
+def base_log_likelihood(
+    ensemble: LoraEnsemble,
+    contexts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    *,
+    tokens_per_batch: int = 16_384,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[float]:
+    """log p_base(continuation | context) in nats, of each; 0 of one without tokens.
+
+    Args:
+        ensemble: whose members are left out.
+        contexts: token ids of each context, at least one.
+        continuations: token ids of each continuation.
+        tokens_per_batch: limit on rows × length in one forward. A longer single row is scored alone.
+        progress: called after each batch with the number of continuations done.
+
+    Raises:
+        EnsembleFormatError: the base gives no finite likelihood.
+    """
+    found = [0.0] * len(contexts)
+    filled = [i for i, (_, y) in enumerate(zip(contexts, continuations, strict=True)) if y]
+    done = len(found) - len(filled)
+    training = ensemble.training
+    ensemble.eval()
+    try:
+        with torch.inference_mode(), ensemble.using(()):
+            for batch in batches_by_length(
+                [len(contexts[i]) + len(continuations[i]) for i in filled], tokens_per_batch
+            ):
+                rows = [filled[b] for b in batch]
+                pairs = [(contexts[i], continuations[i]) for i in rows]
+                input_ids = padded([[*x, *y] for x, y in pairs], 0)
+                mask = padded([[1] * (len(x) + len(y)) for x, y in pairs], 0)
+                labels = padded([[*[IGNORED] * len(x), *y] for x, y in pairs], IGNORED)
+                (ell_B,) = ensemble.log_likelihood(*(x.to(ensemble.device) for x in (input_ids, mask, labels))).tolist()
+                for row, ell in zip(rows, ell_B, strict=True):
+                    if not math.isfinite(ell):
+                        raise EnsembleFormatError(
+                            "its log-likelihood under the base is no finite number",
+                            where=f"continuation {row + 1}",
+                            hint="The base is loaded in a precision too low for it.",
+                        )
+                    found[row] = ell
+                done += len(rows)
+                progress(done)
+    finally:
+        ensemble.train(training)
+    return found
