@@ -1,0 +1,418 @@
+"""How one fitted adapter's log-likelihoods bend and pull: per-example gradients and curvature in its parameters.
+
+The joint forward runs M stacked adapters, a block of rows each. Stack copies of *one* adapter instead, and the same
+pass answers other questions, for any architecture and without a loop:
+
+    a copy an example     the gradient of Σ_i ℓ_i in the stack is the matrix of per-example gradients [E, P]
+    a copy a direction    tangents in the stack are the logits' derivatives along k directions at once, J_t U
+
+From these comes what `renyi.objectives.stability` needs: J from the gradients, and V as one of
+
+    "fisher"    Σ_t J_tᵀ (diag p_t − p_t p_tᵀ) J_t, the Gauss–Newton matrix at the data's own prefixes: never negative
+    "hessian"   −∇² ℓ_i, which has the residuals' curvature as well: the same on average where the model is right
+
+and, beside the first, the empirical matrix of single tokens, Σ_t g_t g_tᵀ: the same on average where tokens are
+calibrated, and less sensitive to a fit that is not quite finished.
+
+LoRA has a gauge: A → GA, B → BG⁻¹ leaves every logit as it is, so V is singular along R² directions a layer. J is
+zero there, too, so that is harmless with damping, or in a subspace that gradients span.
+
+Everything runs without dropout, and log-probabilities are in float32 or better. This file knows nothing about
+thresholds, ensembles' objectives or files.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from renyi.ensemble.adapters import joint_layers
+from renyi.ensemble.ensemble import IGNORED, LoraEnsemble, Snapshot
+from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
+from renyi.ensemble.rows import repeat_rows
+from renyi.errors import ConfigError, DataError
+from renyi.objectives import gradient_basis, random_basis
+
+TOKENS_PER_PASS = 1 << 12  # of all copies together; larger passes were not faster on a CPU
+
+Batch: TypeAlias = Mapping[str, Tensor]  # input_ids, attention_mask, labels [rows, T], padded on the right
+Score: TypeAlias = Callable[[Tensor, Batch], Tensor]  # token log-probabilities [rows, T − 1] to one number an example
+Curvature: TypeAlias = Literal["fisher", "hessian"]
+
+
+class Projected(NamedTuple):
+    """Examples' gradients and curvature in the coordinates of k directions, as `cross_fitted` takes them.
+
+    Attributes:
+        log_likelihood: ℓ_i, [N], nats.
+        gradients: Uᵀ∇ℓ_i, [N, k].
+        curvature: Uᵀ V_i U, [N, k, k].
+        empirical: Σ_t (Uᵀ∇ℓ_it)(Uᵀ∇ℓ_it)ᵀ over trained tokens, [N, k, k]; for "fisher" only.
+        basis: U, [P, k].
+    """
+
+    log_likelihood: Tensor
+    gradients: Tensor
+    curvature: Tensor
+    empirical: Tensor | None
+    basis: Tensor
+
+
+class AdapterSpace:
+    """The parameters of one member of an ensemble as vectors [P].
+
+    Layer by layer in the order of the model: A [R, I] row by row, then B [O, R] row by row.
+
+    Attributes:
+        ensemble: whose member it is.
+        origin: the member's parameters as they were when this was made, [P].
+    """
+
+    def __init__(self, ensemble: LoraEnsemble, member: int = 0):
+        if not 0 <= member < ensemble.num_members:
+            raise ConfigError(f"there is no member {member} of {ensemble.num_members}", where="member")
+        self.ensemble = ensemble
+        self._shapes = {name: (A.shape, B.shape) for name, (A, B) in ensemble.adapter(member).items()}
+        self.origin = self.flatten(ensemble.adapter(member)).detach()
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return len(self.origin)
+
+    def flatten(self, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """[…, P] from every layer's (A […, R, I], B […, O, R])."""
+        return torch.cat([x.flatten(-2) for name in self._shapes for x in matrices[name]], dim=-1)
+
+    def unflatten(self, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Every layer's (A […, R, I], B […, O, R]) from […, P]."""
+        sizes = [shape.numel() for pair in self._shapes.values() for shape in pair]
+        parts = iter(vectors.split(sizes, dim=-1))
+        return {
+            name: (next(parts).unflatten(-1, shape_A), next(parts).unflatten(-1, shape_B))
+            for name, (shape_A, shape_B) in self._shapes.items()
+        }
+
+    def displaced(self, offsets: Tensor) -> Snapshot:
+        """K copies of the member, each moved by its row of `offsets` [K, P], as members of equal weight."""
+        weights = self.ensemble.weights.new_full((len(offsets),), 1 / len(offsets))
+        return Snapshot(weights, list(self.unflatten(self.origin + offsets.to(self.origin)).values()))
+
+
+def per_example_gradients(
+    space: AdapterSpace,
+    batch: Batch,
+    score: Score | None = None,
+    rows_per_example: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """ℓ_i of every example and its gradient in the adapter's parameters, in one forward and one backward.
+
+    Holds about 2EP floats beside the activations of the batch's rows.
+
+    Args:
+        space: the adapter.
+        batch: E · rows_per_example rows; those of one example stand E apart, as in TRL's batches of pairs.
+        score: ℓ_i, or any other number of an example, from its rows' token log-probabilities and the batch; by default
+            their sum.
+        rows_per_example: 2 for pairs.
+
+    Returns:
+        [E] and [E, P]; zero where nothing is trained.
+    """
+    rows = torch.arange(len(batch["input_ids"])).view(rows_per_example, -1).T.flatten()
+    grouped = {name: batch[name][rows] for name in ("input_ids", "attention_mask", "labels")}
+    stack = space.origin.expand(len(rows) // rows_per_example, -1).clone().requires_grad_()
+    with _evaluating(space.ensemble), torch.enable_grad():
+        hidden, targets, mask = _supervised(space, stack, grouped)
+        head = space.ensemble.get_output_embeddings()
+        log_probs = token_scores(hidden, head, targets, _transform(space)).log_probs
+        scores = (score or _sequence)(_by_position(log_probs, mask)[rows.argsort()], batch)
+        (gradients,) = torch.autograd.grad(scores.sum(), stack)
+    return scores.detach(), gradients
+
+
+def diagnose_curvature(
+    space: AdapterSpace,
+    batches: Iterable[Batch],
+    spanning: Iterable[Batch] | None,
+    num_directions: int = 32,
+    *,
+    curvature: Curvature = "fisher",
+    margin: Score | None = None,
+    tokens_per_pass: int = TOKENS_PER_PASS,
+    seed: int = 0,
+) -> Projected:
+    """What decides when members spread, for a dataset: examples projected on the directions gradients are greatest in.
+
+    Args:
+        space: the fitted adapter.
+        batches: the examples to project. Time is that of num_directions forwards over each.
+        spanning: other examples, whose gradients span the subspace: one forward and backward over each, and memory
+            for 2 · num_directions + a batch's rows of P floats. None takes random directions, which see little.
+        num_directions: k.
+        curvature: "fisher" or "hessian".
+        margin: of preference pairs; then examples are pairs with ℓ_i = log σ(Δ_i), as `project_pairs` says.
+        tokens_per_pass: how many tokens of all copies run at once, for "fisher".
+        seed: of random directions.
+
+    Raises:
+        ValueError: the spanning examples are too few for that many directions.
+    """
+    if spanning is None:
+        basis = random_basis(space.size, num_directions, seed).to(space.origin)
+    else:
+        basis = gradient_basis((_gradients(space, batch, margin) for batch in spanning), num_directions)
+    if margin is not None:
+        return project_pairs(space, batches, basis, margin)
+    return project(space, batches, basis, curvature, tokens_per_pass)
+
+
+def project(
+    space: AdapterSpace,
+    batches: Iterable[Batch],
+    basis: Tensor,
+    curvature: Curvature = "fisher",
+    tokens_per_pass: int = TOKENS_PER_PASS,
+) -> Projected:
+    """Gradients and curvature of sequences' log-likelihoods along the columns of a basis [P, k], exactly.
+
+    Args:
+        space: the adapter.
+        batches: one example a row.
+        basis: U, any k columns [P, k].
+        curvature: "fisher", by forward-mode tangents; or "hessian", by k backward passes through the gradient of a
+            forward over P floats an example.
+        tokens_per_pass: how many tokens of all copies run at once, for "fisher".
+    """
+    of_batch = {"fisher": _project_fisher, "hessian": _project_hessian}.get(curvature)
+    if of_batch is None:
+        raise ConfigError(f"unknown curvature {curvature!r}", where="curvature", hint='Use "fisher" or "hessian".')
+    with _evaluating(space.ensemble), _twice_differentiable(space.ensemble):
+        of_batches = [of_batch(space, batch, basis, tokens_per_pass) for batch in batches]
+    if not of_batches:
+        raise DataError("there are no examples to project", where="batches")
+    ell_N, g_Nk, V_Nkk, *empirical = (torch.cat(parts) for parts in zip(*of_batches, strict=True))
+    return Projected(ell_N, g_Nk, V_Nkk, empirical[0] if empirical else None, basis)
+
+
+def project_pairs(space: AdapterSpace, batches: Iterable[Batch], basis: Tensor, margin: Score) -> Projected:
+    """The same for preference pairs under Bradley–Terry: ℓ_i = log σ(Δ_i), V_i = σ(Δ_i) σ(−Δ_i) ∇Δ_i ∇Δ_iᵀ.
+
+    A pair has one outcome, so nothing within it can agree: a model that gives each pair its right odds has critical
+    alpha 1, however annotators differ.
+
+    Args:
+        space: the adapter.
+        batches: of pairs, chosen rows first; with what `margin` needs beside the rows.
+        basis: U, [P, k].
+        margin: Δ [B] from the token log-probabilities of the 2B rows and the batch.
+    """
+    found = [per_example_gradients(space, batch, margin, rows_per_example=2) for batch in batches]
+    margin_N = torch.cat([values for values, _ in found])
+    slope_Nk = torch.cat([gradients.to(basis) @ basis for _, gradients in found])
+    wrong_N1 = torch.sigmoid(-margin_N)[:, None]
+    V_Nkk = (wrong_N1 * (1 - wrong_N1))[..., None] * slope_Nk[:, :, None] * slope_Nk[:, None]
+    return Projected(F.logsigmoid(margin_N), wrong_N1 * slope_Nk, V_Nkk, None, basis)
+
+
+# ---- Products in the whole space -------------------------------------------------------------------------------------
+
+
+def fisher_product(
+    space: AdapterSpace, batches: Iterable[Batch], vectors: Tensor, tokens_per_pass: int = TOKENS_PER_PASS
+) -> Tensor:
+    """The mean Fisher matrix of sequences times the columns of `vectors` [P, n]: tangents forward, products back."""
+    product, examples = torch.zeros_like(vectors), 0
+    with _evaluating(space.ensemble), _twice_differentiable(space.ensemble):
+        for batch in batches:
+            examples += len(batch["input_ids"])
+            for columns in _columns_per_pass(batch, vectors.shape[1], tokens_per_pass):
+                hidden, tangents, _, _ = _tangents(space, batch, vectors[:, columns], tokens_per_pass)
+                back = torch.empty_like(tangents)
+                head: Any = space.ensemble.get_output_embeddings()
+                for at, log_p_nV, dz_knV, slope_nV in _logit_tangents(space, hidden, tangents):
+                    p_nV = log_p_nV.exp()
+                    row = p_nV * (dz_knV - (p_nV * dz_knV).sum(dim=-1, keepdim=True)) * slope_nV
+                    back[:, at] = row.to(head.weight.dtype) @ head.weight
+                copies = len(tangents)
+                stack = space.origin.expand(copies, -1).clone().requires_grad_()
+                with torch.enable_grad():
+                    rows, _, _ = _supervised(space, stack, _repeated(batch, copies))
+                    (gradients,) = torch.autograd.grad(rows, stack, back.flatten(0, 1))
+                product[:, columns] += gradients.T.to(product)
+    return product / examples
+
+
+def hessian_product(
+    space: AdapterSpace, batches: Iterable[Batch], vectors: Tensor, tokens_per_pass: int = TOKENS_PER_PASS
+) -> Tensor:
+    """The mean Hessian of sequences' negative log-likelihood times the columns of `vectors` [P, n]."""
+    product, examples = torch.zeros_like(vectors), 0
+    with _evaluating(space.ensemble), _twice_differentiable(space.ensemble), torch.enable_grad():
+        for batch in batches:
+            examples += len(batch["input_ids"])
+            for columns in _columns_per_pass(batch, vectors.shape[1], tokens_per_pass):
+                along = vectors[:, columns].T.to(space.origin)
+                stack = space.origin.expand(len(along), -1).clone().requires_grad_()
+                nll = -_plain_log_probs(space, stack, _repeated(batch, len(along))).sum()
+                (gradients,) = torch.autograd.grad(nll, stack, create_graph=True)
+                (second,) = torch.autograd.grad((gradients * along).sum(), stack)
+                product[:, columns] += second.T.to(product)
+    return product / examples
+
+
+# ---- One batch -------------------------------------------------------------------------------------------------------
+
+
+def _gradients(space: AdapterSpace, batch: Batch, margin: Score | None) -> Tensor:
+    """∇ℓ_i of sequences, or of pairs, [E, P]."""
+    if margin is None:
+        return per_example_gradients(space, batch)[1]
+    margins, gradients = per_example_gradients(space, batch, margin, rows_per_example=2)
+    return torch.sigmoid(-margins)[:, None] * gradients
+
+
+def _project_fisher(space: AdapterSpace, batch: Batch, basis: Tensor, tokens_per_pass: int) -> tuple[Tensor, ...]:
+    hidden, tangents, targets, mask = _tangents(space, batch, basis, tokens_per_pass)
+    example_n = mask.nonzero()[:, 0]
+    examples, k = len(mask), basis.shape[1]
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    ell = torch.zeros(examples, dtype=dtype, device=hidden.device)
+    g, V, empirical = (ell.new_zeros(examples, *shape) for shape in ((k,), (k, k), (k, k)))
+    for at, log_p_nV, dz_knV, _ in _logit_tangents(space, hidden, tangents):
+        p_nV = log_p_nV.exp()
+        # ∂ log p_v along each direction, of every v that might have followed.
+        score_nkV = (dz_knV - (p_nV * dz_knV).sum(dim=-1, keepdim=True)).transpose(0, 1)
+        target_n11 = targets[at, None, None]
+        g_nk = score_nkV.gather(2, target_n11.expand(-1, k, 1))[..., 0]
+        ell.index_add_(0, example_n[at], log_p_nV.gather(1, target_n11[..., 0])[:, 0])
+        g.index_add_(0, example_n[at], g_nk)
+        V.index_add_(0, example_n[at], (score_nkV * p_nV[:, None]) @ score_nkV.mT)
+        empirical.index_add_(0, example_n[at], g_nk[:, :, None] * g_nk[:, None])
+    return ell, g, V, empirical
+
+
+def _project_hessian(space: AdapterSpace, batch: Batch, basis: Tensor, tokens_per_pass: int) -> tuple[Tensor, ...]:
+    """By the coordinates themselves: example i runs at θ + U c_i, and log p is differentiated in c at 0."""
+    coordinates = space.origin.new_zeros(len(batch["input_ids"]), basis.shape[1], requires_grad=True)
+    with torch.enable_grad():
+        log_probs_NT = _plain_log_probs(space, space.origin + coordinates @ basis.T.to(space.origin), batch)
+        ell = log_probs_NT.sum(dim=1)
+        (g,) = torch.autograd.grad(ell.sum(), coordinates, create_graph=True)
+        # Each example has coordinates of its own, so a column's sum has the examples' rows side by side.
+        rows = [torch.autograd.grad(column.sum(), coordinates, retain_graph=True)[0] for column in g.unbind(1)]
+    return ell.detach(), g.detach(), -torch.stack(rows, dim=1)
+
+
+@torch.no_grad()
+def _tangents(
+    space: AdapterSpace, batch: Batch, basis: Tensor, tokens_per_pass: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states [n, D] of trained positions, their derivatives along k directions [k, n, D], targets and mask."""
+    parts = []
+    for columns in _columns_per_pass(batch, basis.shape[1], tokens_per_pass):
+        along = basis[:, columns].T.to(space.origin)
+        with forward_ad.dual_level():
+            stack = forward_ad.make_dual(space.origin.expand(len(along), -1).clone(), along.contiguous())
+            dual, targets, mask = _supervised(space, stack, _repeated(batch, len(along)))
+            hidden, tangents = forward_ad.unpack_dual(dual)
+            n = len(targets) // len(along)
+            parts.append(tangents.view(len(along), n, tangents.shape[-1]))
+    return hidden[:n], torch.cat(parts), targets[:n], mask[: len(batch["input_ids"])]
+
+
+def _logit_tangents(
+    space: AdapterSpace, hidden: Tensor, tangents: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Chunks of positions: where, log p [n, V], the logits' tangents [k, n, V], and the transform's slope [n, V]."""
+    head: Any = space.ensemble.get_output_embeddings()
+    transform = _transform(space)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    chunk = max(1, LOGITS_PER_CHUNK // (len(tangents) * head.weight.shape[0]))
+    with torch.no_grad():
+        for start in range(0, len(hidden), chunk):
+            at = slice(start, start + chunk)
+            z_nV = transform(head(hidden[at]).to(dtype))
+            slope_nV = torch.full_like(z_nV, transform.scale)
+            if transform.softcap is not None:
+                slope_nV = slope_nV * (1 - (z_nV / transform.softcap).square())
+            dz_knV = F.linear(tangents[:, at], head.weight).to(dtype) * slope_nV
+            yield at, z_nV.log_softmax(dim=-1), dz_knV, slope_nV
+
+
+def _plain_log_probs(space: AdapterSpace, stack: Tensor, batch: Batch) -> Tensor:
+    """Token log-probabilities [rows, T − 1] that can be differentiated twice, unlike those of the frozen head."""
+    hidden, targets, mask = _supervised(space, stack, batch)
+    head: Any = space.ensemble.get_output_embeddings()
+    z_nV = _transform(space)(head(hidden).to(torch.promote_types(hidden.dtype, torch.float32)))
+    return _by_position(z_nV.log_softmax(dim=-1).gather(1, targets[:, None])[:, 0], mask)
+
+
+def _supervised(space: AdapterSpace, stack: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [n, D] before trained tokens when each adapter of the stack [E, P] sees its share of the rows.
+
+    Also the tokens [n], and where they are: [rows, T − 1].
+    """
+    backbone = space.ensemble.base.base_model
+    layers = joint_layers(backbone)
+    if any(layer.selection.members is not None for layer in layers.values()):
+        raise ConfigError("curvature is of one adapter by itself", hint="Leave `using(...)` first.")
+    pairs = zip(layers, space.unflatten(stack).values(), strict=True)
+    swapped = {f"{name}.lora_{x}": matrix for name, pair in pairs for x, matrix in zip("AB", pair, strict=True)}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    hidden = functional_call(backbone, swapped, kwargs=inputs).last_hidden_state
+    targets = batch["labels"][:, 1:]
+    mask = targets != IGNORED
+    return hidden[:, :-1][mask], targets[mask], mask
+
+
+def _by_position(values: Tensor, mask: Tensor) -> Tensor:
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def _sequence(log_probs: Tensor, batch: Batch) -> Tensor:
+    return log_probs.sum(dim=-1)
+
+
+def _transform(space: AdapterSpace) -> LogitTransform:
+    return LogitTransform.from_config(space.ensemble.base.config)
+
+
+def _columns_per_pass(batch: Batch, columns: int, tokens_per_pass: int) -> Iterator[slice]:
+    step = max(1, tokens_per_pass // batch["input_ids"].numel())
+    return (slice(start, start + step) for start in range(0, columns, step))
+
+
+def _repeated(batch: Batch, copies: int) -> dict[str, Tensor]:
+    rows = len(batch["input_ids"])
+    return {name: repeat_rows(batch[name], copies, rows) for name in ("input_ids", "attention_mask", "labels")}
+
+
+@contextmanager
+def _evaluating(ensemble: LoraEnsemble) -> Iterator[None]:
+    training = ensemble.training
+    ensemble.eval()
+    try:
+        yield
+    finally:
+        ensemble.train(training)
+
+
+@contextmanager
+def _twice_differentiable(ensemble: LoraEnsemble) -> Iterator[None]:
+    """Attention from plain operations: fused kernels have neither forward-mode nor second derivatives."""
+    implementation = ensemble.base.config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        ensemble.base.set_attn_implementation("eager")
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        if implementation not in ("eager", "sdpa"):
+            ensemble.base.set_attn_implementation(implementation)

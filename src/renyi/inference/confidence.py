@@ -1,0 +1,73 @@
+"""How sure the mixture is of each next token, and whether it is right: what calibration is measured on.
+
+The same tokens, labels and joint forward as in training. It knows nothing about files.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from renyi.data import IGNORED
+from renyi.ensemble import LoraEnsemble
+from renyi.inference.batches import batches_by_length, padded
+
+
+class TokenConfidence(NamedTuple):
+    """Of K trained tokens: the mixture's probability of its likeliest next token, float64 [K]; whether it came, [K]."""
+
+    confidence: Tensor
+    is_right: Tensor
+
+
+def token_confidence(
+    ensemble: LoraEnsemble,
+    dataset: Dataset,
+    *,
+    tokens_per_batch: int = 16_384,
+    progress: Callable[[int], object] = lambda done: None,
+) -> TokenConfidence:
+    """The mixture's confidence at every trained token of a prepared dataset, shorter rows first.
+
+    The predictive is that of the mixture of sequences, Σ_m w_m(y_<t) p_m(y_t | y_<t): weights are π times how well a
+    member explained the trained tokens before.
+
+    Args:
+        ensemble: M members.
+        dataset: with columns `input_ids` and `labels`, −100 where not trained, as `prepare` makes them.
+        tokens_per_batch: limit on members × rows × length in one forward. A longer single row is scored alone.
+        progress: called after each batch with the number of examples done.
+    """
+    columns = dataset.select_columns(["input_ids", "labels"])
+    lengths = [len(ids) for batch in columns.iter(1000) for ids in batch["input_ids"]]
+    found: list[tuple[Tensor, Tensor]] = []
+    training, done = ensemble.training, 0
+    ensemble.eval()
+    try:
+        with torch.inference_mode():
+            for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
+                found += _of_batch(ensemble, columns[rows])
+                progress(done := done + len(rows))
+    finally:
+        ensemble.train(training)
+    return TokenConfidence(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
+
+
+def _of_batch(ensemble: LoraEnsemble, columns: dict[str, list[list[int]]]) -> list[tuple[Tensor, Tensor]]:
+    """Confidence and rightness of all trained tokens of some rows, in chunks, row by row."""
+    rows = padded(columns["input_ids"], 0), padded([[1] * len(x) for x in columns["labels"]], 0)
+    input_ids, attention_mask, labels = (x.to(ensemble.device) for x in (*rows, padded(columns["labels"], IGNORED)))
+    next_BT = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
+    is_trained_BT = next_BT != IGNORED
+    ell_MBT = ensemble.token_log_likelihood(input_ids, attention_mask, labels).double()  # 0 where not trained
+    log_w_MBT = ensemble.weights.double().log()[:, None, None] + ell_MBT.cumsum(dim=-1)  # of what comes after t
+    log_w_MK, target_K = log_w_MBT[:, is_trained_BT].log_softmax(dim=0), next_BT[is_trained_BT]
+
+    found, start = [], 0
+    for log_p_MnV in ensemble.next_token_log_probs(input_ids, attention_mask, is_trained_BT):
+        at = slice(start, start := start + log_p_MnV.shape[1])
+        likeliest_n = (log_w_MK[:, at, None].float() + log_p_MnV).logsumexp(dim=0).max(dim=-1)
+        found.append((likeliest_n.values.double().exp(), likeliest_n.indices == target_K[at]))
+    return found
