@@ -29,6 +29,12 @@ def test_the_preferences_are_understood() -> None:
     assert "rejected  «" in printed
 
 
+def test_the_prompts_are_understood() -> None:
+    printed = run(sys.executable, "-m", "renyi", "powerflow", "--config", "examples/powerflow.yaml", "--dry_run")
+    assert "80 prompts" in printed
+    assert "what does mira ? <assistant> «…»" in printed
+
+
 @pytest.mark.slow
 def test_the_loop_finds_the_schools() -> None:
     *_, first, second = run(sys.executable, "examples/loop.py").splitlines()
@@ -43,3 +49,13 @@ def test_the_config_trains(tmp_path: Path) -> None:
     printed = run(sys.executable, "-m", "renyi", "sft", *config)
     assert "What each member learned" in printed
     assert (tmp_path / "training.png").exists()
+
+
+@pytest.mark.slow
+def test_the_policy_sharpens(tmp_path: Path) -> None:
+    config = ["--config", "examples/powerflow.yaml", "--output_dir", str(tmp_path)]
+    table = run(sys.executable, "-m", "renyi", "powerflow", *config).partition("What the policy learned")[2]
+    found = {line.split()[0]: list(map(float, line.split()[1:4])) for line in table.splitlines()[2:5] if "%" in line}
+    assert found["base"][2] == 1
+    assert found["policy"][0] > found["base"][0] + 0.05
+    assert found["policy"][2] > 1.5

@@ -31,7 +31,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from renyi import LoraEnsemble, RenyiDPOConfig, RenyiDPOTrainer, RenyiSFTConfig, RenyiSFTTrainer
+from renyi import (
+    LoraEnsemble,
+    PowerFlowConfig,
+    PowerFlowTrainer,
+    RenyiDPOConfig,
+    RenyiDPOTrainer,
+    RenyiSFTConfig,
+    RenyiSFTTrainer,
+)
 
 VOCABULARY = 64
 PAD, EOS, UNK = 0, 1, 2
@@ -218,6 +226,27 @@ def dpo_trainer_of(output_dir: str | Path, dataset: Any = None, **settings: Any)
         tiny_model() if model is None else model,
         RenyiDPOConfig(str(output_dir), **quiet({"beta": 0.3, **settings})),
         pair_rows() if dataset is None else dataset,
+        **{"processing_class": tiny_tokenizer(), **given},
+    )
+
+
+def prompt_rows(number: int = 16, seed: int = 0) -> Dataset:
+    """Plain prompts of 1 to 5 words."""
+    return Dataset.from_dict({"prompt": [row["prompt"] for row in pair_rows(number, seed)]})
+
+
+def powerflow_trainer_of(output_dir: str | Path, dataset: Any = None, **settings: Any) -> PowerFlowTrainer:
+    """As `trainer_of`, on prompts, with 4 rollouts of at most 6 tokens to each."""
+    known = ("model", "peft_config", "eval_dataset", "processing_class", "callbacks", "base_score", "reward_funcs")
+    given = {name: settings.pop(name) for name in known if name in settings}
+    model = given.pop("model", None)
+    if not isinstance(model, LoraEnsemble):
+        given.setdefault("peft_config", lora())
+    rollouts = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 6}
+    return PowerFlowTrainer(
+        tiny_model() if model is None else model,
+        PowerFlowConfig(str(output_dir), **quiet({**rollouts, **settings})),
+        prompt_rows() if dataset is None else dataset,
         **{"processing_class": tiny_tokenizer(), **given},
     )
 

@@ -371,8 +371,7 @@ def test_what_cannot_be_diagnosed():
         AdapterSpace(space.ensemble, 3)
     with space.ensemble.using([0]), pytest.raises(ConfigError, match="using"):
         per_example_gradients(space, batch)
-    with pytest.raises(ValueError, match="span 3 directions, not 9"):
-        diagnose_curvature(space, [batch], [batch], 9)
+    assert diagnose_curvature(space, [batch], [batch], 9).basis.shape[1] == 3  # as many as the gradients span
 
 
 def test_half_precision_bases_are_projected_in_float32():

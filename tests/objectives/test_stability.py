@@ -300,12 +300,14 @@ def test_blocks_of_gradients_span_nearly_what_all_of_them_do():
     assert (gradients @ streamed).square().sum() >= 0.99 * (gradients @ best).square().sum()
 
 
-def test_too_few_gradients_for_a_basis():
-    repeated = normal(3, 50).repeat(4, 1)
-    with pytest.raises(ValueError, match="span 3 directions, not 4"):
-        gradient_basis([repeated], 4)
-    with pytest.raises(ValueError, match="span 0 directions"):
-        gradient_basis([], 1)
+def test_a_basis_has_no_more_directions_than_gradients_span():
+    three = normal(3, 50)
+    basis = gradient_basis([three.repeat(4, 1)], 4)
+    assert basis.shape == (50, 3)
+    torch.testing.assert_close(three @ basis @ basis.mT, three)
+    for nothing in ([], [torch.zeros(5, 50)]):
+        with pytest.raises(ValueError, match="span no direction"):
+            gradient_basis(nothing, 1)
 
 
 def test_a_random_basis_is_orthonormal_and_follows_its_seed():

@@ -72,7 +72,7 @@ def _facts(d: "Description") -> RenderableType:
             "targets": f"{', '.join(d.targets)} ({d.layers} layers)",
             "parameters": f"{number_text(d.parameters)} a member",
             "on disk": bytes_text(d.bytes),
-            "alpha": f"{manifest.alpha:g}, {manifest.routing_quantity} routed",
+            **({"alpha": f"{manifest.alpha:g}, {manifest.routing_quantity} routed"} if len(d.norms) > 1 else {}),
             "written by": f"renyi {manifest.renyi_version}",
         },
     )
@@ -97,8 +97,8 @@ def _members(d: "Description") -> RenderableType:
             cells = ["·" if m == n else _pair(d, m, n) for n in members] if others else []
         table.add_row(str(m), f"{d.manifest.weights[m]:.3f}", f"{float(d.norms[m]):.3g}", *cells)
     title = Text.assemble("\n", ("Members' updates", "bold"))
-    legend = Text("‖scaling·BA‖ over all layers, and its distance (cosine) to the other members' updates", "dim")
-    return Group(title, table, legend)
+    and_others = ", and its distance (cosine) to the other members' updates" if len(members) > 1 else ""
+    return Group(title, table, Text(f"‖scaling·BA‖ over all layers{and_others}", "dim"))
 
 
 def _pair(d: "Description", m: int, n: int) -> str:

@@ -105,6 +105,8 @@ def _bar(doing: str, state: TrainerState, logs: dict[str, float], left: str) -> 
         return line
     named = [Text.assemble((f"{name} ", "dim"), value) for name, value in _figures(logs).items()]
     figures = Columns(named, padding=(0, 2))  # in further lines where the terminal is narrow
+    if not _loads(logs):
+        return Group(line, figures)
     loads = Text("loads ", style="dim", no_wrap=True, overflow="ellipsis")
     for load in _loads(logs):
         loads.append(_BARS[min(int(load * 9), 8)], style="cyan").append(f" {load:.0%}  ")
@@ -116,18 +118,22 @@ def _plain_line(state: TrainerState, logs: dict[str, float], left: str) -> str:
     logs = {name.removeprefix(prefix): value for name, value in logs.items()}
     figures = "  ".join(f"{name} {value}" for name, value in _figures(logs).items())
     loads = " ".join(f"{load:.2f}" for load in _loads(logs))
+    loads = f"  loads {loads}" if loads else ""
     what = "held out" if prefix else f"{left} left"
     width = len(str(state.max_steps))
-    return f"step {state.global_step:{width}}/{state.max_steps}  {figures}  loads {loads}  {what}"
+    return f"step {state.global_step:{width}}/{state.max_steps}  {figures}{loads}  {what}"
 
 
 def _figures(logs: dict[str, float]) -> dict[str, str]:
     """The figures that matter, under the names of the metrics."""
     formats = {"loss": ".3f", "nll_mixture": ".3f", "rewards/accuracies": ".2f", "jensen_gap": ".3f"}
-    formats |= {"effective_members": ".2f", "alpha": ".2f"}
+    formats |= {"log_partition": ".2f", "logps/base": ".2f", "logps/policy": ".2f"}
+    formats |= {"completions/mean_length": ".1f", "completions/clipped_ratio": ".0%"}
+    formats |= {"effective_members": ".2f", "alpha": ".2f"} if _loads(logs) else {}
     return {name: format(logs[name], spec) for name, spec in formats.items() if name in logs}
 
 
 def _loads(logs: dict[str, float]) -> list[float]:
+    """What share each member takes; nothing of one, which takes all."""
     members = sum(name.startswith("member_load/") for name in logs)
-    return [logs[f"member_load/{m}"] for m in range(members)]
+    return [logs[f"member_load/{m}"] for m in range(members)] if members > 1 else []

@@ -12,15 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from renyi.cli.console import facts, number_text, plural, quiet_progress_bars, say, stream
-from renyi.cli.parser import keys, parse, split_config
+from renyi.cli.parser import ConfigFile, keys, parse, split_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from renyi.training.run import Rows, Run
     from renyi.training.trainer import EnsembleTrainer
-
-SCORED = 256  # examples scored to say what each member learned
 
 
 class TrainingCommand(ABC):
@@ -32,6 +30,9 @@ class TrainingCommand(ABC):
         keys: those of its own that the help page shows, by group; `_BEFORE` and `_AFTER` are shown for all methods.
         example: what it calls an example of the data.
         row: what it calls a row of a batch.
+        about: what it does, for the help page.
+        member, members: what it calls a member, and several.
+        sampled: how many examples are asked of members in the end, to say what each learned.
     """
 
     prog: ClassVar[str]
@@ -39,6 +40,10 @@ class TrainingCommand(ABC):
     keys: ClassVar[Mapping[str, str]]
     example: ClassVar[str]
     row: ClassVar[str]
+    about: ClassVar[str] = "Train an α-Rényi LoRA ensemble."
+    member: ClassVar[str] = "member"
+    members: ClassVar[str] = "members"
+    sampled: ClassVar[int] = 256
 
     @abstractmethod
     def trainer(self) -> "type[EnsembleTrainer]":
@@ -85,26 +90,63 @@ def run_training(command: TrainingCommand, argv: Sequence[str]) -> int:
     config, flags = split_config(argv, command.prog)  # before the imports: its `env:` may be meant for them
     out, err = stream(), stream(stderr=True)
     with err.status("loading"):
+        from renyi.training.config import AUTO
         from renyi.training.output import no_empty_folder
         from renyi.training.run import build
 
         quiet_progress_bars()
-        parsed = parse(command.settings(), flags, config, command.prog)
-        script, args, model, own, *of_tokenizer = parsed.filled
-        own.given = parsed.given
+        settings = _settings(command, flags, config)
+        script, args, model, own, *of_tokenizer = settings
 
     from renyi.cli.progress import Progress
 
     with no_empty_folder(args.output_dir):
+        auto = args.alpha == AUTO
+        if auto and own.dry_run:
+            args.alpha = 0.0
+        elif auto:
+            _choose_alpha(out, err, command, settings, _settings(command, flags, config))
         progress = Progress()
         with err.status(f"loading the data and the base model{command.ahead(args)}"):
             ready = build(command.trainer(), script, args, model, own, [progress], *of_tokenizer)
-        _show_plan(out, command, ready, script.dataset_name)
+        _show_plan(out, command, ready, script.dataset_name, auto and own.dry_run)
         out.print(command.first(ready, _prepared(ready, ready.train_rows, 1), out.is_terminal))
         if own.dry_run:
             out.print("\nA dry run: nothing was written. Without [bold]--dry_run[/] this trains.")
             return 0
         return _train(out, err, command, ready, progress, script.dataset_name)
+
+
+def _settings(command: TrainingCommand, flags: Sequence[str], config: ConfigFile) -> Sequence[Any]:
+    """Settings as given, in objects of their own: building a run changes them."""
+    parsed = parse(command.settings(), flags, config, command.prog)
+    parsed.filled[3].given = parsed.given
+    return parsed.filled
+
+
+def _choose_alpha(
+    out: Console, err: Console, command: TrainingCommand, settings: Sequence[Any], of_fit: Sequence[Any]
+) -> None:
+    """Do what `alpha: auto` does ahead of training, say what it found, and set what it chose in `settings`."""
+    from renyi.auto import fit_and_spread, go_on_with
+    from renyi.cli.progress import Progress
+
+    script, args, model, own, *of_tokenizer = of_fit
+    progress = Progress()
+    with progress:
+        chosen = fit_and_spread(command.trainer(), script, args, model, own, [progress], *of_tokenizer)
+    _, args, model, own, *_ = settings
+    calibration = "" if chosen.calibration is None else f" · calibration {chosen.calibration:.2f}"
+    rows = {
+        "one adapter": f"fitted for {plural(chosen.fit_steps, 'step')}",
+        "critical alpha": f"{chosen.critical_alpha:.2f} [{chosen.low:.2f}, {chosen.high:.2f}]; "
+        f"above it {command.members} part",
+        "alpha": f"{chosen.alpha:g} · {args.num_members} {command.members} start apart along the directions found; "
+        f"the diagnosis would take {chosen.members}",
+        "how sure": f"{chosen.mean_share:.0%} of the leading direction is unfinished fitting{calibration}",
+    }
+    out.print(facts("alpha: auto", {name: Text(value) for name, value in rows.items()}))
+    go_on_with(chosen, args, model, own)
 
 
 def _train(out: Console, err: Console, command: TrainingCommand, ready: "Run", progress: Any, dataset_name: str) -> int:
@@ -121,10 +163,10 @@ def _train(out: Console, err: Console, command: TrainingCommand, ready: "Run", p
         then = f"goes on from {newest.name}" if newest else "starts again: there is no checkpoint yet"
         say("interrupted", "bold yellow", f"the same command {then}")
         return 130
-    _show_end(out, ready)
+    _show_end(out, command, ready)
     with err.status("saving"):
         save(ready, dataset_name)
-    with err.status(f"scoring {command.example}s under every member"):  # in every process: preparing waits for all
+    with err.status(f"asking every {command.member} what it learned"):  # in every process: preparing waits for all
         learned = _what_members_learned(command, ready)
     out.print(learned)
     _show_files(out, command, ready, dataset_name)
@@ -142,12 +184,12 @@ def _prepared(ready: "Run", rows: "Rows", size: int) -> "Dataset":
 # ---- Before ----------------------------------------------------------------------------------------------------------
 
 
-def _show_plan(out: Console, command: TrainingCommand, ready: "Run", dataset_name: str) -> None:
+def _show_plan(out: Console, command: TrainingCommand, ready: "Run", dataset_name: str, undecided: bool) -> None:
     """What was understood of the settings, the base and the data."""
     trainer, args, ensemble = ready.trainer, ready.trainer.args, ready.ensemble
     config, steps = ensemble.peft_config, ready.trainer.num_steps
     trained = sum(p.numel() for p in trainer.trained_parameters())
-    base = ensemble.base.num_parameters() - trained
+    base = ensemble.base.num_parameters() - sum(p.numel() for p in ensemble.base.parameters() if p.requires_grad)
     targets = config.target_modules
     targets = ", ".join(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, set | list) else targets
     mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else ""
@@ -155,11 +197,19 @@ def _show_plan(out: Console, command: TrainingCommand, ready: "Run", dataset_nam
     further = f", going on from {ready.start}" if ready.start else ""
     rows = {
         "base": f"{ensemble.base_model_name} · {number_text(base)} parameters · {precision} on {args.device}",
-        "members": f"{ensemble.num_members} × LoRA rank {config.r}, lora_alpha {config.lora_alpha}, on {targets}"
+        command.members: f"{ensemble.num_members} × LoRA rank {config.r}, lora_alpha {config.lora_alpha}, on {targets}"
         f"{further}",
-        "trainable": f"{number_text(trained / ensemble.num_members)} parameters a member, "
+        "trainable": f"{number_text(trained / ensemble.num_members)} parameters a {command.member}, "
         f"{number_text(trained)} in all ({trained / base:.1%} of the base)",
-        "alpha": _schedule(args, steps),
+        **(
+            {
+                "alpha": "auto: decided by one adapter, which is fitted first"
+                if undecided
+                else _schedule(command, args, steps)
+            }
+            if ensemble.num_members > 1 or args.alpha > 0
+            else {}
+        ),
         **command.plan(ready),
         "data": f"{dataset_name} · {ready.form}",
         "train": _sizes(command, ready, trainer.train_dataset, ready.train_rows),
@@ -170,15 +220,19 @@ def _show_plan(out: Console, command: TrainingCommand, ready: "Run", dataset_nam
     out.print(facts(command.prog, {name: Text(value) for name, value in rows.items()}))
 
 
-def _schedule(args: Any, steps: int) -> str:
+def _schedule(command: TrainingCommand, args: Any, steps: int) -> str:
     routed = "" if args.routing_quantity == "sequence" else f", routed by {args.routing_quantity} log-likelihood"
     weights = "" if args.mixture_weights == "uniform" else f", {args.mixture_weights} mixture weights"
     hold, ramp = args.alpha_hold_ratio, args.alpha_ramp_ratio
+    if args.num_members == 1:
+        return f"without effect: there is one {command.member}"
     if args.alpha == 0:
-        return f"0: every member fits everything{weights}"
+        return f"0: every {command.member} fits everything{weights}"
     if hold + ramp == 0:
         return f"{args.alpha:g} from the first step{routed}{weights}"
     there = round((hold + ramp) * steps)
+    if hold == 0:
+        return f"rising to {args.alpha:g} at step {there}{routed}{weights}"
     return f"0 until step {round(hold * steps)}, then rising to {args.alpha:g} at step {there}{routed}{weights}"
 
 
@@ -220,19 +274,19 @@ def _show_resuming(out: Console, ready: "Run") -> None:
 # ---- After -----------------------------------------------------------------------------------------------------------
 
 
-def _show_end(out: Console, ready: "Run") -> None:
+def _show_end(out: Console, command: TrainingCommand, ready: "Run") -> None:
     """Where training ended, if not at its last step, and which members were kept, if not the last ones."""
     state, trainer = ready.trainer.state, ready.trainer
     if state.global_step < state.max_steps:
         out.print(f"\nstopped early, at step {state.global_step} of {state.max_steps}")
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         best = state.best_model_checkpoint.rpartition("/")[2]
-        out.print(f"the members are those of {best}, the best by {trainer.args.metric_for_best_model}")
+        out.print(f"the {command.members} are those of {best}, the best by {trainer.args.metric_for_best_model}")
 
 
 def _what_members_learned(command: TrainingCommand, ready: "Run") -> RenderableType:
     held_out = ready.eval_rows is not None
-    prepared = _prepared(ready, ready.eval_rows if ready.eval_rows is not None else ready.train_rows, SCORED)
+    prepared = _prepared(ready, ready.eval_rows if ready.eval_rows is not None else ready.train_rows, command.sampled)
     of = f"{len(prepared)} {'held-out' if held_out else 'training'} {command.example}s"
     with ready.trainer.accelerator.autocast():
         return command.learned(ready, prepared, of)
@@ -266,7 +320,7 @@ def _show_files(out: Console, command: TrainingCommand, ready: "Run", dataset_na
 # The keys that every help page shows, before and after those of the method.
 _BEFORE = {
     "What": "model_name_or_path dataset_name output_dir",
-    "Ensemble": "num_members alpha alpha_hold_ratio alpha_ramp_ratio routing_quantity mixture_weights prior_std",
+    "Members": "num_members alpha alpha_hold_ratio alpha_ramp_ratio routing_quantity mixture_weights prior_std",
     "LoRA": "lora_r lora_alpha lora_dropout lora_target_modules use_rslora",
 }
 _AFTER = {
@@ -288,13 +342,13 @@ _OUR_HELP = {
 def _help(command: TrainingCommand) -> None:
     out = stream()
     out.print(f"[bold]{command.prog}[/] --config FILE.yaml [--key value …]\n", markup=True)
-    out.print("Train an α-Rényi LoRA ensemble. A flag overrides the file, the file overrides the default.")
+    out.print(f"{command.about} A flag overrides the file, the file overrides the default.")
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(style="dim", max_width=12, overflow="fold")
     table.add_column()
     for group, names in {**_BEFORE, **command.keys, **_AFTER}.items():
-        table.add_row(f"\n[bold]{group}[/]")
+        table.add_row(f"\n[bold]{command.members.capitalize() if group == 'Members' else group}[/]")
         for key in keys(command.settings(), names.split()):
             table.add_row(f"  {key.name}", Text(key.default), Text(_OUR_HELP.get(key.name, key.help)))
     out.print(table)

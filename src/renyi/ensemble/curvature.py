@@ -155,14 +155,14 @@ def diagnose_curvature(
         batches: the examples to project. Time is that of num_directions forwards over each.
         spanning: other examples, whose gradients span the subspace: one forward and backward over each, and memory
             for 2 · num_directions + a batch's rows of P floats. None takes random directions, which see little.
-        num_directions: k.
+        num_directions: k, at most: fewer where gradients span fewer.
         curvature: "fisher" or "hessian".
         margin: of preference pairs; then examples are pairs with ℓ_i = log σ(Δ_i), as `project_pairs` says.
         tokens_per_pass: how many tokens of all copies run at once, for "fisher".
         seed: of random directions.
 
     Raises:
-        ValueError: the spanning examples are too few for that many directions.
+        ValueError: the spanning examples' gradients are all zero.
     """
     if spanning is None:
         basis = random_basis(space.size, num_directions, seed).to(space.origin)

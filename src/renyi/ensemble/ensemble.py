@@ -227,6 +227,12 @@ class LoraEnsemble(nn.Module):
         """Whether no member has been trained: every B is zero, so all of them are the base."""
         return not any(bool(lay.lora_B.any()) for lay in self._layers())
 
+    def turn_dropout_off(self) -> None:
+        """Train members from here on without dropout."""
+        self.peft_config.lora_dropout = 0.0
+        for layer in self._layers():
+            layer.lora_dropout = nn.Identity()
+
     def _layers(self) -> list[JointLora]:
         return list(adapters.joint_layers(self.base).values())
 

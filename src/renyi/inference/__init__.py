@@ -2,6 +2,7 @@
 
 from renyi.inference.choices import ChoiceScores, choice_log_probs, choice_prompt, score_choices
 from renyi.inference.continuation import ContinuationScore, score_continuations
+from renyi.inference.diagnose import Diagnosis, diagnose
 from renyi.inference.generate import Answer, Prompt, generate
 from renyi.inference.members import MemberSummary, summarise_members
 from renyi.inference.preference import PairScore, score_pairs
@@ -12,6 +13,7 @@ __all__ = [
     "Answer",
     "ChoiceScores",
     "ContinuationScore",
+    "Diagnosis",
     "MemberSummary",
     "PairScore",
     "Prompt",
@@ -19,6 +21,7 @@ __all__ = [
     "TokenUncertainty",
     "choice_log_probs",
     "choice_prompt",
+    "diagnose",
     "generate",
     "score",
     "score_choices",

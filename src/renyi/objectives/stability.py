@@ -234,20 +234,20 @@ def critical_directions(
 
 
 def gradient_basis(gradients: Iterable[Tensor], k: int) -> Tensor:
-    """An orthonormal basis [P, k] of the directions along which per-example gradients are greatest.
+    """An orthonormal basis [P, ≤ k] of the directions along which per-example gradients are greatest.
 
-    The leading right singular vectors. Gradients come in blocks [n, P]; between blocks the 2k leading directions are
-    kept, so that memory is (2k + n) P floats for any number of examples. One block is exact.
+    The leading right singular vectors, fewer than k where gradients span fewer directions. Gradients come in blocks
+    [n, P]; between blocks the 2k leading directions are kept, so that memory is (2k + n) P floats for any number of
+    examples. One block is exact.
 
     Raises:
-        ValueError: the gradients span fewer than k directions.
+        ValueError: there are no gradients, or all are zero.
     """
     kept: Tensor | None = None
     for block in gradients:
         kept = _leading_rows(block if kept is None else torch.cat([kept, block]), 2 * k)
-    rank = 0 if kept is None else len(kept)
-    if kept is None or rank < k:
-        raise ValueError(f"the gradients span {rank} directions, not {k}: give more examples, or ask for fewer")
+    if kept is None or not len(kept):
+        raise ValueError("the gradients span no direction: there are none, or all are zero")
     return torch.linalg.qr(kept[:k].mT)[0]
 
 

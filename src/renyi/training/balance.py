@@ -1,7 +1,8 @@
 """What is watched of a trajectory balance, and whether a policy is where the balance says that it will be.
 
 Every figure is a mean or follows from means of products, so that processes, micro-batches and log intervals add up.
-At the fixed point log π = power · log p_base − λ |y|: the slopes of that regression must approach (power, −λ).
+At the fixed point log π = power · log p_base − λ |y| with a λ for each prompt: the slopes of that regression must
+approach (power, −λ).
 It knows log-likelihoods; nothing about prompts, models or trainers.
 """
 
@@ -25,6 +26,8 @@ class Balance(NamedTuple):
         is_clipped: [M, B], whether the importance ratio was.
         entropy: [M, B], of the policy's next-token distributions, summed over tokens.
         weights: [M], of the policies.
+        base_by_length: [1 or M, B], of the trajectory's prompt: the coefficient of log p_base on |y| (`by_length`).
+        policy_by_length: [M, B], likewise of log π.
     """
 
     log_policy: Tensor
@@ -35,6 +38,19 @@ class Balance(NamedTuple):
     is_clipped: Tensor
     entropy: Tensor
     weights: Tensor
+    base_by_length: Tensor
+    policy_by_length: Tensor
+
+
+def by_length(log_probs: Tensor, tokens: Tensor, group_size: int) -> Tensor:
+    """Least-squares coefficient, without intercept, of log-likelihoods [..., N] on lengths [N] in each prompt's group.
+
+    Returns:
+        [..., N], the same for every trajectory of a group of `group_size` consecutive ones; nats a token.
+    """
+    n = tokens.to(log_probs).unflatten(-1, (-1, group_size))
+    grouped = log_probs.unflatten(-1, (-1, group_size))
+    return ((grouped * n).sum(dim=-1) / n.square().sum(dim=-1)).repeat_interleave(group_size, dim=-1)
 
 
 def balance_sums(batch: Balance) -> Sums:
@@ -47,6 +63,10 @@ def balance_sums(batch: Balance) -> Sums:
         return (weights * values.expand_as(y)).sum()
 
     rows, tokens = y.new_tensor(len(n)), n.sum()
+    # What length does not explain within a prompt: then λ, which every prompt has its own of, is out of the way.
+    x_left, y_left = x - n * batch.base_by_length.double(), y - n * batch.policy_by_length.double()
+    products = {"xx": x_left * x_left, "xy": x_left * y_left, "yy": y_left * y_left}
+    products |= {"xn": x * n, "yn": y * n, "nn": n * n, "y": y, "y_squared": y * y}
     return {
         "log_partition": (total(log_partition), rows),
         "_log_partition_squared": (total(log_partition.square()), rows),
@@ -56,12 +76,7 @@ def balance_sums(batch: Balance) -> Sums:
         "logps/base": (total(x), tokens),
         "entropy": (total(batch.entropy.double()), tokens),
         "clip_fraction": (total(batch.is_clipped.double()), rows),
-        **{
-            f"_{name}": (total(value), rows)
-            for name, value in (("xx", x * x), ("xn", x * n), ("nn", n * n), ("xy", x * y), ("ny", n * y))
-        },
-        "_yy": (total(y * y), rows),
-        "_y": (total(y), rows),
+        **{f"_{name}": (total(value), rows) for name, value in products.items()},
     }
 
 
@@ -69,21 +84,18 @@ def balance_figures(means: dict[str, float]) -> dict[str, float]:
     """What is logged: the means, the spread of log Z', the residual's variance, and the regression.
 
     `slope/log_base` and `slope/length` are the least-squares coefficients, without intercept, of log π(y) on
-    (log p_base(y), |y|), and `slope/r2` is the share of log π's variance that they explain. Where every trajectory has
-    one length and one log-likelihood they are not determined, and the smallest are given.
+    (log p_base(y), |y|), the latter for each prompt by itself and averaged; `slope/r2` is the share of log π's variance
+    that they explain. NaN where nothing varies.
     """
     m = means
-    gram = np.array([[m["_xx"], m["_xn"]], [m["_xn"], m["_nn"]]])
-    moments = np.array([m["_xy"], m["_ny"]])
-    slopes = np.linalg.pinv(gram, hermitian=True, rcond=1e-9) @ moments
-    left = m["_yy"] - 2 * slopes @ moments + slopes @ gram @ slopes
-    spread = m["_yy"] - m["_y"] ** 2
+    slope = m["_xy"] / m["_xx"] if m["_xx"] > 1e-12 * m["_y_squared"] else float("nan")
+    left, spread = m["_yy"] - slope * m["_xy"], m["_y_squared"] - m["_y"] ** 2
     return {name: value for name, value in means.items() if not name.startswith("_")} | {
         "log_partition/std": _root(m["_log_partition_squared"] - m["log_partition"] ** 2),
         "residual/variance": max(0.0, m["_residual_squared"] - m["residual/mean"] ** 2),
-        "slope/log_base": float(slopes[0]),
-        "slope/length": float(slopes[1]),
-        "slope/r2": float(1 - left / spread) if spread > 0 else float("nan"),
+        "slope/log_base": slope,
+        "slope/length": (m["_yn"] - slope * m["_xn"]) / m["_nn"],
+        "slope/r2": 1 - left / spread if spread > 1e-12 * m["_y_squared"] else float("nan"),
     }
 
 

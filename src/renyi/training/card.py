@@ -1,16 +1,17 @@
 """The model card of an ensemble: what it is, how it was made, how to load it.
 
-Written beside the adapters as `README.md`. It knows nothing about training beyond what was logged.
+Written beside the adapters as `README.md`. What is particular to a method its trainer says. It knows nothing about
+training beyond what was logged.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from renyi import __version__
 from renyi.ensemble import LoraEnsemble
-from renyi.training.report import ACCURACY
 
 _TEMPLATE = """\
 ---
@@ -18,15 +19,13 @@ _TEMPLATE = """\
 
 # {title}
 
-{members} LoRA adapters on [{base}]({base_link}), trained together with the α-Rényi loss
-([Soft Specialists](https://arxiv.org/abs/2605.27747)) by renyi {version}. Examples were softly routed to the members
-that explain them; where members disagree, the training data did.
+{members} on [{base}]({base_link}), {introduction}
 
 | setting | value |
 |---|---|
 {settings}
 
-| measure (nats per {unit}) | training | held out |
+| {measured} | training | held out |
 |---|---|---|
 {measures}
 
@@ -50,14 +49,44 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 """
 
 
+class Method(NamedTuple):
+    """What a trainer says of its method.
+
+    Attributes:
+        introduction: how members were made and what that makes of them, going on from "… LoRA adapters on BASE, ".
+        settings: by name, those that matter.
+        measured: heading of the measures, with their unit.
+        measures: by name, the logged metric; of held-out data it carries `eval_`.
+    """
+
+    introduction: str
+    settings: Mapping[str, str]
+    measured: str
+    measures: Mapping[str, str]
+
+
+def routed(unit: str) -> Method:
+    """Of the α-Rényi loss, with log-likelihoods per `unit`."""
+    return Method(
+        introduction="trained together with the α-Rényi loss\n([Soft Specialists](https://arxiv.org/abs/2605.27747)). "
+        "Examples were softly routed to the members that explain\nthem; where members disagree, the training data did.",
+        settings={},
+        measured=f"measure (nats per {unit})",
+        measures={
+            "negative log-likelihood of the mixture": "nll_mixture",
+            "mean of the members'": "nll_members",
+            "Jensen gap": "jensen_gap",
+        },
+    )
+
+
 def write_model_card(
     folder: Path,
     ensemble: LoraEnsemble,
     args: Any,
     log_history: list[dict[str, float]],
     dataset_name: str | None,
-    settings_of_method: dict[str, str],
-    unit: str,
+    method: Method,
     tags: list[str],
 ) -> None:
     """Write `README.md` into `folder` from an ensemble, its trainer's arguments and what was logged."""
@@ -69,39 +98,37 @@ def write_model_card(
     if dataset_name and not Path(dataset_name).exists():
         front["datasets"] = [dataset_name]
     config = ensemble.peft_config
-    settings = {
-        "alpha": f"{args.alpha}; held at 0 for {args.alpha_hold_ratio:.0%} of training, ramped for "
-        f"{args.alpha_ramp_ratio:.0%}",
+    hold, ramp = args.alpha_hold_ratio, args.alpha_ramp_ratio
+    routing = {
+        "alpha": f"{args.alpha}; held at 0 for {hold:.0%} of training, ramped for {ramp:.0%}" if args.alpha else "0",
         "routed quantity": args.routing_quantity,
         "mixture weights": ", ".join(f"{w:.3f}" for w in ensemble.weights.tolist()),
+    }
+    settings = {
+        **(routing if ensemble.num_members > 1 else {}),
         "LoRA": f"rank {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}",
-        **settings_of_method,
+        **method.settings,
         "learning rate": f"{args.learning_rate:g}",
-        "batch": f"{args.train_batch_size * args.gradient_accumulation_steps * args.world_size} examples",
+        "batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "seed": args.seed,
+        "renyi": __version__,
     }
-    trained = next((row for row in reversed(log_history) if "nll_mixture" in row), {})
-    held_out = next((row for row in reversed(log_history) if "eval_nll_mixture" in row), {})
-    measures = {
-        "negative log-likelihood of the mixture": "nll_mixture",
-        "mean of the members'": "nll_members",
-        "Jensen gap": "jensen_gap",
-        "accuracy of the mixture's preference": ACCURACY,
-    }
+    logged = next(iter(method.measures.values()))
+    trained = next((row for row in reversed(log_history) if logged in row), {})
+    held_out = next((row for row in reversed(log_history) if f"eval_{logged}" in row), {})
     text = _TEMPLATE.format(
         front_matter=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         title=folder.resolve().name,
-        members=ensemble.num_members,
+        members=f"{ensemble.num_members} LoRA adapters" if ensemble.num_members > 1 else "A LoRA adapter",
         base=base,
         base_link=base if local else f"https://huggingface.co/{base}",
-        version=__version__,
+        introduction=method.introduction,
         folder=folder.name,
-        unit=unit,
+        measured=method.measured,
         settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         measures="\n".join(
             f"| {name} | {_shown(trained.get(key))} | {_shown(held_out.get('eval_' + key))} |"
-            for name, key in measures.items()
-            if unit == "pair" or key != ACCURACY
+            for name, key in method.measures.items()
         ),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")

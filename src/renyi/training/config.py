@@ -11,6 +11,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from renyi.errors import ConfigError
 
+AUTO = "auto"
 _BeforeConfig: Any = object  # a TRL config comes next in the order of bases, which mypy cannot know
 
 
@@ -20,7 +21,8 @@ class EnsembleConfig(_BeforeConfig):
 
     Args:
         num_members: M, adapters in the ensemble.
-        alpha: Rényi order of the objective. 0: every member fits everything; 1: the mixture fits the data.
+        alpha: Rényi order of the objective. 0: every member fits everything; 1: the mixture fits the data. A command
+            line also takes "auto": fit one adapter, and choose by its curvature (`renyi.auto`).
         alpha_hold_ratio: share of training with alpha 0, in which members learn what the data agree on.
         alpha_ramp_ratio: share of training in which alpha then rises to its value.
         routing_quantity: what is routed: the log-likelihood of a whole example ("sequence"), or its mean per trained
@@ -33,9 +35,9 @@ class EnsembleConfig(_BeforeConfig):
     """
 
     num_members: int = field(default=4, metadata={"help": "Number of adapters in the ensemble (M)."})
-    alpha: float = field(
+    alpha: float | str = field(
         default=0.8,
-        metadata={"help": "Rényi order of the objective: 0 every member fits everything, 1 the mixture fits the data."},
+        metadata={"help": "Rényi order: 0 every member fits everything, 1 the mixture fits the data; or auto."},
     )
     alpha_hold_ratio: float = field(
         default=0.2, metadata={"help": "Share of training with alpha 0, before members part."}
@@ -79,7 +81,8 @@ class EnsembleConfig(_BeforeConfig):
             args.greater_is_better = False  # transformers takes whatever is not called a loss for a gain
         super().__post_init__()
         require("num_members", self.num_members, self.num_members >= 1, "at least 1")
-        require("alpha", self.alpha, 0 <= self.alpha <= 1, "a number between 0 and 1")
+        is_order = isinstance(self.alpha, float | int) and 0 <= self.alpha <= 1
+        require("alpha", self.alpha, is_order or self.alpha == AUTO, f"a number between 0 and 1, or {AUTO}")
         hold, ramp = self.alpha_hold_ratio, self.alpha_ramp_ratio
         require("alpha_hold_ratio", hold, 0 <= hold <= 1, "a share between 0 and 1")
         require(

@@ -30,8 +30,10 @@ from renyi.objectives import (
     completion_log_prob,
     preference_log_likelihood,
 )
+from renyi.training.card import Method
 from renyi.training.config import EnsembleConfig, require
 from renyi.training.reference import with_reference
+from renyi.training.report import ACCURACY
 from renyi.training.routing import routing_sums
 from renyi.training.trainer import EnsembleTrainer, as_ensemble
 
@@ -223,9 +225,12 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         )
         self.watch(routing_sums(ell_MB, r_MB, self.model.weights.log(), pairs) | sums, inputs)
 
-    def card_settings(self) -> dict[str, str]:
+    def method_card(self) -> Method:
         against = "the base" if self.reference.start is None else "each member's start (folder `reference`)"
-        return {"preference loss": f"{' + '.join(self.args.loss_type)}, beta {self.args.beta:g}, against {against}"}
+        loss = f"{' + '.join(self.args.loss_type)}, beta {self.args.beta:g}, against {against}"
+        card = super().method_card()
+        measures = {**card.measures, "accuracy of the mixture's preference": ACCURACY}
+        return card._replace(settings={"preference loss": loss}, measures=measures)
 
     def _loss_units(self) -> int:
         if not isinstance(self.train_dataset, Dataset):

@@ -25,13 +25,15 @@ from renyi.ensemble import BaseScore, JointOutput, LoraEnsemble
 from renyi.ensemble.pool import POOLS
 from renyi.errors import ConfigError
 from renyi.objectives import BALANCES, group_partition, importance_weight, trajectory_balance, trajectory_residual
-from renyi.training.balance import Balance, balance_figures, balance_sums
-from renyi.training.config import EnsembleConfig, require
+from renyi.training.balance import Balance, balance_figures, balance_sums, by_length
+from renyi.training.card import Method
+from renyi.training.config import AUTO, EnsembleConfig, require
 from renyi.training.form import Form, form_of
 from renyi.training.partition import LearnedPartition
 from renyi.training.report import draw_powerflow
 from renyi.training.rollouts import UNTOUCHED, Rollouts, RolloutTrainer, no_reward
 from renyi.training.routing import member_sums
+from renyi.training.target import card_of
 from renyi.training.trainer import as_ensemble
 
 PARTITIONS = ("group", "learned")
@@ -123,8 +125,9 @@ class PowerFlowConfig(EnsembleConfig, GRPOConfig):
             given = getattr(self, name)
             if given != value:
                 raise ConfigError(f"{given!r} is not allowed: {why}", where=name, hint=f"Leave it at {value!r}.")
-        sampled = set(self.generation_kwargs or {}) - {"max_new_tokens", "stop_strings", "eos_token_id", "use_cache"}
+        sampled = set(self.generation_kwargs or {}) - {"use_cache"}
         require("generation_kwargs", sorted(sampled), not sampled, "nothing that changes what is sampled")
+        require("alpha", self.alpha, self.alpha != AUTO, "a number: there are no data to diagnose")
         power = self.power
         require("power", power, 0 <= power < math.inf, "a number of at least 0; 1 is the base itself")
         require("balance", self.balance, self.balance in BALANCES, f"one of {', '.join(BALANCES)}")
@@ -140,6 +143,9 @@ class PowerFlowConfig(EnsembleConfig, GRPOConfig):
         for name in ("num_generations", "num_generations_eval"):
             rollouts = getattr(self, name)
             require(name, rollouts, not rollouts or rollouts % many == 0, f"a multiple of num_members ({many})")
+        evaluated = self.num_generations_eval
+        compared = self.partition == "learned" or evaluated != 1
+        require("num_generations_eval", evaluated, compared, "at least 2: log Z' is the mean over a prompt's rollouts")
         one = not self.use_vllm or many == 1
         require("use_vllm", self.use_vllm, one, "false: vLLM serves one merged policy, and there are several")
         form_of(self.format_penalty, self.format_penalty_size)
@@ -192,6 +198,8 @@ class PowerFlowTrainer(RolloutTrainer):
             if kwargs.get(name) is not None:
                 raise ConfigError("has no part in this loss", where=name, hint="Leave it out.")
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
+        if isinstance(model, str) and not ensemble.is_fresh:  # it brings the dropout of the training it had
+            ensemble.turn_dropout_off()
         _check_no_dropout(ensemble)
         args.max_prompt_length = args.max_prompt_length or _longest_prompt(ensemble, args.max_completion_length)
         if args.partition == "learned":
@@ -233,39 +241,43 @@ class PowerFlowTrainer(RolloutTrainer):
         log_behaviour_N = rollouts.sampled_log_prob
         if log_behaviour_N is None:  # as many of each policy: a sample of their mixture (the balance heuristic)
             log_behaviour_N = torch.logsumexp(log_policy_MN, dim=0) - math.log(members)
+        form_N = self._form_penalties(rollouts)
         scored = {
             "input_ids": rollouts.input_ids,
             "attention_mask": rollouts.attention_mask,
             "labels": rollouts.labels,
             "log_base": log_base.T,
             "log_behaviour": log_behaviour_N,
-            "penalty": self._penalties(rollouts),
+            "penalty": form_N - self.args.length_penalty * rollouts.is_truncated,
+            "has_form": form_N >= 0,
         }
         # A prompt's rollouts may lie on several processes, and are shuffled before they are split into batches.
         every = [self.accelerator.gather(x.T.contiguous()) for x in (log_policy_MN, log_base)]
         penalty, tokens = self.accelerator.gather(scored["penalty"]), self.accelerator.gather(rollouts.tokens)
+        first = self.accelerator.process_index * len(rollouts.tokens)
+        mine = slice(first, first + len(rollouts.tokens))
+        for name, log_probs in zip(("policy_by_length", "base_by_length"), every, strict=True):
+            scored[name] = by_length(log_probs.T, tokens, group_size).T[mine]
         target = (self.args.power, penalty, self.args.balance)
         if self.args.partition == "group":
             log_partition = group_partition(every[0].T, every[1].T, tokens, group_size, *target)
-            mine = slice(self.accelerator.process_index * len(penalty) // self.accelerator.num_processes, None)
-            scored["log_partition"] = log_partition.T[mine][: len(rollouts.tokens)]
+            scored["log_partition"] = log_partition.T[mine]
+            log_partition_MN = scored["log_partition"].T
         else:
             scored["prompt_state"] = self._prompt_states(rollouts)
-            first = trajectory_residual(
-                every[0].T, every[1].T, tokens, 0.0, self.args.power, penalty, self.args.balance
-            )
-            self._partition.start_at(-first.mean(dim=1))
+            residual = trajectory_residual(every[0].T, every[1].T, tokens, 0.0, *target)
+            self._partition.start_at(-residual.mean(dim=1))
+            log_partition_MN = self._partition(scored["prompt_state"])
+        terms = (log_policy_MN, log_base, rollouts.tokens, log_partition_MN, self.args.power, scored["penalty"])
+        scored["advantage"] = -trajectory_residual(*terms, self.args.balance).mean(dim=0)
         return scored
 
-    def _penalties(self, rollouts: Rollouts) -> Tensor:
-        """ψ [N], nats a token."""
-        penalty = torch.zeros(len(rollouts.tokens), device=rollouts.tokens.device)
-        if self._form is not None:
-            given = [self._form(p, c) for p, c in zip(rollouts.prompts, rollouts.completions, strict=True)]
-            penalty += torch.tensor(given, device=penalty.device)
-        if self.args.length_penalty:
-            penalty -= self.args.length_penalty * rollouts.is_truncated
-        return penalty
+    def _form_penalties(self, rollouts: Rollouts) -> Tensor:
+        """What each rollout loses for its form [N], nats a token."""
+        if self._form is None:
+            return torch.zeros(len(rollouts.tokens), device=rollouts.tokens.device)
+        given = [self._form(p, c) for p, c in zip(rollouts.prompts, rollouts.completions, strict=True)]
+        return torch.tensor(given, device=rollouts.tokens.device)
 
     def compute_loss(
         self,
@@ -298,11 +310,13 @@ class PowerFlowTrainer(RolloutTrainer):
                 is_clipped=ratio.is_clipped,
                 entropy=output.entropy.sum(dim=-1),
                 weights=self.model.weights,
+                base_by_length=inputs["base_by_length"].T,
+                policy_by_length=inputs["policy_by_length"].T,
             )
             rows = loss_B.new_tensor(len(tokens_B))
             sums = {**balance_sums(watched), **member_sums(r_MB)}
             if self._form is not None:
-                sums["format_rate"] = ((inputs["penalty"] >= 0).sum(), rows)
+                sums["format_rate"] = (inputs["has_form"].sum(), rows)
             self.watch(sums, inputs)
         return loss
 
@@ -319,6 +333,11 @@ class PowerFlowTrainer(RolloutTrainer):
         partition = self.model.partition
         assert isinstance(partition, LearnedPartition)
         return partition
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Those of the policies: a prior pulls them back, and says nothing of log Z'."""
+        own = set(self._partition.parameters()) if self.args.partition == "learned" else set()
+        return [p for p in super().trained_parameters() if p not in own]
 
     def _prompt_states(self, rollouts: Rollouts) -> Tensor:
         """The base's last hidden state [N, D], float32, averaged over each prompt's tokens."""
@@ -344,13 +363,8 @@ class PowerFlowTrainer(RolloutTrainer):
 
     # ---- Files -------------------------------------------------------------------------------------------------
 
-    def card_settings(self) -> dict[str, str]:
-        reference = self.args.reference + (f" ({self.args.reference_pool})" if self.model.num_members > 1 else "")
-        return {
-            "power": f"{self.args.power:g} of {reference}",
-            "loss": f"{self.args.balance}, {self.args.partition} partition",
-            "rollouts": f"{self.args.num_generations} a prompt, at most {self.args.max_completion_length} tokens",
-        }
+    def method_card(self) -> Method:
+        return card_of(self.args, self.base_score)
 
     def _loss_units(self) -> int:
         prompts: Any = self.train_dataset
@@ -375,9 +389,14 @@ class PowerFlowTrainer(RolloutTrainer):
 def _check_no_dropout(ensemble: LoraEnsemble) -> None:
     """Raise `ConfigError` if what is scored would not be what was sampled."""
     dropout = {"lora_dropout": ensemble.peft_config.lora_dropout}
-    dropout |= {name: module.p for name, module in ensemble.base.named_modules() if isinstance(module, nn.Dropout)}
     config = ensemble.config.get_text_config().to_dict()
-    dropout |= {k: v for k, v in config.items() if k.endswith(("dropout", "pdrop")) and isinstance(v, float)}
+    elsewhere = ("summary_", "classifier_")  # of heads that a language model does not have
+    dropout |= {
+        name: probability
+        for name, probability in config.items()
+        if name.endswith(("dropout", "pdrop")) and not name.startswith(elsewhere) and isinstance(probability, float)
+    }
+    dropout |= {name: module.p for name, module in ensemble.base.named_modules() if isinstance(module, nn.Dropout)}
     for name, probability in dropout.items():
         if probability > 0:
             raise ConfigError(

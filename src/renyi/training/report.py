@@ -146,32 +146,39 @@ def draw_powerflow(log_history: Sequence[Row], title: str, file: Path, power: fl
     rows = [row for row in log_history if "residual/variance" in row]
     if not rows:
         return
-    steps = _column(rows, "step")
-    figure = Figure(figsize=(8, 9), layout="constrained")
+    written = [row for row in rows if "completions/mean_length" in row]  # in the others rollouts were used again
+    heights = [3, 2, 2, 2] + [2] * (len(_loads(rows)) > 1)
+    figure = Figure(figsize=(8, 0.6 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    log_probs, balance, slopes, lengths = figure.subplots(4, 1, sharex=True)
+    log_probs, balance, slopes, lengths, *loads = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     figure.suptitle(title)
 
-    def curve(axes: Axes, name: str, label: str, colour: str) -> None:
+    def curve(axes: Axes, name: str, label: str, colour: str, rows: list[Row] = rows) -> None:
+        steps = _column(rows, "step")
         axes.plot(steps, _column(rows, name), color=f"tab:{colour}", label=label, **_line(steps))
 
-    curve(log_probs, "logps/policy", "policy", "blue")
-    curve(log_probs, "logps/base", "base", "gray")
-    log_probs.set_ylabel("log-probability\nof rollouts, nats a token")
-    curve(balance, "residual/variance", "variance of the residual", "red")
-    curve(balance, "log_partition", "log Z'", "green")
-    balance.set_ylabel("balance, nats a token")
-    curve(slopes, "slope/log_base", "slope of log π on log p_base", "blue")
-    curve(slopes, "slope/length", "on the length (must approach −log Z')", "orange")
-    curve(slopes, "slope/r2", "R²", "gray")
+    curve(log_probs, "logps/policy", "under the policy", "blue")
+    curve(log_probs, "logps/base", "under the base", "gray")
+    log_probs.set_ylabel("rollouts, nats a token")
+    curve(balance, "residual/variance", "", "red")
+    balance.set_ylabel("residual's variance", color="tab:red")
+    partition = balance.twinx()
+    curve(partition, "log_partition", "", "green")
+    partition.set_ylabel("log Z', nats a token", color="tab:green")
+    curve(slopes, "slope/log_base", "of log π on log p_base", "blue")
+    curve(slopes, "slope/length", "on the length", "orange")
     slopes.axhline(power, color="tab:blue", linestyle=":", label=f"power {power:g}")
-    slopes.set_ylabel("regression")
-    for name, label in (("mean", "mean"), ("max", "longest"), ("min", "shortest")):
-        curve(lengths, f"completions/{name}_length", label, {"mean": "blue"}.get(name, "gray"))
+    slopes.set_ylabel("slope")
+    ends = (_column(written, f"completions/{name}_length") for name in ("min", "max"))
+    lengths.fill_between(_column(written, "step"), *ends, color="tab:blue", alpha=0.15, label="shortest to longest")
+    curve(lengths, "completions/mean_length", "mean", "blue", written)
     lengths.set_ylabel("tokens a rollout")
-    lengths.set_xlabel("step")
-    for axes in (log_probs, balance, slopes, lengths):
-        axes.legend(frameon=False, fontsize="small", ncols=2)
+    lengths.set_ylim(bottom=0)
+    for axes in (log_probs, slopes, lengths):
+        axes.legend(frameon=False, fontsize="small", ncols=3)
+    for axes in loads:
+        _draw_loads(axes, rows)
+    (loads or [lengths])[-1].set_xlabel("step")
     _write_figure(figure, file)
 
 

@@ -59,7 +59,10 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
 
     @abstractmethod
     def score_rollouts(self, rollouts: Rollouts, group_size: int) -> dict[str, Tensor]:
-        """What `compute_loss` needs of rollouts, once for all updates: tensors whose first dimension is N."""
+        """What `compute_loss` needs of rollouts, once for all updates: tensors whose first dimension is N.
+
+        And `advantage` [N], by how much each is better than its group, which is only shown (`log_completions`).
+        """
 
     # ---- Generation --------------------------------------------------------------------------------------------
 
@@ -90,7 +93,9 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
         logs["prompt"].extend(gather_object(prompts))
         logs["completion"].extend(gather_object(completions))
         group_size: Any = self.num_generations if mode == "train" else self.num_generations_eval
-        return self.score_rollouts(rollouts, group_size)
+        scored = self.score_rollouts(rollouts, group_size)
+        logs["advantages"].extend(self.accelerator.gather(scored.pop("advantage")).tolist())
+        return scored
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, *args: Any
@@ -130,6 +135,13 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
         engine._iter_named_params = lambda: merged_parameters(self.model, engine._fix_param_name_to_vllm)
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        sampler: Any = super()._get_train_sampler(dataset)
+        if self.shuffle_dataset:
+            # TRL's draws one order after another, so that a resumed run would begin with that of the first epoch.
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
+        return sampler
 
     def _write_logging_state(self, checkpoint: Path) -> None:
         super()._write_logging_state(checkpoint)

@@ -46,6 +46,13 @@ class MemberConfig(ModelConfig):
 
 
 @dataclass
+class PolicyConfig(MemberConfig):
+    """The same for members that write what they are trained on: one that drops at random is not the one that wrote."""
+
+    lora_dropout: float = field(default=0.0, metadata={"help": "Must be 0: what is scored is what was sampled."})
+
+
+@dataclass
 class RunArguments:
     """What only a command line asks for."""
 
@@ -73,6 +80,13 @@ class TokenizerArguments:
     eos_token: str | None = field(
         default=None, metadata={"help": "Token that ends a text, where it is not the tokenizer's own."}
     )
+
+
+@dataclass
+class PolicyTokenizerArguments(TokenizerArguments):
+    """The same for TRL's GRPOConfig, which does not speak of padding, either."""
+
+    pad_token: str | None = field(default=None, metadata={"help": "Token to pad with, where the tokenizer has none."})
 
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -188,8 +202,10 @@ def _take_from_ensemble(folder: Path, args: EnsembleConfig, model: MemberConfig,
     """
     manifest = read_manifest(folder)
     config = read_adapter(folder / manifest.members[0]).config
-    brought = {name: getattr(config, name) for name in ("lora_alpha", "lora_dropout", "use_rslora")}
+    brought = {name: getattr(config, name) for name in ("lora_alpha", "use_rslora")}
     brought |= {"num_members": len(manifest.members), "lora_r": config.r}
+    if not isinstance(model, PolicyConfig):
+        brought["lora_dropout"] = config.lora_dropout
     for key, value in brought.items():
         settings = args if key == "num_members" else model
         if key in given and getattr(settings, key) != value:
@@ -242,10 +258,11 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase:
     if start and not (Path(name) / "tokenizer_config.json").is_file():
         name = start.base_model
+    padding = args if hasattr(args, "pad_token") else settings
     tokenizer = data.load_tokenizer(
-        name, args.pad_token, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+        name, padding.pad_token, revision=model.model_revision, trust_remote_code=args.trust_remote_code
     )
-    args.pad_token = None  # settled; TRL would warn
+    padding.pad_token = None  # settled; TRL would warn
     if settings.chat_template_path:
         data.load_chat_template(tokenizer, settings.chat_template_path)
         settings.chat_template_path = None

@@ -39,6 +39,7 @@ from renyi.errors import ConfigError, DataError, RenyiError, SaveError, Training
 from renyi.objectives import renyi_loss, responsibilities
 from renyi.training import card
 from renyi.training.checkpoints import SEAL_FILE, find_checkpoints, seal
+from renyi.training.config import AUTO
 from renyi.training.report import draw_training
 from renyi.training.routing import LearnMixtureWeights, RunningMeans, Sums
 from renyi.training.schedule import scheduled_alpha
@@ -69,6 +70,12 @@ class EnsembleTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
+        if args.alpha == AUTO:
+            raise ConfigError(
+                "auto is decided ahead of training, by `renyi sft` and `renyi dpo`",
+                where="alpha",
+                hint="Give a number here; `renyi.inference.diagnose` recommends one.",
+            )
         for unsupported in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if kwargs.get(unsupported) is not None:
                 raise ConfigError(f"{unsupported} needs logits, which are never built", hint="Leave it out.")
@@ -384,9 +391,9 @@ class EnsembleTrainer(Trainer):
 
     # ---- Model card --------------------------------------------------------------------------------------------
 
-    def card_settings(self) -> dict[str, str]:
-        """What the model card says of the method's own settings."""
-        return {}
+    def method_card(self) -> card.Method:
+        """What the model card says of the method."""
+        return card.routed(self.unit)
 
     def create_model_card(  # type: ignore[override]
         self,
@@ -403,8 +410,7 @@ class EnsembleTrainer(Trainer):
                 args=self.args,
                 log_history=self.state.log_history,
                 dataset_name=dataset_name,
-                settings_of_method=self.card_settings(),
-                unit=self.unit,
+                method=self.method_card(),
                 tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             )
 

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
+from renyi.ensemble import LoraEnsemble
 from renyi.training import RenyiSFTConfig, RenyiSFTTrainer
 from renyi.zoo.base import load_base
 from renyi.zoo.figure import draw_demo
@@ -64,10 +65,12 @@ def train(
     output_dir: Path,
     seed: int,
     callback: TrainerCallback | None = None,
+    start: Path | None = None,
     **overrides: Any,
 ) -> tuple[RenyiSFTTrainer, float]:
-    """Fine-tune the zoo's base on the world's records; returns the trainer and its seconds."""
+    """Fine-tune the zoo's base, or the ensemble in the folder `start`; returns the trainer and its seconds."""
     base, tokenizer = load_base()
+    fresh = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     settings: dict[str, Any] = {
         "num_members": num_members,
         "alpha": alpha,
@@ -86,11 +89,11 @@ def train(
         **overrides,
     }
     trainer = RenyiSFTTrainer(
-        base,
+        LoraEnsemble.load(start, base=base) if start else base,
         RenyiSFTConfig(str(output_dir), **settings),
         train_dataset=world.dataset(TRAIN_RECORDS, seed),
         eval_dataset=world.dataset(HELD_OUT_RECORDS, held_out_seed(seed)),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+        peft_config=None if start else fresh,
         processing_class=tokenizer,
         callbacks=[callback] if callback else None,
     )

@@ -1,0 +1,129 @@
+"""How a diagnosis reads: what was found and what it means, what else could explain it, and the examples behind it.
+
+It knows figures and rows of tokens; nothing about flags, files, or how anything was found.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from renyi.cli.console import plural
+from renyi.cli.tables import LONGEST_TEXT, shortened, titled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from renyi.inference import Diagnosis
+
+LONGEST_EXAMPLE = 2 * LONGEST_TEXT  # characters shown of an example
+
+
+class LoadedExample(NamedTuple):
+    """An example with its row, counted from 0, its loading on the leading direction, and its text."""
+
+    index: int  # type: ignore[assignment]
+    loading: float
+    text: Text
+
+
+class Doubt(NamedTuple):
+    """What else could look like a contradiction, and what to do about it."""
+
+    what: str
+    hint: str
+
+
+def doubts_of(found: "Diagnosis", is_trained: bool) -> list[Doubt]:
+    """Why a low critical alpha might not be the data's doing."""
+    from renyi.inference.diagnose import MISCALIBRATED, UNFINISHED
+
+    if not is_trained:
+        what = "the adapter is untrained: this is the base against the data, not the data against themselves"
+        return [Doubt(what, "Train one adapter on these data first, then diagnose it.")]
+    doubts = []
+    if found.mean_share > UNFINISHED:
+        what = f"{found.mean_share:.0%} of the leading direction is work that the adapter has not done yet"
+        doubts.append(Doubt(what, "Train it longer first: members would part over what one of them could still learn."))
+    if found.calibration is not None and found.calibration > MISCALIBRATED:
+        what = f"the adapter is surer than it is right (calibration {found.calibration:.2f}, where 1 is calibrated)"
+        hint = "It is not fitted, fits its training data too well, or is too small; the critical alpha may be too low."
+        doubts.append(Doubt(what, hint))
+    return doubts
+
+
+def findings(found: "Diagnosis", kind: str, seconds: float) -> RenderableType:
+    """Each figure with what it means; `kind` is what an example is called."""
+    from renyi.inference.diagnose import MISCALIBRATED, UNFINISHED
+
+    table = Table.grid(padding=(0, 3))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim")
+
+    def add(name: str, value: str, meaning: str, style: str = "") -> None:
+        table.add_row(name, Text(value, style), Text(meaning))
+
+    add("critical alpha", f"{found.critical_alpha:.3g} [{found.low:.3g}, {found.high:.3g}]", _meaning(found), "bold")
+    meaning = "half-way from the critical alpha to 1" if found.contradicted else "the mixture's own loss; nothing parts"
+    add("recommended alpha", f"{found.alpha:g}", meaning, "bold")
+    apart = plural(found.members - 1, "direction")
+    meaning = f"they part along {apart} at that alpha" if found.members > 1 else "more would be the same one again"
+    add("recommended members", str(found.members), meaning, "bold")
+    meaning = f"of the leading direction; below {UNFINISHED:.0%} is fine"
+    style = "yellow" if found.mean_share > UNFINISHED else ""
+    add("unfinished fitting", f"{found.mean_share:.1%}", meaning, style)
+    if found.calibration is not None:
+        meaning = f"of single tokens along it; 1: as sure as right, above {MISCALIBRATED}: too sure"
+        style = "yellow" if found.calibration > MISCALIBRATED else ""
+        add("calibration", f"{found.calibration:.3g}", meaning, style)
+    subtitle = (
+        f"{plural(len(found.examples), kind)} along {plural(len(found.eigenvalues), 'direction')} that others chose · "
+        f"{seconds:.1f} s · brackets: 95 % over examples"
+    )
+    return Group(titled("Diagnosis"), Text(subtitle, "dim"), table)
+
+
+def _meaning(found: "Diagnosis") -> str:
+    if found.contradicted:
+        return f"members part above α ≈ {found.critical_alpha:.2f}: the data contradict the model"
+    where = "no α up to 1" if found.low > 1 else "α ≈ 1 at the earliest"
+    return f"the data do not contradict the model: a spread of members pays at {where}"
+
+
+def examples_table(sides: Sequence[Sequence[LoadedExample]]) -> RenderableType:
+    """The examples of both sides."""
+    legend = "loadings on the leading direction, in units of their root mean square · rows counted from 1"
+    parts: list[RenderableType] = [titled("What members would part over"), Text(legend, "dim")]
+    for examples, style in zip(sides, ("cyan", "red"), strict=True):
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim", justify="right", no_wrap=True)
+        table.add_column(style=style, justify="right", no_wrap=True)
+        table.add_column()
+        for example in examples:
+            table.add_row(f"row {example.index + 1}", f"{example.loading:+.2f}", example.text)
+        parts += [Text(), table]
+    return Group(*parts)
+
+
+def text_of(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Text:
+    """An example, with what is not trained of it dim; of a pair the prompt's end, what was chosen and what was not."""
+    if "prompt_ids" in row:
+        prompt, chosen, rejected = (
+            " ".join(str(tokenizer.decode(row[name], skip_special_tokens=True)).split())
+            for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
+        prompt = prompt if len(prompt) <= LONGEST_TEXT else f"…{prompt[1 - LONGEST_TEXT :]}"
+        names = (("chosen    ", "dim"), ("\nrejected  ", "dim"))
+        rivals = [shortened(text, LONGEST_TEXT) for text in (chosen, rejected)]
+        return Text.assemble((f"{prompt}\n", "dim"), names[0], rivals[0], names[1], rivals[1])
+    text, start, ids, trained = Text(), 0, row["input_ids"], [label != -100 for label in row["labels"]]
+    for end in range(1, len(ids) + 1):
+        if end == len(ids) or trained[end] != trained[start]:
+            part = " ".join(str(tokenizer.decode(ids[start:end], skip_special_tokens=True)).split())
+            text.append(f"{part} " if part else "", "" if trained[start] else "dim")
+            start = end
+    text.truncate(LONGEST_EXAMPLE, overflow="ellipsis")
+    return text

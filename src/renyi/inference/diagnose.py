@@ -1,0 +1,324 @@
+"""Do the data contradict the model, and from which alpha on would members part? Asked of one fitted adapter.
+
+The driver of `renyi.objectives.stability` and `renyi.ensemble.curvature` over prepared rows: which examples, in which
+batches, and what follows. It knows nothing about files, trainers or the terminal.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from renyi.data import IGNORED, PairPreparation
+from renyi.ensemble import LoraEnsemble, Reference, completion_labels
+from renyi.ensemble.curvature import AdapterSpace, Batch, Curvature, Score, diagnose_curvature
+from renyi.errors import ConfigError, DataError, RenyiError
+from renyi.inference.batches import batches_by_length, padded
+from renyi.objectives import (
+    LogRatios,
+    PreferenceLoss,
+    completion_log_prob,
+    cross_fitted,
+    preference_margin,
+    stability_spectrum,
+)
+
+_Batches: TypeAlias = Callable[[LoraEnsemble, Dataset, list[int], int, int], Iterator[tuple[list[int], Batch]]]
+
+# How far from the critical alpha to 1 the recommended one lies; docs/choosing-alpha.md says what was tried.
+ABOVE_CRITICAL = 0.5
+
+# Above these, what looks like a contradiction may be an adapter that is not fitted, or fitted too well.
+UNFINISHED, MISCALIBRATED = 0.1, 1.3
+
+FEWEST_MEASURED = 20  # examples, below which a bootstrap over them says nothing
+
+
+class Diagnosis(NamedTuple):
+    """What the curvature of one fitted adapter says about a dataset.
+
+    Attributes:
+        critical_alpha: the α above which members part, measured along directions that other examples chose.
+        low, high: its 95 % bootstrap interval over examples.
+        plug_in: 1/λ_max on the examples that chose the direction; too low on few examples.
+        eigenvalues: λ of J v = λ V v, descending; those above 1/α are directions in which members part at α.
+        mean_share: how much of the leading direction is unfinished fitting (the mean gradient's share), 0 to 1.
+        calibration: single tokens' second moment over their curvature; 1 where predictions are calibrated, above
+            where the adapter is not fitted or too small. None for pairs and the Hessian.
+        alpha: a recommended order.
+        members: a recommended number of members: one more than there are directions to part in.
+        examples: the rows that were projected, [N].
+        loadings: of each on the leading direction, in units of its root mean square, [N]. Far from zero, on either
+            side, are the examples that contradict each other.
+        log_likelihood: of each under the member, nats, [N]; of a pair, of its label.
+        directions: leading directions in the adapter's parameters, [P, k], with vᵀVv = 1.
+    """
+
+    critical_alpha: float
+    low: float
+    high: float
+    plug_in: float
+    eigenvalues: list[float]
+    mean_share: float
+    calibration: float | None
+    alpha: float
+    members: int
+    examples: list[int]
+    loadings: list[float]
+    log_likelihood: list[float]
+    directions: Tensor
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether the data contradict the model: members part at an α that is surely below 1."""
+        return self.high < 1
+
+
+class Pairs(NamedTuple):
+    """What rows of preferences are compared by."""
+
+    loss: PreferenceLoss
+    reference: Reference
+    preparation: PairPreparation
+
+
+def diagnose(
+    ensemble: LoraEnsemble,
+    rows: Dataset,
+    pairs: Pairs | None = None,
+    *,
+    member: int = 0,
+    curvature: Curvature = "fisher",
+    num_directions: int = 32,
+    max_examples: int = 512,
+    tokens_per_batch: int = 4096,
+    seed: int = 0,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Diagnosis:
+    """Diagnose one member on a dataset.
+
+    Half of the chosen examples span the directions, the other half are measured on them.
+
+    Args:
+        ensemble: one of whose members was fitted to data like these.
+        rows: prepared, with `input_ids` and `labels`; or as `prepare_pairs` makes them.
+        pairs: of preferences; None for sequences.
+        member: which.
+        curvature: V as the "fisher" (Gauss–Newton) matrix, beside which tokens' own second moment is tried and the
+            greater critical alpha believed; or as the "hessian".
+        num_directions: k of the subspace that gradients span; fewer where gradients span fewer.
+        max_examples: how many rows are looked at at most, drawn at random.
+        tokens_per_batch: limit on the tokens of one pass, copies included. `memory_needed` says what it takes.
+        seed: of the draw, and of the bootstrap.
+        progress: called with the number of rows done.
+
+    Raises:
+        DataError: there are too few rows.
+        ConfigError: the settings cannot work.
+    """
+    if num_directions < 1 or max_examples < 4:
+        raise ConfigError("is too few", where="num_directions" if num_directions < 1 else "max_examples")
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:max_examples].tolist()
+    measured, spanning = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
+    if len(measured) < FEWEST_MEASURED:
+        raise DataError(
+            f"{len(drawn)} rows are too few: half of them are measured, and fewer than {FEWEST_MEASURED} say nothing",
+            hint=f"Give at least {2 * FEWEST_MEASURED} rows.",
+        )
+    if getattr(ensemble.base, "is_quantized", False):
+        raise ConfigError(
+            "the base is quantised, and derivatives along directions do not pass through its layers",
+            where="model",
+            hint="Load the base as it was before; half precision is enough.",
+        )
+    space = AdapterSpace(ensemble, member)
+    done = [0]
+    order: list[int] = []
+
+    def counted(batches: Iterator[tuple[list[int], Batch]], order: list[int] | None = None) -> Iterator[Batch]:
+        for numbers, batch in batches:
+            yield batch
+            if order is not None:
+                order.extend(numbers)
+            done[0] += len(numbers)
+            progress(done[0])
+
+    of_rows = _sequence_batches if pairs is None else _pair_batches(pairs)
+    margin = None if pairs is None else _margin(pairs, member)
+    k = min(num_directions, len(spanning))
+    limits = (tokens_per_batch, k)  # an example's gradient is as large as a direction
+
+    with _explained(curvature):
+        projected = diagnose_curvature(
+            space,
+            counted(of_rows(ensemble, rows, measured, *limits), order),
+            counted(of_rows(ensemble, rows, spanning, *limits)),
+            k,
+            curvature=curvature,
+            margin=margin,
+            tokens_per_pass=tokens_per_batch,
+            seed=seed,
+        )
+    # Both estimate V at a fitted, calibrated point. The Fisher matrix is too small where predictions are surer than
+    # right, and the tokens' own second moment where answers are all but certain: the greater is believed.
+    estimates = [projected.curvature] if projected.empirical is None else [projected.curvature, projected.empirical]
+    with _explained(curvature):
+        each = [cross_fitted(projected.gradients, V_Nkk, projected.empirical, seed=seed) for V_Nkk in estimates]
+    found, V_Nkk = max(zip(each, estimates, strict=True), key=lambda pair: pair[0].critical_alpha)
+    g_Nk, V = projected.gradients.double(), V_Nkk.double().mean(dim=0)
+    spectrum = stability_spectrum(V, g_Nk.mT @ g_Nk / len(g_Nk), 0.1 * V.diagonal().mean().item())
+    directions = projected.basis.double() @ spectrum.directions
+    alpha = recommended_alpha(found.critical_alpha)
+    # Eigenvalues are too great on few examples: by as much as the leading one was.
+    shrink = min(1.0, found.plug_in / found.critical_alpha) if found.critical_alpha > 0 else 1.0
+    apart = sum(1 for value in found.eigenvalues.tolist() if value * shrink > 1 / alpha) if found.high < 1 else 0
+    return Diagnosis(
+        critical_alpha=found.critical_alpha,
+        low=found.low,
+        high=found.high,
+        plug_in=found.plug_in,
+        eigenvalues=found.eigenvalues.tolist(),
+        mean_share=found.mean_share,
+        calibration=each[0].calibration,  # of the Fisher matrix, whichever is believed
+        alpha=alpha,
+        members=1 + apart,
+        examples=order,
+        loadings=found.loadings.tolist(),
+        log_likelihood=projected.log_likelihood.tolist(),
+        directions=directions,
+    )
+
+
+def recommended_alpha(critical_alpha: float) -> float:
+    """Half-way from the critical alpha to 1."""
+    return round(min(1.0, critical_alpha) + ABOVE_CRITICAL * (1 - min(1.0, critical_alpha)), 2)
+
+
+def memory_needed(ensemble: LoraEnsemble, num_directions: int = 32, tokens_per_batch: int = 4096) -> int:
+    """Bytes that `diagnose` takes at its peak, about, beside the model and the activations of one batch.
+
+    Gradients of as many examples as there are directions, the directions so far, twice as many, and their copies while
+    the two are merged: eleven floats a parameter and direction, as measured. Or the directions and what tokens' last
+    hidden states do along each.
+    """
+    parameters = AdapterSpace(ensemble).size
+    head: Any = ensemble.get_output_embeddings()
+    hidden = int(head.weight.shape[1])
+    return 4 * num_directions * max(11 * parameters, 3 * parameters + 2 * tokens_per_batch * hidden)
+
+
+def spread(diagnosis: Diagnosis, num_members: int, size: float = 0.5) -> Tensor:
+    """Offsets [M, P] that part members along the leading directions: of mean zero, no two alike.
+
+    Along each of the M − 1 leading directions that are worth it (λ above 1) members stand at a cosine's points (a
+    discrete cosine transform's columns, which are orthogonal). At `size` 1 the mean cost of the spread along one
+    direction is half a nat an example, because vᵀVv = 1.
+    """
+    worth = max(1, sum(value > 1 for value in diagnosis.eigenvalues))
+    number = min(num_members - 1, worth)
+    m = torch.arange(num_members, dtype=torch.float64)
+    columns = [math.sqrt(2) * torch.cos(math.pi * (2 * m + 1) * j / (2 * num_members)) for j in range(1, number + 1)]
+    positions_Mk = torch.stack(columns, dim=1) if columns else m.new_zeros(num_members, 0)
+    directions = diagnosis.directions[:, :number].double()
+    return size * positions_Mk.to(directions) @ directions.T
+
+
+@contextmanager
+def _explained(curvature: Curvature) -> Iterator[None]:
+    """Say what of the adapter or the model it is that derivatives and matrices fail on."""
+    try:
+        yield
+    except RenyiError:
+        raise
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"this model cannot be differentiated along directions ({str(error).splitlines()[0]})",
+            where="curvature",
+            hint='Try "hessian", which needs no forward-mode derivatives.',
+        ) from error
+    except torch.linalg.LinAlgError as error:
+        raise DataError(
+            "the examples' gradients are not finite",
+            hint="The adapter's training diverged, or the base is loaded in a precision too low for it.",
+        ) from error
+    except ValueError as error:
+        if curvature == "hessian":
+            raise ConfigError(
+                f"the Hessian is not positive, so the adapter is not at a fitted point ({error})",
+                where="curvature",
+                hint='Train it longer, or take "fisher", which is never negative.',
+            ) from error
+        raise DataError(
+            f"there is nothing to part over: {error}",
+            hint="The adapter predicts every example with certainty, or its training diverged.",
+        ) from error
+
+
+# ---- Batches ---------------------------------------------------------------------------------------------------------
+
+
+def _sequence_batches(
+    ensemble: LoraEnsemble, rows: Dataset, numbers: list[int], tokens: int, most: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Prepared rows, `most` a batch and under a budget of tokens, padded on the right, with the numbers of each."""
+    columns = rows.select_columns(["input_ids", "labels"]).select(numbers)
+    for chosen in _at_most(most, batches_by_length([len(ids) for ids in columns["input_ids"]], tokens)):
+        part = columns[chosen]
+        attended = [[1] * len(ids) for ids in part["input_ids"]]
+        batch = {
+            "input_ids": (part["input_ids"], 0),
+            "attention_mask": (attended, 0),
+            "labels": (part["labels"], IGNORED),
+        }
+        yield [numbers[i] for i in chosen], {k: padded(*v).to(ensemble.device) for k, v in batch.items()}
+
+
+def _pair_batches(pairs: Pairs) -> _Batches:
+    """The same of preference pairs, chosen rows first, with the reference's log-probabilities."""
+    loss, reference, preparation = pairs
+    collate = DataCollatorForPreference(0, preparation.max_length, preparation.truncation_mode)
+
+    def batches(
+        ensemble: LoraEnsemble, rows: Dataset, numbers: list[int], tokens: int, most: int
+    ) -> Iterator[tuple[list[int], Batch]]:
+        columns = rows.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).select(numbers)
+        lengths = [2 * (len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"]))) for r in columns]
+        for chosen in _at_most(most, batches_by_length(lengths, tokens)):
+            batch = {k: v.to(ensemble.device) for k, v in collate([columns[i] for i in chosen]).items()}
+            batch["labels"] = completion_labels(batch)
+            batch["reference"] = reference.log_probs(batch, loss.ld_alpha)
+            yield [numbers[i] for i in chosen], batch
+
+    return batches
+
+
+def _at_most(most: int, batches: Iterator[list[int]]) -> Iterator[list[int]]:
+    return (batch[start : start + most] for batch in batches for start in range(0, len(batch), most))
+
+
+def _margin(pairs: Pairs, member: int) -> Score:
+    """Δ [B] of a batch of pairs from its rows' token log-probabilities.
+
+    Raises:
+        ConfigError: the loss is no Bradley–Terry likelihood of the label.
+    """
+    loss = pairs.loss
+    if loss.loss_type != ("sigmoid",) or loss.loss_weights:
+        raise ConfigError(
+            f"{' + '.join(loss.loss_type)} is no likelihood of the label, so its curvature is not the Fisher matrix's",
+            where="loss_type",
+            hint="Diagnose an adapter that was tuned with the sigmoid loss.",
+        )
+
+    def margin(log_probs: Tensor, batch: Batch) -> Tensor:
+        mask, reference = batch["completion_mask"], batch["reference"]
+        logps = completion_log_prob(log_probs[None], mask[:, 1:], loss.ld_alpha)
+        ratios = logps - reference[member if len(reference) > 1 else 0]
+        return preference_margin(LogRatios(*ratios.chunk(2, dim=1), *mask.sum(dim=1).chunk(2)), loss)[0]
+
+    return margin
