@@ -27,8 +27,8 @@ from renyi.training.run import MemberConfig, RunArguments, build, save, train
 from renyi.training.trainer import EnsembleTrainer
 
 FOLDER, CHOSEN_FILE = "auto", "chosen.json"
-# Enough to see a contradiction in data that have one; a few seconds to a minute beside a training run.
-NUM_DIRECTIONS, MAX_EXAMPLES = 16, 512
+# Enough to see a contradiction in data that have one, at a tenth of the cost of a short training run.
+NUM_DIRECTIONS, MAX_EXAMPLES = 16, 256
 
 
 class Chosen(NamedTuple):

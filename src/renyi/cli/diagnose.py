@@ -104,7 +104,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     out.print(findings(found, "pair" if case.pairs else "sequence", seconds))
     if any(sides):
-        out.print(examples_table(sides))
+        out.print(examples_table(sides, found.contradicted))
     for what, hint in doubts:
         say("warning", "bold yellow", what, hint)
     for file, what in ((args.output, plural(len(found.examples), "line")), (args.figure, "the figure")):
@@ -286,7 +286,7 @@ def _check_memory(case: _Case, memory: int) -> None:
     raise ConfigError(
         f"{plural(number, 'direction')} take about {bytes_text(memory)}, and {bytes_text(free)} are free",
         where="--num_directions",
-        hint=f"Ask for at most {fitting}." if fitting else "Use a machine with more memory, or --device cpu.",
+        hint=f"Ask for at most {fitting}." if fitting else "Use a device with more memory.",
     )
 
 
@@ -336,6 +336,7 @@ def _as_json(
         "examples": len(found.examples),
         **as_json(kept),
         "contradicted": found.contradicted,
+        "undecided": found.undecided,
         "warnings": [doubt.what for doubt in doubts],
         "positive": positive,
         "negative": negative,

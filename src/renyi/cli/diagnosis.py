@@ -44,6 +44,9 @@ def doubts_of(found: "Diagnosis", is_trained: bool) -> list[Doubt]:
         what = "the adapter is untrained: this is the base against the data, not the data against themselves"
         return [Doubt(what, "Train one adapter on these data first, then diagnose it.")]
     doubts = []
+    if found.undecided:
+        what = f"these examples cannot tell: the interval is from {found.low:.2g} to {found.high:.2g}"
+        doubts.append(Doubt(what, "Measure more: raise --max_examples, or give more rows."))
     if found.mean_share > UNFINISHED:
         what = f"{found.mean_share:.0%} of the leading direction is work that the adapter has not done yet"
         doubts.append(Doubt(what, "Train it longer first: members would part over what one of them could still learn."))
@@ -67,16 +70,19 @@ def findings(found: "Diagnosis", kind: str, seconds: float) -> RenderableType:
         table.add_row(name, Text(value, style), Text(meaning))
 
     add("critical alpha", f"{found.critical_alpha:.3g} [{found.low:.3g}, {found.high:.3g}]", _meaning(found), "bold")
-    meaning = "half-way from the critical alpha to 1" if found.contradicted else "the mixture's own loss; nothing parts"
+    meaning = "half-way from the critical alpha to 1"
+    if not found.contradicted:
+        meaning = f"{meaning}, if at all" if found.undecided else "members stay together whatever it is"
     add("recommended alpha", f"{found.alpha:g}", meaning, "bold")
     apart = plural(found.members - 1, "direction")
-    meaning = f"they part along {apart} at that alpha" if found.members > 1 else "more would be the same one again"
+    alike = "more may be alike" if found.undecided else "more would be alike"
+    meaning = f"they part along {apart} at that alpha" if found.members > 1 else alike
     add("recommended members", str(found.members), meaning, "bold")
     meaning = f"of the leading direction; below {UNFINISHED:.0%} is fine"
     style = "yellow" if found.mean_share > UNFINISHED else ""
     add("unfinished fitting", f"{found.mean_share:.1%}", meaning, style)
     if found.calibration is not None:
-        meaning = f"of single tokens along it; 1: as sure as right, above {MISCALIBRATED}: too sure"
+        meaning = f"1: single tokens are as sure as right; above {MISCALIBRATED}: too sure"
         style = "yellow" if found.calibration > MISCALIBRATED else ""
         add("calibration", f"{found.calibration:.3g}", meaning, style)
     subtitle = (
@@ -89,14 +95,17 @@ def findings(found: "Diagnosis", kind: str, seconds: float) -> RenderableType:
 def _meaning(found: "Diagnosis") -> str:
     if found.contradicted:
         return f"members part above α ≈ {found.critical_alpha:.2f}: the data contradict the model"
+    if found.undecided:
+        return "undecided: the data may contradict the model or not"
     where = "no α up to 1" if found.low > 1 else "α ≈ 1 at the earliest"
     return f"the data do not contradict the model: a spread of members pays at {where}"
 
 
-def examples_table(sides: Sequence[Sequence[LoadedExample]]) -> RenderableType:
+def examples_table(sides: Sequence[Sequence[LoadedExample]], contradicted: bool) -> RenderableType:
     """The examples of both sides."""
     legend = "loadings on the leading direction, in units of their root mean square · rows counted from 1"
-    parts: list[RenderableType] = [titled("What members would part over"), Text(legend, "dim")]
+    title = "What members would part over" if contradicted else "What loads most on the leading direction"
+    parts: list[RenderableType] = [titled(title), Text(legend, "dim")]
     for examples, style in zip(sides, ("cyan", "red"), strict=True):
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", justify="right", no_wrap=True)

@@ -44,7 +44,7 @@ def draw_diagnosis(diagnosis: Diagnosis) -> bytes:
         label = f"1/α: members part at α = {diagnosis.alpha:g}"
         spectrum.axhline(1 / diagnosis.alpha, color=ACCENT, lw=1.2, ls="--", label=label)
     spectrum.set(xlabel="direction", ylabel="λ: gradients' second moment over curvature", xlim=(0, len(order) + 1))
-    spectrum.set_ylim(0, 1.15 * max(1.0, float(np.nanmax([*eigenvalues, high]))))
+    spectrum.set_ylim(0, 1.15 * max(1.25, float(np.nanmax([*eigenvalues, high]))))
     spectrum.legend(frameon=False, fontsize=9, loc="upper right")
 
     loadings = np.asarray(diagnosis.loadings)

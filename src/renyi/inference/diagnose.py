@@ -35,6 +35,7 @@ ABOVE_CRITICAL = 0.5
 
 # Above these, what looks like a contradiction may be an adapter that is not fitted, or fitted too well.
 UNFINISHED, MISCALIBRATED = 0.1, 1.3
+UNDECIDED = 0.7  # an interval from below this to above 1 says nothing either way
 
 FEWEST_MEASURED = 20  # examples, below which a bootstrap over them says nothing
 
@@ -77,6 +78,11 @@ class Diagnosis(NamedTuple):
     def contradicted(self) -> bool:
         """Whether the data contradict the model: members part at an α that is surely below 1."""
         return self.high < 1
+
+    @property
+    def undecided(self) -> bool:
+        """Whether there are too few examples to say."""
+        return self.low < UNDECIDED and not self.contradicted
 
 
 class Pairs(NamedTuple):
