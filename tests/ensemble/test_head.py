@@ -39,11 +39,11 @@ def problem(bias: bool, size: float = 2.0, seed: int = 0) -> tuple[Tensor, nn.Li
     return hidden, linear, targets, torch.randn(ROWS, generator=generator)
 
 
-@pytest.mark.parametrize("rows_per_chunk", [1, 3, 11, 1000])
+@pytest.mark.parametrize("block", [(1, 1), (3, 5), (11, 23), (1000, 1000)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.4), LogitTransform(0.5, 3.0)])
-def test_values_and_gradients_are_the_naive_ones_in_float64(monkeypatch, transform, bias, rows_per_chunk):
-    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", rows_per_chunk * VOCABULARY)
+def test_values_and_gradients_are_the_naive_ones_in_float64(monkeypatch, transform, bias, block):
+    monkeypatch.setattr(head, "BLOCK_ON_CPU", block)
     hidden, linear, targets, upstream = problem(bias)
     ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     scores = token_scores(ours, linear, targets, transform)

@@ -370,7 +370,7 @@ class LargestTensor(TorchDispatchMode):
 
 def test_no_tensor_of_all_logits_is_ever_made(monkeypatch):
     """Forward and backward of M = 3, B = 4, T = 16 with V = 4,096 never hold M·B·T·V, nor B·T·V, numbers."""
-    monkeypatch.setattr(head, "LOGITS_PER_CHUNK", 16 * 4096)
+    monkeypatch.setattr(head, "BLOCK_ON_CPU", (64, 1024))
     model = tiny_model(vocab_size=4096, tie_word_embeddings=False)
     ensemble = scatter_members(LoraEnsemble.from_base(model, 3, lora())).train()
     input_ids = torch.randint(0, 4096, (4, 16))

@@ -1,23 +1,26 @@
 """Per-token log-probabilities under a frozen head, without ever holding the logits.
 
-The head's weight needs no gradient here. So the gradient of a token's log-probability with respect to its hidden row
-is computed in the forward, chunk by chunk, and the backward only scales rows by what arrives from above: 4NDV
-multiply-adds for N rows, hidden size D and vocabulary V, with no recomputation and no [N, V] kept.
+The head's weight needs no gradient here. So the gradient of a token's log-probability with respect to its hidden row,
+W[target] − Σ_v p_v W_v, is computed in the forward, and the backward only scales rows by what arrives from above: 4NDV
+operations for N rows, hidden size D and vocabulary V, with no recomputation and no [N, V] kept. Σ_v p_v W_v is
+attention with the head for keys and values, and is computed as flash attention computes that: by blocks of the
+vocabulary, rescaled when a greater logit turns up, so that a block of the head is read once for both products.
 This file knows nothing about members or examples: it sees rows.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from renyi.errors import ConfigError
 
-# Rows are scored in chunks of about this many logits: 16 MiB in float32, which allocators reuse from chunk to chunk.
+# Whole distributions are handed out in chunks of about this many logits: 16 MiB in float32.
 LOGITS_PER_CHUNK = 1 << 22
+# Rows and tokens of the block of logits that is at hand: caches of a CPU hold it, and a GPU is busy with it.
+BLOCK_ON_CPU, BLOCK = (1024, 1024), (8192, 8192)
 
 
 class TokenScores(NamedTuple):
@@ -54,6 +57,10 @@ class LogitTransform(NamedTuple):
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
+    def slope(self, transformed: Tensor) -> Tensor | float:
+        """The derivative, from what was transformed."""
+        return self.scale if self.softcap is None else self.scale * (1 - (transformed / self.softcap).square())
+
 
 def token_scores(hidden: Tensor, head: nn.Module, targets: Tensor, transform: LogitTransform) -> TokenScores:
     """Score target tokens under a frozen language-model head.
@@ -82,39 +89,90 @@ class _FrozenHead(torch.autograd.Function):
         targets: Tensor,
         transform: LogitTransform,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, weight = hidden.detach(), weight.detach()
-        rows = hidden.shape[0]
-        needs_grad = ctx.needs_input_grad[0]
-        log_probs = hidden.new_empty(rows, dtype=torch.float32)
-        entropy = torch.empty_like(log_probs)
-        is_top1 = torch.empty_like(log_probs, dtype=torch.bool)
-        row_grad = torch.empty_like(hidden) if needs_grad else None
-        chunk = max(1, LOGITS_PER_CHUNK // weight.shape[0])
-        for start in range(0, rows, chunk):
-            at = slice(start, start + chunk)
-            z_NV = transform(F.linear(hidden[at], weight, bias).float())
-            log_p_NV = torch.log_softmax(z_NV, dim=-1)
-            log_probs[at] = log_p_NV.gather(1, targets[at, None]).squeeze(1)
-            is_top1[at] = log_p_NV.argmax(dim=-1) == targets[at]
-            p_NV = log_p_NV.exp()
-            # A head may give some tokens probability zero; they add nothing to the entropy.
-            entropy[at] = -torch.linalg.vecdot(p_NV, log_p_NV.clamp_(min=torch.finfo(torch.float32).min))
-            if row_grad is not None:
-                dz_NV = p_NV.neg_()
-                dz_NV.scatter_add_(1, targets[at, None], torch.ones_like(targets[at, None], dtype=dz_NV.dtype))
-                if transform.softcap is not None:
-                    dz_NV *= 1 - (z_NV / transform.softcap).square()
-                row_grad[at] = (dz_NV if transform.scale == 1 else dz_NV * transform.scale).to(weight.dtype) @ weight
-        ctx.save_for_backward(row_grad)
+        rows_ND, device, needs_grad = hidden.detach(), hidden.device.type, ctx.needs_input_grad[0]
+        if torch.is_autocast_enabled(device):
+            rows_ND = rows_ND.to(torch.get_autocast_dtype(device))
+        many, width = BLOCK_ON_CPU if device == "cpu" else BLOCK
+        with torch.autocast(device, enabled=False):
+            parts = [
+                _score(part_nD, weight.detach(), bias, part_n, transform, width, needs_grad)
+                for part_nD, part_n in zip(rows_ND.split(many), targets.split(many), strict=True)
+            ]
+        log_probs, entropy, is_top1, gradient_ND = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(gradient_ND.to(hidden.dtype))
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs: Tensor, *_: Any) -> tuple[Tensor | None, None, None, None, None]:
-        (row_grad,) = ctx.saved_tensors
-        grad_hidden = None if row_grad is None else row_grad * grad_log_probs[:, None].to(row_grad.dtype)
-        return grad_hidden, None, None, None, None
+    def backward(ctx: Any, grad_log_probs: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None]:
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * grad_log_probs[:, None].to(gradient_ND.dtype), None, None, None, None
+
+
+def _score(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    transform: LogitTransform,
+    width: int,
+    needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability, entropy and top-1 hit [N] of targets, and the gradients [N, D] of their log-probabilities.
+
+    Sums over the vocabulary are kept relative to the greatest logit so far: the mass Σ e^(z − top), the moment
+    Σ e^(z − top) (z − top), of which the entropy follows, and the pull Σ e^(z − top) dz/dh.
+    """
+    lowest = torch.finfo(torch.float32).min
+    top_N = torch.full_like(targets_N, lowest, dtype=torch.float32)
+    mass_N, moment_N, goal_N = (torch.zeros_like(top_N) for _ in range(3))
+    is_top1_N = torch.zeros_like(targets_N, dtype=torch.bool)
+    pull_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
+    starts = range(0, len(weight_VD), width)
+    by_block = (targets_N // width).sort(stable=True)
+    rows_of_block = by_block.indices.split(by_block.values.bincount(minlength=len(starts)).tolist())
+    for start, rows in zip(starts, rows_of_block, strict=True):
+        weight_vD = weight_VD[start : start + width].to(hidden_ND.dtype)
+        z_Nv = _in_float32(hidden_ND, weight_vD.T)
+        if bias_V is not None:
+            z_Nv += bias_V[start : start + width]
+        z_Nv = transform(z_Nv)
+        before_N, top_N = top_N, torch.maximum(top_N, z_Nv.amax(dim=1))
+        if len(rows):  # those whose target is in this block
+            target = targets_N[rows] - start
+            goal_N[rows] = z_Nv[rows, target]
+            # Of equal logits the first is the most likely token, as argmax has it.
+            is_top1_N[rows] = (z_Nv[rows].argmax(dim=1) == target) & (goal_N[rows] > before_N[rows])
+        slope_Nv = transform.slope(z_Nv) if needs_grad else 1.0
+        z_Nv -= top_N[:, None]
+        e_Nv = z_Nv.exp()
+        fell_N = (before_N - top_N).clamp(min=lowest)
+        faded_N = fell_N.exp() * mass_N
+        # A head may give some tokens probability zero; they add nothing to the entropy.
+        moment_N = fell_N.exp() * moment_N + faded_N * fell_N + torch.linalg.vecdot(e_Nv, z_Nv.clamp_(min=lowest))
+        mass_N = faded_N + e_Nv.sum(dim=1)
+        if needs_grad:
+            e_Nv *= slope_Nv
+            pull_ND *= fell_N.exp()[:, None]
+            pull_ND += _in_float32(e_Nv.to(hidden_ND.dtype), weight_vD)
+    target_slope = transform.slope(goal_N)
+    push_ND = weight_VD[targets_N].float()
+    push_ND *= target_slope[:, None] if isinstance(target_slope, Tensor) else target_slope
+    log_mass_N = mass_N.log()
+    return (
+        goal_N - top_N - log_mass_N,
+        log_mass_N - moment_N / mass_N,
+        is_top1_N & (goal_N >= top_N),
+        push_ND - pull_ND / mass_N[:, None],
+    )
+
+
+def _in_float32(left: Tensor, right: Tensor) -> Tensor:
+    """A matrix product in float32, whose terms alone have the operands' precision where the device can do that."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
 
 
 def check_head(base: PreTrainedModel) -> None:
