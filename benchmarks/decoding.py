@@ -1,22 +1,28 @@
-"""What decoding with an ensemble costs: M members at once, one member, and M separate generations one by one.
+"""What decoding with an ensemble costs: M members at once against one member, and against PEFT's ways of serving M.
 
-    python benchmarks/decoding.py [--members 8] [--new_tokens 64] [--large_new_tokens 8] [--repeats 3] [--device cpu]
+    python benchmarks/decoding.py [--members 8] [--new_tokens 64] [--large_new_tokens 8] [--repeats 3] [--gpu]
 
-One member is transformers' own `generate` on the base with one PEFT adapter; M separate generations are M of those, an
-adapter after another on one base. The small model is a trained one of 656 thousand parameters, the large one a randomly
-initialised Llama in bfloat16. No end-of-text token: everybody writes as many tokens. Times are medians; PEFT's are of
-adapters left unmerged, as many are served from one base.
+The peers are transformers' own `generate` with one PEFT adapter, with M of them one after another, and with all M in
+PEFT's mixed-adapter batch (`adapter_names=`: every prompt M times, each with its adapter; no mixture, M answers).
+The small model is a trained one of 656 thousand parameters, the large one a randomly initialised Llama in bfloat16: of
+134 million parameters, or of 8 billion with `--gpu`. There one adapter, one member and M members mixed have a static
+cache and compiled steps (CUDA graphs). No end-of-text token: everybody writes as many tokens. Times are medians,
+measured in turns; PEFT's are of adapters left unmerged, as many are served from one base. A step is what one more token
+takes, without the prompt.
 """
 
 import argparse
+import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, logging
 
 from renyi import LoraEnsemble
@@ -24,6 +30,14 @@ from renyi import LoraEnsemble
 SMALL = Path(__file__).parents[2] / "shared/models/tinystories-656k"
 LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 PROMPT = 32
+COLUMNS = (
+    "PEFT, one adapter",
+    "PEFT, M one by one",
+    "PEFT, mixed batch",
+    "one member",
+    "M members, mixed",
+    "M members, each own",
+)
 
 
 def small() -> PreTrainedModel:
@@ -44,6 +58,22 @@ def large() -> PreTrainedModel:
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
+def huge() -> PreTrainedModel:
+    """8 billion parameters in the shapes of Llama 3, made in bfloat16 where they stay."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        dtype=torch.bfloat16,
+    )
+    with torch.device("cuda"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, default=8)
@@ -51,50 +81,91 @@ def main() -> None:
     parser.add_argument("--large_new_tokens", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or "CPU"
-    print(f"torch {torch.__version__}, {name}, {torch.get_num_threads()} threads, M = {args.members}")
-    print(f"prompts of {PROMPT} tokens; seconds an answer batch, and in times of one PEFT adapter alone")
-    print(f"{'model':>8} {'batch':>5} {'tokens':>6} | " + " ".join(f"{column:>22}" for column in COLUMNS))
+    threads = f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if args.gpu else threads
+    print(f"torch {torch.__version__}, {where}, M = {args.members}")
+    print(f"prompts of {PROMPT} tokens; an answer batch and a step, each also in times of one PEFT adapter's")
     models = [("656k", small, args.new_tokens)] if SMALL.is_dir() else []
-    for model, make, tokens in [*models, ("134M", large, args.large_new_tokens)]:
+    models.append(("8B", huge, args.new_tokens) if args.gpu else ("134M", large, args.large_new_tokens))
+    line: dict[str, object] = {"members": args.members, "prompt": PROMPT}
+    for model, make, tokens in models:
+        peers = Peers(make, args.members, args.gpu)
         for batch in args.batch_sizes:
-            times = measure(make, args.members, batch, tokens, args.repeats, args.device)
-            cells = " ".join(f"{t:12.3f} s {t / times[0]:6.2f} ×" for t in times)
-            print(f"{model:>8} {batch:5} {tokens:6} | {cells}", flush=True)
+            answers, steps = (
+                dict(zip(COLUMNS, times, strict=True)) for times in peers.measure(batch, tokens, args.repeats)
+            )
+            whole, step = (times["M members, mixed"] / times["one member"] for times in (answers, steps))
+            print(f"\n{model}, batch {batch}, {tokens} tokens: M members mixed against one member of ours: ", end="")
+            print(f"{whole:.2f} × an answer's time, {step:.2f} × a step's")
+            for column in COLUMNS:
+                cells = (
+                    f"{seconds[column]:9.4f} s {seconds[column] / seconds['PEFT, one adapter']:6.2f} ×"
+                    for seconds in (answers, steps)
+                )
+                print(f"  {column:20}" + " | ".join(cells), flush=True)
+            line[f"{model}, batch {batch}"] = {"tokens": tokens, "seconds": answers, "seconds_a_step": steps}
+        del peers
+    print(json.dumps(line))
 
 
-COLUMNS = ("PEFT, one adapter", "PEFT, M one by one", "one member", "M members, mixed", "M members, each own")
+class Peers:
+    """A base with M adapters for PEFT, and one with M members for us."""
 
+    def __init__(self, make: Callable[[], PreTrainedModel], members: int, gpu: bool):
+        self.members, self.device = members, "cuda" if gpu else "cpu"
+        self.ensemble = LoraEnsemble.from_base(make().to(self.device), members, LoraConfig(**LORA), seed=0).eval()
+        self.peft = adapters(make().to(self.device), members)
+        with torch.no_grad():
+            for name, parameter in [*self.ensemble.named_parameters(), *self.peft.named_parameters()]:
+                if "lora_B" in name:
+                    parameter.normal_(std=0.01)
+        self.compiled = {"cache_implementation": "static"} if gpu else {}
 
-def measure(
-    make: Callable[[], PreTrainedModel], members: int, batch: int, tokens: int, repeats: int, device: str
-) -> list[float]:
-    """Median seconds of each column, measured in turns so that a busy machine is busy for all."""
-    ensemble = LoraEnsemble.from_base(make().to(device), members, LoraConfig(**LORA), seed=0).eval()
-    peft = adapters(make().to(device), members)
-    with torch.no_grad():
-        for parameter_name, parameter in [*ensemble.named_parameters(), *peft.named_parameters()]:
-            if "lora_B" in parameter_name:
-                parameter.normal_(std=0.01)
-    ids = torch.randint(5, 2000, (batch, PROMPT), device=device)
-    settings = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None}
+    def measure(self, batch: int, tokens: int, repeats: int) -> tuple[list[float], list[float]]:
+        """Median seconds of an answer and of a step, by column; in turns, so that a busy machine is busy for all."""
+        ids = torch.randint(5, 2000, (batch, PROMPT), device=self.device)
+        answers, steps = [], []
+        for number in range(repeats + 1):
+            seconds = [[self.seconds(run, ids, new) for new in (tokens, 1)] for run in self.runs()]
+            if number > 0:  # the first round warms up
+                answers.append([whole for whole, _ in seconds])
+                steps.append([(whole - first) / (tokens - 1) for whole, first in seconds])
+        answer, step = (
+            [statistics.median(column) for column in zip(*rounds, strict=True)] for rounds in (answers, steps)
+        )
+        return answer, step
 
-    def one_adapter(member: int = 0) -> None:
-        peft.set_adapter(f"member_{member}")
-        peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    def seconds(self, run: Callable[[Tensor, dict[str, Any]], object], ids: Tensor, new_tokens: int) -> float:
+        start = time.perf_counter()
+        run(ids, {"do_sample": False, "eos_token_id": None, "max_new_tokens": new_tokens})
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-    runs: list[Callable[[], object]] = [
-        one_adapter,
-        lambda: [one_adapter(m) for m in range(members)],
-        lambda: ensemble.generate(ids, mixture="member", member=0, **settings),
-        lambda: ensemble.generate(ids, **settings),
-        lambda: ensemble.generate(ids, mixture="member", **settings),
-    ]
-    return [statistics.median(column) for column in zip(*rounds(runs, repeats, device), strict=True)]
+    def runs(self) -> list[Callable[[Tensor, dict[str, Any]], object]]:
+        """As COLUMNS name them."""
+        ensemble, compiled = self.ensemble, self.compiled
+        return [
+            lambda ids, given: self.one_adapter(0, ids, given | compiled),
+            lambda ids, given: [self.one_adapter(m, ids, given) for m in range(self.members)],
+            self.mixed_batch,
+            lambda ids, given: ensemble.generate(ids, mixture="member", member=0, **given, **compiled),
+            lambda ids, given: ensemble.generate(ids, **given, **compiled),
+            lambda ids, given: ensemble.generate(ids, mixture="member", **given),
+        ]
+
+    def one_adapter(self, member: int, ids: Tensor, given: dict[str, Any]) -> None:
+        self.peft.set_adapter(f"member_{member}")
+        self.peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
+
+    def mixed_batch(self, ids: Tensor, given: dict[str, Any]) -> None:
+        names = [f"member_{m}" for m in range(self.members) for _ in ids]
+        rows = ids.repeat(self.members, 1)
+        self.peft.generate(input_ids=rows, attention_mask=torch.ones_like(rows), adapter_names=names, **given)
 
 
 def adapters(base: PreTrainedModel, members: int) -> PeftModel:
@@ -102,19 +173,6 @@ def adapters(base: PreTrainedModel, members: int) -> PeftModel:
     for member in range(1, members):
         peft.add_adapter(f"member_{member}", LoraConfig(**LORA))
     return peft.eval()
-
-
-def rounds(runs: list[Callable[[], object]], repeats: int, device: str) -> Iterator[list[float]]:
-    for number in range(repeats + 1):
-        times = []
-        for run in runs:
-            start = time.perf_counter()
-            run()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        if number > 0:  # the first round warms up
-            yield times
 
 
 if __name__ == "__main__":

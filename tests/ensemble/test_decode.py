@@ -8,11 +8,11 @@ import torch
 from tiny import EOS, PAD, lora, padded_batch, scatter_members, tiny_ensemble, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers import CompileConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.streamers import BaseStreamer
 
 from renyi import LoraEnsemble
-from renyi.ensemble import Generation
+from renyi.ensemble import Generation, decode
 from renyi.ensemble.adapters import joint_layers
 from renyi.errors import ConfigError
 
@@ -237,6 +237,46 @@ def test_the_cache_changes_nothing():
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+def compiled() -> CompileConfig:
+    """Captured, but not made into code, which takes long; and on a CPU, where transformers would not."""
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("settings", [{}, {"compile_config": compiled()}])
+def test_a_static_cache_changes_nothing_compiled_or_not(kind, settings):
+    ensemble = tiny_ensemble(3, kind)
+    input_ids, mask = padded_batch("left")
+    dynamic, static = (
+        ensemble.generate(input_ids, mask, max_new_tokens=8, cache_implementation=cache, **given)
+        for cache, given in (("dynamic", {}), ("static", settings))
+    )
+    assert hasattr(ensemble.base, "_compiled_call") == bool(settings)
+    assert torch.equal(dynamic.sequences, static.sequences)
+    for one, other in zip(dynamic, static, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_a_prompt_read_in_chunks_is_the_prompt_read_whole(kind, monkeypatch):
+    ensemble = tiny_ensemble(3, kind)
+    input_ids, mask = padded_batch("left")
+    seen = []
+    layer = next(iter(joint_layers(ensemble.base).values()))
+    layer.base_layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    whole = ensemble.generate(input_ids, mask, max_new_tokens=4, eos_token_id=None)
+    monkeypatch.setattr(decode, "_CPU_ROWS", 36)  # four tokens of nine rows
+    chunked = ensemble.generate(input_ids, mask, max_new_tokens=4, eos_token_id=None)
+    asked = ensemble.generate(input_ids, mask, max_new_tokens=4, eos_token_id=None, prefill_chunk_size=5)
+    assert seen == [9, 1, 1, 1, 4, 4, 1, 1, 1, 1, 5, 4, 1, 1, 1]
+    for other in (chunked, asked):
+        assert torch.equal(whole.sequences, other.sequences)
+        for one, value in zip(whole, other, strict=True):
+            torch.testing.assert_close(one, value, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("mixture", ["sequence", "token", "member"])
 def test_rows_are_what_they_would_be_without_others_and_without_padding(side, mixture):
@@ -260,6 +300,17 @@ def test_the_base_is_read_once_a_step_whatever_the_number_of_members():
     input_ids, mask = padded_batch("left")
     ensemble.generate(input_ids, mask, max_new_tokens=4, eos_token_id=None)
     assert seen == [(9, 9), (9, 1), (9, 1), (9, 1)]
+
+
+def test_the_head_multiplies_all_rows_at_once():
+    """Over rows that do not follow one another torch multiplies one by one, for each with its own copy of the head."""
+    ensemble = tiny_ensemble(3)
+    rows = []
+    ensemble.base.lm_head.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0]))
+    input_ids, mask = padded_batch("left")
+    ensemble.generate(input_ids, mask, max_new_tokens=2, eos_token_id=None)
+    assert [x.shape for x in rows] == [(9, 1, 32)] * 2
+    assert all(x.stride(0) == x.shape[1] * x.stride(1) for x in rows)
 
 
 # ---- Uncertainty by hand ---------------------------------------------------------------------------------------------
@@ -415,7 +466,7 @@ def test_training_goes_on_afterwards():
         ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
-        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"cache_implementation": "paged"}, "cache_implementation"),
         ({"tempreature": 0.5}, "tempreature: there is no such setting of generation\nDid you mean temperature"),
         ({"do_sample": True, "temperature": -1.0}, "temperature"),
         ({"max_length": 2, "max_new_tokens": None}, "max_length"),

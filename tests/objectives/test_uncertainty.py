@@ -15,6 +15,7 @@ from renyi.objectives import (
     responsibilities,
     responsibility_entropy,
     token_uncertainty,
+    uncertainty,
 )
 
 properties = settings(max_examples=60, deadline=None)
@@ -173,8 +174,10 @@ def test_a_dropped_member_has_no_say(row):
             torch.testing.assert_close(ours, theirs)
 
 
-def test_weights_of_each_position():
+@pytest.mark.parametrize("at_once", [2**17, 1])  # whole, and position by position as large vocabularies are
+def test_weights_of_each_position(at_once, monkeypatch):
     """The running weights of a sequence: each position is what it would be by itself."""
+    monkeypatch.setattr(uncertainty, "_CACHED", at_once)
     log_probs, log_weights = random_log_probs(3, 2, 5, 11), random_log_probs(3, 2, 5, seed=1)
     u = token_uncertainty(log_probs, log_weights)
     for b in range(2):

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from renyi.ensemble.rows import repeat_rows
@@ -40,7 +42,10 @@ _REFUSED = (
     "assistant_early_exit",
     "use_mtp",
 )
-_CACHES = (None, "dynamic", "offloaded", "quantized")
+# A prompt is read in chunks of so many rows' tokens on a CPU: tensors that outgrow what the allocator keeps are given
+# back and faulted in anew, which doubles the time.
+_CPU_ROWS = 512
+_CACHES = (None, "dynamic", "offloaded", "quantized", "static")
 _LISTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 
 
@@ -205,27 +210,43 @@ def _loop(
 
 
 class _Forward:
-    """Next-token logits [K·B, V] of member-major rows by the model's own forward, which reads new tokens only."""
+    """Next-token logits [K·B, V] of member-major rows by the model's own forward, which reads new tokens only.
+
+    Private methods of transformers do what only a model knows, and were made for decoding loops such as this one: how
+    a prompt is read in chunks, how mask and positions grow, and whether a step can be compiled (CUDA graphs, where
+    the cache is static).
+    """
 
     def __init__(self, base: Any, prepared: _Prepared, num_members: int):
-        self.base, self.num_members = base, num_members
+        self.base, self.config, self.num_members = base, prepared.config, num_members
         batch = len(prepared.input_ids)
         self.kwargs = {k: repeat_rows(v, num_members, batch) for k, v in prepared.model_kwargs.items()}
+        if "logits_to_keep" in self.kwargs:
+            # The last position by index, not by slice: rows that do not lie one after another are multiplied batch by
+            # batch, for which a CPU copies the whole head once a row.
+            self.kwargs["logits_to_keep"] = torch.tensor([-1], device=base.device)
+        if self.config.prefill_chunk_size is None and base.device.type == "cpu" and self._can_chunk():
+            self.config.prefill_chunk_size = max(1, _CPU_ROWS // (num_members * batch))
+        can_compile = base._valid_auto_compile_criteria(self.kwargs, self.config)
+        self.step = base.get_compiled_call(self.config.compile_config) if can_compile else base
         self.is_first = True
 
     def __call__(self, ids_BT: Tensor) -> Tensor:
-        new = 1 if self.kwargs.get("use_cache") and not self.is_first else None
-        inputs = self.base.prepare_inputs_for_generation(
-            ids_BT.repeat(self.num_members, 1),
-            next_sequence_length=new,
-            is_first_iteration=self.is_first,
-            **self.kwargs,
-        )
-        output = self.base(**inputs, return_dict=True)
-        # Private, but made for decoding loops such as this one: only the model knows how its mask and positions grow.
+        rows = ids_BT.repeat(self.num_members, 1)
+        if self.is_first:
+            output = self.base._prefill(rows, self.config, self.kwargs)
+        else:
+            new = 1 if self.kwargs.get("use_cache") else None
+            inputs = self.base.prepare_inputs_for_generation(rows, next_sequence_length=new, **self.kwargs)
+            output = self.step(**inputs, return_dict=True)
         self.kwargs = self.base._update_model_kwargs_for_generation(output, self.kwargs)
         self.is_first = False
         return output.logits[:, -1]
+
+    def _can_chunk(self) -> bool:
+        """Whether the cache is attention's and nothing else's."""
+        cache = self.kwargs.get("past_key_values")
+        return isinstance(cache, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 
 def _mixed(logits_KBV: Tensor, log_p_KBV: Tensor, log_w_KB: Tensor) -> Tensor:
@@ -237,7 +258,7 @@ def _mixed(logits_KBV: Tensor, log_p_KBV: Tensor, log_w_KB: Tensor) -> Tensor:
     if len(logits_KBV) == 1:
         return logits_KBV[0].clone()
     log_w_KB1 = log_w_KB[..., None].float()
-    level_KB1 = logits_KBV.logsumexp(-1, keepdim=True)
+    level_KB1 = (logits_KBV.amax(-1) - log_p_KBV.amax(-1))[..., None]
     return (log_w_KB1 + log_p_KBV).logsumexp(0) + (log_w_KB1.exp() * level_KB1).sum(0)
 
 
@@ -352,7 +373,7 @@ def _check_settings(base: PreTrainedModel, config: GenerationConfig | None, sett
             )
     cache = settings.get("cache_implementation", getattr(config, "cache_implementation", None))
     if cache not in _CACHES:
-        raise ConfigError(f"is {cache!r}", where="cache_implementation", hint='Leave it out, or write "dynamic".')
+        raise ConfigError(f"is {cache!r}", where="cache_implementation", hint='Leave it out, or write "static".')
 
 
 def _left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

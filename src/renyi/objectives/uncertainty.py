@@ -8,7 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from renyi.objectives.mixture import effective_members, renyi_loss, responsibilities
+from renyi.objectives.mixture import effective_members, responsibilities
+
+_CACHED = 2**17  # of so many numbers a CPU's cache holds the copies that are made of them
+_IMPOSSIBLE = -1e30  # stands for log 0: its exp is 0, and 0 times it is not NaN
 
 
 class TokenUncertainty(NamedTuple):
@@ -47,27 +50,33 @@ def token_uncertainty(log_probs: Tensor, log_weights: Tensor | None = None) -> T
     Raises:
         ValueError: log_weights does not match the members.
     """
-    log_p = log_probs.double()
-    if log_weights is None:
-        log_weights = log_p.new_zeros(log_p.shape[0])
-    log_weights = log_weights.double()
-    log_mixture = -renyi_loss(log_p, 1.0, log_weights)  # at α = 1 the loss is the mixture's NLL
+    w = responsibilities(log_probs.new_zeros(log_probs.shape[:-1], dtype=torch.float64), 1.0, log_weights)  # [M, ...]
+    if log_probs.device.type == "cpu" and log_probs.dim() > 2 and log_probs.numel() > _CACHED:
+        each = [token_uncertainty(p, v.log()) for p, v in zip(log_probs.unbind(1), w.unbind(1), strict=True)]
+        return TokenUncertainty(*(torch.stack(values) for values in zip(*each, strict=True)))
+    # A member without a say stands for the heaviest one, lest its weight of 0 meet an infinity.
+    heaviest = w.argmax(0)[None, ..., None].expand_as(log_probs[:1])
+    heard = torch.where(w[..., None] > 0, log_probs, log_probs.gather(0, heaviest))
+    lowest, highest = heard.amin(0), heard.amax(0)
+    log_p = heard.clamp(min=_IMPOSSIBLE).double()
 
-    every_position = log_weights.shape + (1,) * (log_p.dim() - 1 - log_weights.dim())
-    w = log_weights.softmax(0).reshape(every_position)
-    p, mixture = log_p.exp(), log_mixture.exp()
-    excess = log_p - log_mixture
-
+    # The one pass of exp is most of the time; the sums over members and tokens are matrix products.
+    p = log_p.exp()
+    mixture = _over_members(w, p)
+    log_mixture = torch.where(lowest == highest, log_p[0], mixture.log()).clamp(min=_IMPOSSIBLE)
     # Summed term by term and not as differences of entropies, both KLs are exactly 0 where the members agree.
-    epistemic = _mean(_mean(excess, p, -1), w, 0).clamp(min=0.0)
-    reverse_mi = _mean(_mean(-excess, mixture, -1), w, 0).clamp(min=0.0)
+    excess = log_p - log_mixture
+    epistemic = (w * _over_tokens(p, excess)).sum(0).clamp(min=0.0)
+    reverse_mi = _over_tokens(mixture, -_over_members(w, excess)).clamp(min=0.0)
+    is_ruled_out = ((lowest == -torch.inf) & (mixture > 0)).any(-1)
+    reverse_mi = reverse_mi.masked_fill(is_ruled_out, torch.inf)
     return TokenUncertainty(
-        total=_mean(-log_mixture, mixture, -1),
-        aleatoric=_mean(_mean(-log_p, p, -1), w, 0),
+        total=_over_tokens(mixture, -log_mixture),
+        aleatoric=0.0 - (w * _over_tokens(p, log_p)).sum(0),  # 0 − 0 is 0, and −0 is not
         epistemic=epistemic,
         expected_pairwise_kl=epistemic + reverse_mi,
         reverse_mi=reverse_mi,
-        variation_ratio=_variation_ratio(log_p.argmax(-1), w),
+        variation_ratio=_variation_ratio(log_probs.argmax(-1), w),
     )
 
 
@@ -111,6 +120,16 @@ def log_likelihood_spread(
 def _mean(values: Tensor, weights: Tensor, dim: int) -> Tensor:
     """Σ weights · values over `dim`. A weight of 0 silences its value, be it infinite or NaN."""
     return (weights * torch.where(weights > 0, values, 0.0)).sum(dim)
+
+
+def _over_members(w: Tensor, values: Tensor) -> Tensor:
+    """Σ_m w_m values_m: [..., V] from [M, ...] and [M, ..., V]."""
+    return (w.movedim(0, -1)[..., None, :] @ values.movedim(0, -2)).squeeze(-2)
+
+
+def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_v a_v b_v: [...] from [..., V]."""
+    return (a[..., None, :] @ b[..., None])[..., 0, 0]
 
 
 def _variation_ratio(votes: Tensor, weights: Tensor) -> Tensor:
