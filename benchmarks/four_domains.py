@@ -54,7 +54,7 @@ def chunks(data: Path, tokenizer: object) -> torch.Tensor:
 
 
 def run(shared: Path, members: int, rank: int, overrides: dict[str, object], seed: int) -> dict[str, object]:
-    """Train one of the runs; NLL per token of the mixture, and the test chunks that each member explains best."""
+    """Train one of the runs; NLL per token of the mixture, the best member's test chunks, and what was logged."""
     model_folder = shared / "models" / "tinystories-656k"
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     ids = chunks(shared / "data", tokenizer)
@@ -95,6 +95,7 @@ def run(shared: Path, members: int, rank: int, overrides: dict[str, object], see
         "nll_per_token": renyi_loss(ell, 1.0).mean().item() / (CHUNK - 1),
         "recovered": counts[domain, member].tolist(),
         "seconds": seconds,
+        "logs": trainer.state.log_history,
     }
 
 

@@ -101,6 +101,25 @@ def test_half_precision_rows_are_summed_in_float32():
     torch.testing.assert_close(scores.log_probs.double(), exact, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_an_all_but_certain_token_is_no_rounding(dtype):
+    """1 − p is about 1e-4 here; the row gradient, as long as that, keeps its own relative precision."""
+    hidden, linear, _, _ = problem(bias=False)
+    hidden, linear = hidden.to(dtype), linear.to(dtype)
+    targets = linear(hidden).argmax(-1)
+    transform = LogitTransform(
+        scale=float(9 / (linear(hidden).float().topk(2).values @ torch.tensor([1.0, -1.0])).mean())
+    )
+    ours, exact = hidden.clone().requires_grad_(), linear(hidden).detach().double().requires_grad_()
+    token_scores(ours, linear, targets, transform).log_probs.sum().backward()
+    log_p = (transform.scale * exact).log_softmax(-1).gather(1, targets[:, None])
+    (by_logit,) = torch.autograd.grad(log_p.sum(), exact)
+    expected = by_logit @ linear.weight.double()
+    assert expected.norm(dim=1).median() < 0.01 * linear.weight.norm()
+    error = (ours.grad.double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() <= (1e-5 if dtype == torch.float32 else 0.02)
+
+
 def test_a_token_of_probability_zero_adds_nothing_to_the_entropy():
     linear = nn.Linear(1, 3, bias=True).requires_grad_(False)
     linear.weight.zero_()

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from renyi.cli.console import facts, number_text, plural, quiet_progress_bars, say, stream
+from renyi.cli.console import bytes_text, facts, number_text, plural, quiet_progress_bars, say, stream
 from renyi.cli.parser import ConfigFile, keys, parse, split_config
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def run_training(command: TrainingCommand, argv: Sequence[str]) -> int:
         _show_plan(out, command, ready, script.dataset_name, auto and own.dry_run)
         out.print(command.first(ready, _prepared(ready, ready.train_rows, 1), out.is_terminal))
         if own.dry_run:
+            _show_memory(out, err, ready)
             out.print("\nA dry run: nothing was written. Without [bold]--dry_run[/] this trains.")
             return 0
         return _train(out, err, command, ready, progress, script.dataset_name)
@@ -188,18 +189,20 @@ def _show_plan(out: Console, command: TrainingCommand, ready: "Run", dataset_nam
     """What was understood of the settings, the base and the data."""
     trainer, args, ensemble = ready.trainer, ready.trainer.args, ready.ensemble
     config, steps = ensemble.peft_config, ready.trainer.num_steps
-    trained = sum(p.numel() for p in trainer.trained_parameters())
+    a_member = sum(p.numel() for p in trainer.trained_parameters()) / len(ensemble.members)
+    trained = a_member * ensemble.num_members
     base = ensemble.base.num_parameters() - sum(p.numel() for p in ensemble.base.parameters() if p.requires_grad)
     targets = config.target_modules
     targets = ", ".join(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, set | list) else targets
     mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else ""
     precision = f"{str(ensemble.dtype).removeprefix('torch.')}{f', {mixed} autocast' if mixed else ''}"
     further = f", going on from {ready.start}" if ready.start else ""
+    further += f", split over {args.member_parallel} processes" if args.member_parallel > 1 else ""
     rows = {
         "base": f"{ensemble.base_model_name} · {number_text(base)} parameters · {precision} on {args.device}",
         command.members: f"{ensemble.num_members} × LoRA rank {config.r}, lora_alpha {config.lora_alpha}, on {targets}"
         f"{further}",
-        "trainable": f"{number_text(trained / ensemble.num_members)} parameters a {command.member}, "
+        "trainable": f"{number_text(a_member)} parameters a {command.member}, "
         f"{number_text(trained)} in all ({trained / base:.1%} of the base)",
         **(
             {
@@ -218,6 +221,24 @@ def _show_plan(out: Console, command: TrainingCommand, ready: "Run", dataset_nam
         "output": f"{ready.output_dir}",
     }
     out.print(facts(command.prog, {name: Text(value) for name, value in rows.items()}))
+
+
+def _show_memory(out: Console, err: Console, ready: "Run") -> None:
+    """What the largest step takes, by taking it."""
+    from datasets import Dataset
+
+    trainer = ready.trainer
+    if not trainer.splits_batches or not isinstance(trainer.train_dataset, Dataset):
+        return
+    with err.status("taking the largest step"):
+        peak = trainer.rehearse()
+    out.print(
+        f"\nA step on the longest examples, optimizer state included, peaks at {_memory(trainer.args.device, peak)}."
+    )
+
+
+def _memory(device: Any, peak: int) -> str:
+    return f"{bytes_text(peak)} of {'the GPU' if device.type == 'cuda' else 'memory, this program included'}"
 
 
 def _schedule(command: TrainingCommand, args: Any, steps: int) -> str:
@@ -248,10 +269,10 @@ def _sizes(command: TrainingCommand, ready: "Run", prepared: Any, rows: "Rows | 
 
 
 def _steps(command: TrainingCommand, args: Any, steps: int) -> str:
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.data_processes
     parts = [plural(args.train_batch_size, command.row)]
     parts += [f"{args.gradient_accumulation_steps} accumulated"] if args.gradient_accumulation_steps > 1 else []
-    parts += [f"{args.world_size} processes"] if args.world_size > 1 else []
+    parts += [f"{args.data_processes} processes"] if args.data_processes > 1 else []
     epochs = "" if args.max_steps > 0 else f" ({args.num_train_epochs:g} epochs)"
     product = f" ({' × '.join(parts)})" if len(parts) > 1 else ""
     return f"{number_text(steps)}{epochs}, {plural(batch, command.row)} each{product}"
@@ -276,7 +297,11 @@ def _show_resuming(out: Console, ready: "Run") -> None:
 
 def _show_end(out: Console, command: TrainingCommand, ready: "Run") -> None:
     """Where training ended, if not at its last step, and which members were kept, if not the last ones."""
+    from renyi.training.steps import peak_memory
+
     state, trainer = ready.trainer.state, ready.trainer
+    if not ready.finished:
+        out.print(f"\npeak memory: {_memory(trainer.args.device, peak_memory(trainer.args.device))}", style="dim")
     if state.global_step < state.max_steps:
         out.print(f"\nstopped early, at step {state.global_step} of {state.max_steps}")
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
@@ -326,6 +351,7 @@ _BEFORE = {
 _AFTER = {
     "Training": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
     "lr_scheduler_type dtype bf16 load_in_4bit gradient_checkpointing seed",
+    "Speed and memory": "token_budget routing routing_threshold member_parallel",
     "Watching": "dry_run logging_steps eval_strategy eval_steps save_steps save_total_limit early_stopping_patience "
     "report_to",
 }

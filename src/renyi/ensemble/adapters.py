@@ -7,7 +7,7 @@ matrices, stack them over members and put our joint layer in the place of its la
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ def joint_layers(model: nn.Module) -> dict[str, JointLora]:
 
 
 def draw_members(
-    model: PreTrainedModel, peft_config: PeftConfig, num_members: int, seed: int, selection: MemberSelection
+    model: PreTrainedModel, peft_config: PeftConfig, members: Sequence[int], seed: int, selection: MemberSelection
 ) -> LoraConfig:
     """Replace the target layers of `model` by joint layers holding freshly drawn members.
 
@@ -59,7 +59,7 @@ def draw_members(
     Args:
         model: a causal language model; changed in place, its own parameters frozen.
         peft_config: rank, scaling, dropout and targets, as for PEFT.
-        num_members: M ≥ 1.
+        members: which to draw, at least one.
         seed: of member 0.
         selection: shared by all layers made here.
 
@@ -69,13 +69,13 @@ def draw_members(
     Raises:
         ConfigError: the config asks for what an ensemble cannot do, or names no layer of this model.
     """
-    if num_members < 1:
-        raise ConfigError(f"num_members is {num_members}", hint="An ensemble needs at least one member.")
+    if not members:
+        raise ConfigError(f"num_members is {len(members)}", hint="An ensemble needs at least one member.")
     peft_config = check_config(peft_config)
     drawn: list[dict[str, tuple[Tensor, Tensor]]] = []
     resolved = peft_config
     with torch.random.fork_rng():
-        for member in range(num_members):
+        for member in members:
             torch.manual_seed(seed + member)
             with _peft_layers(model, peft_config) as (layers, resolved):
                 drawn.append(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
@@ -23,6 +24,8 @@ from renyi.ensemble import adapters, storage
 from renyi.ensemble.decode import Generation, OnToken, decode
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, check_head, token_scores
 from renyi.ensemble.lora import JointLora, MemberSelection
+from renyi.ensemble.mesh import MemberMesh
+from renyi.ensemble.routing import Routing, routed_forward
 from renyi.ensemble.rows import JointOutput, repeat_packed, repeat_rows
 from renyi.errors import ConfigError, EnsembleFormatError
 
@@ -47,23 +50,41 @@ class LoraEnsemble(nn.Module):
         weights: mixture weights [M], float32, summing to one.
         alpha: Rényi order the ensemble was trained with.
         routing_quantity: what was routed, "sequence" or "length_normalised".
+        mesh: the processes that members are split over; None if all of them are here. On a mesh a forward runs this
+            process's own members only, and what speaks of all of them (`log_likelihood`, `save`) is called by all
+            processes together.
+        routing: which pairs of members and examples a training step runs, and how many at a time; None for all at once.
     """
 
     weights: Tensor
 
-    def __init__(self, base: PreTrainedModel, peft_config: LoraConfig, selection: MemberSelection, num_members: int):
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        peft_config: LoraConfig,
+        selection: MemberSelection,
+        num_members: int,
+        mesh: MemberMesh | None = None,
+    ):
         super().__init__()
+        self.mesh = mesh
         self.base = base
         self.peft_config = peft_config
         self.alpha = 1.0
         self.routing_quantity = "sequence"
+        self.routing: Routing | None = None
         self._selection = selection
         self._logit_transform = LogitTransform.from_config(base.config)
         self.register_buffer("weights", torch.full((num_members,), 1 / num_members, device=base.device))
 
     @classmethod
     def from_base(
-        cls, model: PreTrainedModel | str | Path, num_members: int, peft_config: PeftConfig, seed: int = 0
+        cls,
+        model: PreTrainedModel | str | Path,
+        num_members: int,
+        peft_config: PeftConfig,
+        seed: int = 0,
+        mesh: MemberMesh | None = None,
     ) -> "LoraEnsemble":
         """Draw M fresh members on a base model.
 
@@ -75,6 +96,7 @@ class LoraEnsemble(nn.Module):
             num_members: M ≥ 1.
             peft_config: rank, alpha, rsLoRA, dropout and targets of every member, as for PEFT.
             seed: of member 0.
+            mesh: the processes to split members over; each draws its own.
 
         Raises:
             ConfigError: `peft_config` or `num_members` cannot make an ensemble on this model.
@@ -84,14 +106,16 @@ class LoraEnsemble(nn.Module):
             raise ConfigError("the model already carries an ensemble", hint="Load the base model anew.")
         check_head(base)
         selection = MemberSelection()
-        resolved = adapters.draw_members(base, peft_config, num_members, seed, selection)
-        return cls(base, resolved, selection, num_members)
+        drawn = mesh.share(num_members) if mesh else range(num_members)
+        resolved = adapters.draw_members(base, peft_config, drawn, seed, selection)
+        return cls(base, resolved, selection, num_members, mesh)
 
     @classmethod
     def load(
         cls,
         path: str | Path | Sequence[str | Path],
         base: PreTrainedModel | str | Path | None = None,
+        mesh: MemberMesh | None = None,
     ) -> "LoraEnsemble":
         """Load an ensemble folder, a hub id, or a list of existing PEFT adapters as an ensemble.
 
@@ -99,6 +123,7 @@ class LoraEnsemble(nn.Module):
             path: a folder that `save` or a trainer wrote; a hub id; or a list of PEFT LoRA adapter folders of one
                 rank and one set of targets, which get uniform weights.
             base: the base model, loaded or by name; by default the one that the ensemble names.
+            mesh: the processes to split members over.
 
         Raises:
             EnsembleFormatError: something is missing or damaged, or members do not fit together or to the base.
@@ -120,10 +145,10 @@ class LoraEnsemble(nn.Module):
             if not named:
                 raise EnsembleFormatError("the base model is not named", where=str(folders[0]), hint="Give `base`.")
             base = named
-        ensemble = cls.from_base(base, len(folders), read[0].config)
+        ensemble = cls.from_base(base, len(folders), read[0].config, mesh=mesh)
         layers = adapters.joint_layers(ensemble.base)
-        for member, (adapter, where) in enumerate(zip(read, folders, strict=True)):
-            adapters.fill_member(layers, member, adapter, str(where))
+        for place, member in enumerate(ensemble.members):
+            adapters.fill_member(layers, place, read[member], str(folders[member]))
         if manifest:
             ensemble.weights.copy_(torch.tensor(manifest.weights))
             ensemble.alpha, ensemble.routing_quantity = manifest.alpha, manifest.routing_quantity
@@ -135,6 +160,12 @@ class LoraEnsemble(nn.Module):
         Raises:
             SaveError: something could not be written; what was there before is untouched.
         """
+        layers = {
+            name: (self._whole(layer.lora_A), self._whole(layer.lora_B))
+            for name, layer in adapters.joint_layers(self.base).items()
+        }
+        if self.mesh is not None and not self.mesh.is_first:
+            return
         manifest = storage.Manifest(
             base_model=self.base_model_name,
             members=[storage.member_name(m) for m in range(self.num_members)],
@@ -146,7 +177,9 @@ class LoraEnsemble(nn.Module):
         storage.write_folder(
             Path(path),
             manifest,
-            lambda m, folder: adapters.write_adapter(folder, self.peft_config, self.adapter(m)),
+            lambda m, folder: adapters.write_adapter(
+                folder, self.peft_config, {name: (A[m], B[m]) for name, (A, B) in layers.items()}
+            ),
         )
 
     def restore(self, path: str | Path) -> None:
@@ -168,10 +201,11 @@ class LoraEnsemble(nn.Module):
                 hint="Resume with the same num_members, or choose another output_dir.",
             )
         layers = adapters.joint_layers(self.base)
-        for member, name in enumerate(manifest.members):
+        for place, member in enumerate(self.members):
+            name = manifest.members[member]
             adapter = adapters.read_adapter(folder / name)
             adapters.check_same_config(self.peft_config, adapter.config, "this ensemble", str(folder / name))
-            adapters.fill_member(layers, member, adapter, f"{folder}/{name}")
+            adapters.fill_member(layers, place, adapter, f"{folder}/{name}")
 
     # ---- Members -----------------------------------------------------------------------------------------------
 
@@ -179,13 +213,55 @@ class LoraEnsemble(nn.Module):
     def num_members(self) -> int:
         return self.weights.shape[0]
 
+    @property
+    def members(self) -> range:
+        """The members that are in this process: all of them, but on a mesh."""
+        return range(self.num_members) if self.mesh is None else self.mesh.share(self.num_members)
+
     def adapter(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """One member's (A [R, I], B [O, R]) by layer name: views, not copies."""
-        return {n: (lay.lora_A[member], lay.lora_B[member]) for n, lay in adapters.joint_layers(self.base).items()}
+        """One member's (A [R, I], B [O, R]) by layer name: views, not copies. It is one of `members`."""
+        place = self.members.index(member)
+        return {n: (lay.lora_A[place], lay.lora_B[place]) for n, lay in adapters.joint_layers(self.base).items()}
 
     def using(self, members: Sequence[int]) -> AbstractContextManager[None]:
         """Run forwards with these members only (`()`: the base alone); M is then `len(members)`."""
-        return self._selection.using(members)
+        return self._selection.using([self.members.index(member) for member in members])
+
+    def pairing(self, members: Sequence[int]) -> AbstractContextManager[None]:
+        """Run forwards whose row i sees the member at place members[i] of this process; M is then 1."""
+        return self._selection.using(members, paired=True)
+
+    def split(self, mesh: MemberMesh) -> None:
+        """Keep this process's share of the members."""
+        own, weights = mesh.share(self.num_members), self.weights
+        self._keep(list(own), weights)
+        self.weights, self.mesh = weights, mesh
+
+    def shard_base(self) -> None:
+        """Split the base's blocks over the processes of the mesh that hold the same members, by FSDP2.
+
+        Raises:
+            ConfigError: the base does not say what its blocks are, or is quantised.
+        """
+        assert self.mesh is not None
+        if any(isinstance(p, DTensor) for p in self.base.parameters()):
+            return
+        names = self.base._no_split_modules or ()
+        blocks = [module for module in self.base.modules() if type(module).__name__ in names]
+        if not blocks or not all(p.is_floating_point() for block in blocks for p in block.parameters()):
+            what = "is quantised" if blocks else "does not name the blocks that it is made of"
+            raise ConfigError(f"{type(self.base).__name__} {what}", where="shard_base", hint="Keep the base whole.")
+        adapters_of = {p for layer in self._layers() for p in (layer.lora_A, layer.lora_B)}
+        self.mesh.shard(self.base.base_model, blocks, adapters_of)
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """Values [M, …] of all members from those of this process's; see `MemberMesh.gather`."""
+        return own if self.mesh is None else self.mesh.gather(own)
+
+    def _whole(self, own: Tensor) -> Tensor:
+        """A stacked matrix with all members, where it is written to a file; elsewhere the own ones."""
+        everyones = own if self.mesh is None else self.mesh.gather_to_first(own)
+        return own if everyones is None else everyones
 
     def snapshot(self) -> Snapshot:
         """A frozen copy of all members as they are now, for `acting_as`."""
@@ -301,14 +377,22 @@ class LoraEnsemble(nn.Module):
         """
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
-        hidden_MBTD = self.hidden_states(input_ids, attention_mask, kwargs)
-        targets_BT = labels[:, 1:].to(hidden_MBTD.device)
-        mask_BT = targets_BT != IGNORED
+        if self.routing is not None and self.training and torch.is_grad_enabled() and self._selection.members is None:
+            batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **kwargs}
+            if not self.routing.is_plain(len(self.members) * len(input_ids), input_ids.shape[1]):
+                return routed_forward(self, self.routing, batch)
+        targets_BT = labels[:, 1:]
         if attention_mask is not None:
             # Nothing but padding precedes the first token of a left-padded row.
-            mask_BT = mask_BT & (attention_mask[:, :-1] != 0).to(mask_BT.device)
+            targets_BT = targets_BT.masked_fill(attention_mask[:, :-1] == 0, IGNORED)
+        return self.score_states(self.hidden_states(input_ids, attention_mask, kwargs)[:, :, :-1], targets_BT)
+
+    def score_states(self, hidden_MBTD: Tensor, targets_BT: Tensor) -> JointOutput:
+        """Score the tokens [B, T] that follow hidden states [M, B, T, D]; −100 where there is nothing to score."""
+        targets_BT = targets_BT.to(hidden_MBTD.device)
+        mask_BT = targets_BT != IGNORED
         # Supervised rows are gathered before the head: it is the largest matrix of a small model.
-        hidden_MND = hidden_MBTD[:, :, :-1][:, mask_BT]
+        hidden_MND = hidden_MBTD[:, mask_BT]
         num_members, num_targets, _ = hidden_MND.shape
         scores = token_scores(
             hidden_MND.flatten(0, 1),
@@ -330,7 +414,7 @@ class LoraEnsemble(nn.Module):
         """Last hidden states [M, B, T, D] of the backbone over member-major rows; arguments as for `forward`."""
         num_members = self._num_active()
         batch, length = input_ids.shape
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **(kwargs or {}), "use_cache": False}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **(kwargs or {})}
         if "cu_seq_lens_q" in inputs and "flash" in str(self.base.config._attn_implementation):
             # Variable-length kernels see one long row: the members' copies of the packed row, one after another.
             inputs = repeat_packed(inputs, num_members)
@@ -343,7 +427,9 @@ class LoraEnsemble(nn.Module):
 
     def _num_active(self) -> int:
         selected = self._selection.members
-        return self.num_members if selected is None else max(1, len(selected))
+        if self._selection.paired:
+            return 1
+        return len(self.members) if selected is None else max(1, len(selected))
 
     def token_log_likelihood(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
@@ -369,7 +455,8 @@ class LoraEnsemble(nn.Module):
             attention_mask: [B, T]; either side may be padded.
             labels: [B, T], −100 where not trained; by default every attended token is.
         """
-        return self.token_log_likelihood(input_ids, attention_mask, labels).sum(dim=-1)
+        ell_MB = self.token_log_likelihood(input_ids, attention_mask, labels).sum(dim=-1)
+        return self.gathered(ell_MB) if self._selection.members is None else ell_MB
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token logits [M, B, T, V] as the model's own forward computes them; for small inputs only."""

@@ -121,12 +121,14 @@ def _score(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability, entropy and top-1 hit [N] of targets, and the gradients [N, D] of their log-probabilities.
 
-    Sums over the vocabulary are kept relative to the greatest logit so far: the mass Σ e^(z − top), the moment
-    Σ e^(z − top) (z − top), of which the entropy follows, and the pull Σ e^(z − top) dz/dh.
+    Sums over the vocabulary are kept relative to the greatest logit so far: the mass Σ e^(z − top), the rest of it
+    without the target, the moment Σ e^(z − top) (z − top), of which the entropy follows, and the pull
+    Σ e^(z − top) dz/dh of all tokens but the target. That the target's own terms cancel, rest/mass = 1 − p, is done on
+    paper: in numbers the gradient of a token that is all but certain would be rounding.
     """
     lowest = torch.finfo(torch.float32).min
     top_N = torch.full_like(targets_N, lowest, dtype=torch.float32)
-    mass_N, moment_N, goal_N = (torch.zeros_like(top_N) for _ in range(3))
+    mass_N, rest_N, moment_N, goal_N = (torch.zeros_like(top_N) for _ in range(4))
     is_top1_N = torch.zeros_like(targets_N, dtype=torch.bool)
     pull_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
     starts = range(0, len(weight_VD), width)
@@ -148,23 +150,27 @@ def _score(
         z_Nv -= top_N[:, None]
         e_Nv = z_Nv.exp()
         fell_N = (before_N - top_N).clamp(min=lowest)
-        faded_N = fell_N.exp() * mass_N
+        fade_N = fell_N.exp()
         # A head may give some tokens probability zero; they add nothing to the entropy.
-        moment_N = fell_N.exp() * moment_N + faded_N * fell_N + torch.linalg.vecdot(e_Nv, z_Nv.clamp_(min=lowest))
-        mass_N = faded_N + e_Nv.sum(dim=1)
+        moment_N = fade_N * (moment_N + mass_N * fell_N) + torch.linalg.vecdot(e_Nv, z_Nv.clamp_(min=lowest))
+        mass_N, rest_N = fade_N * mass_N, fade_N * rest_N
+        if len(rows):
+            mass_N[rows] += e_Nv[rows, target]
+            e_Nv[rows, target] = 0.0
+        others_N = e_Nv.sum(dim=1)
+        mass_N, rest_N = mass_N + others_N, rest_N + others_N
         if needs_grad:
             e_Nv *= slope_Nv
-            pull_ND *= fell_N.exp()[:, None]
+            pull_ND *= fade_N[:, None]
             pull_ND += _in_float32(e_Nv.to(hidden_ND.dtype), weight_vD)
-    target_slope = transform.slope(goal_N)
-    push_ND = weight_VD[targets_N].float()
-    push_ND *= target_slope[:, None] if isinstance(target_slope, Tensor) else target_slope
-    log_mass_N = mass_N.log()
+    # log1p keeps what a token lacks of certainty: the mass is 1 + the rest if the target is on top.
+    log_mass_N = torch.log1p(rest_N + torch.expm1(goal_N - top_N))
+    push_ND = (rest_N * transform.slope(goal_N))[:, None] * weight_VD[targets_N].float()
     return (
         goal_N - top_N - log_mass_N,
         log_mass_N - moment_N / mass_N,
         is_top1_N & (goal_N >= top_N),
-        push_ND - pull_ND / mass_N[:, None],
+        (push_ND - pull_ND) / mass_N[:, None],
     )
 
 

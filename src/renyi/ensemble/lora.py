@@ -9,26 +9,41 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class MemberSelection:
     """Which members the rows of the next forward belong to; shared by all layers of an ensemble.
 
-    `members` is None for all of them in order, or a tuple of member indices; the empty tuple is the base alone.
+    Attributes:
+        members: None for all of them in order, or a tuple of member indices; the empty tuple is the base alone.
+        paired: whether each of `members` has one row of its own, and may come several times.
     """
 
     def __init__(self) -> None:
         self.members: tuple[int, ...] | None = None
+        self.paired = False
+        self._index: Tensor | None = None
 
     @contextmanager
-    def using(self, members: Sequence[int]) -> Iterator[None]:
+    def using(self, members: Sequence[int], paired: bool = False) -> Iterator[None]:
         """Select `members` for the forwards inside. A backward under gradient checkpointing must run inside, too."""
-        before, self.members = self.members, tuple(members)
+        before = self.members, self.paired, self._index
+        self.members, self.paired, self._index = tuple(members), paired, None
         try:
             yield
         finally:
-            self.members = before
+            self.members, self.paired, self._index = before
+
+    def of(self, stacked: Tensor) -> Tensor:
+        """The matrices of the selected members from those of all, [M, …]."""
+        if self.members is None:
+            return stacked
+        if self._index is None:  # once for all layers, for a GPU waits for it
+            self._index = torch.tensor(self.members, device=stacked.device)
+        return stacked[self._index]
 
 
 class JointLora(nn.Module):
@@ -64,17 +79,21 @@ class JointLora(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map member-major rows [M·N, …, I] to [M·N, …, O] (or [1, M·N, I], the members one after another)."""
-        result = self.base_layer(x, *args, **kwargs)
-        A_MRI: Tensor = self.lora_A
-        B_MOR: Tensor = self.lora_B
-        if self.selection.members is not None:
-            if not self.selection.members:
-                return result
-            A_MRI, B_MOR = A_MRI[list(self.selection.members)], B_MOR[list(self.selection.members)]
+        if self.selection.members == ():
+            return self.base_layer(x, *args, **kwargs)
+        A_MRI, B_MOR = self.selection.of(self.lora_A), self.selection.of(self.lora_B)
         num_members, _, in_features = A_MRI.shape
         rows = x.numel() // in_features
         if rows % num_members:
             raise ValueError(f"{rows} rows do not divide among {num_members} members: rows must be member-major")
+        if self.training and type(self.base_layer) is nn.Linear and isinstance(self.lora_dropout, nn.Identity):
+            weight, bias = self.base_layer.weight, self.base_layer.bias
+            precision = _common_dtype(x, weight, A_MRI)
+            if precision is not None:
+                operands = [None if t is None else t.to(precision) for t in (x, weight, bias, A_MRI, B_MOR)]
+                with torch.autocast(x.device.type, enabled=False):
+                    return _JointLinear.apply(*operands, self.scaling)
+        result = self.base_layer(x, *args, **kwargs)
         x_MNI = self.lora_dropout(x.to(A_MRI.dtype)).reshape(num_members, -1, in_features)
         low_MNR = torch.bmm(x_MNI, A_MRI.transpose(1, 2))
         result_MNO = result.reshape(num_members, -1, result.shape[-1])
@@ -87,3 +106,43 @@ class JointLora(nn.Module):
     def extra_repr(self) -> str:
         members, rank, _ = self.lora_A.shape
         return f"members={members}, r={rank}, scaling={self.scaling:g}"
+
+
+def _common_dtype(x: Tensor, weight: Tensor, adapter: Tensor) -> torch.dtype | None:
+    """What a matrix product of the three is computed in, if that is one precision for all."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype if x.dtype == weight.dtype == adapter.dtype else None
+
+
+class _JointLinear(torch.autograd.Function):
+    """A frozen linear layer and its members' updates as one node: updates are added where the base's product lies.
+
+    Autograd by itself copies the layer's output in the forward and adds two gradients by its input in the backward. A
+    second derivative is not to be had here; evaluation mode takes the other way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A_MRI: Tensor, B_MOR: Tensor, scaling: float
+    ) -> Tensor:
+        result = F.linear(x, weight, bias)
+        x_MNI = x.reshape(len(A_MRI), -1, x.shape[-1])
+        low_MNR = torch.bmm(x_MNI, A_MRI.transpose(1, 2))
+        result.view(len(A_MRI), -1, result.shape[-1]).baddbmm_(low_MNR, B_MOR.transpose(1, 2), alpha=scaling)
+        ctx.save_for_backward(x_MNI, low_MNR, weight, A_MRI, B_MOR)
+        ctx.scaling, ctx.shape = scaling, x.shape
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        x_MNI, low_MNR, weight, A_MRI, B_MOR = ctx.saved_tensors
+        grad_MNO = grad.reshape(len(A_MRI), -1, grad.shape[-1])
+        grad_low_MNR = torch.bmm(grad_MNO, B_MOR).mul_(ctx.scaling)
+        grad_B_MOR = torch.bmm(grad_MNO.transpose(1, 2), low_MNR).mul_(ctx.scaling)
+        grad_A_MRI = torch.bmm(grad_low_MNR.transpose(1, 2), x_MNI)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).view(x_MNI.shape).baddbmm_(grad_low_MNR, A_MRI).view(ctx.shape)
+        return grad_x, None, None, grad_A_MRI, grad_B_MOR, None

@@ -42,7 +42,8 @@ class Reference:
         acting = self.ensemble.using(()) if self.start is None else self.ensemble.acting_as(self.start)
         with acting:
             output = self.ensemble(pairs["input_ids"], pairs["attention_mask"], completion_labels(pairs))
-        return completion_log_prob(output.log_probs, pairs["completion_mask"][:, 1:], ld_alpha)
+        log_probs_S2B = completion_log_prob(output.log_probs, pairs["completion_mask"][:, 1:], ld_alpha)
+        return log_probs_S2B if self.start is None else self.ensemble.gathered(log_probs_S2B)
 
     def fingerprint(self) -> str:
         """A hash of every number that `token_log_probs` depends on."""
@@ -72,6 +73,8 @@ def write_preference(folder: Path, loss: PreferenceLoss, reference: Reference) -
     if reference.start is not None:
         with reference.ensemble.acting_as(reference.start):
             reference.ensemble.save(folder / REFERENCE_FOLDER)
+    if reference.ensemble.mesh is not None and not reference.ensemble.mesh.is_first:
+        return
     kept = {"reference": "base" if reference.start is None else REFERENCE_FOLDER, **asdict(loss)}
     (folder / PREFERENCE_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 

@@ -111,7 +111,7 @@ def _score_batch(
 ) -> list[PairScore]:
     mask = batch["completion_mask"]
     output = ensemble(batch["input_ids"], batch["attention_mask"], completion_labels(batch))
-    logps_M2B = completion_log_prob(output.log_probs, mask[:, 1:], loss.ld_alpha)
+    logps_M2B = ensemble.gathered(completion_log_prob(output.log_probs, mask[:, 1:], loss.ld_alpha))
     ratios_M2B = logps_M2B - reference.log_probs(batch, loss.ld_alpha)
     ratios = LogRatios(*ratios_M2B.chunk(2, dim=1), *mask.sum(dim=1).chunk(2))
     ell_MB, margin_MB = (f(ratios, loss).double().cpu() for f in (preference_log_likelihood, preference_margin))

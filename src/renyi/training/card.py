@@ -109,7 +109,7 @@ def write_model_card(
         "LoRA": f"rank {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout}",
         **method.settings,
         "learning rate": f"{args.learning_rate:g}",
-        "batch size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch size": args.train_batch_size * args.gradient_accumulation_steps * args.data_processes,
         "seed": args.seed,
         "renyi": __version__,
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 
+from renyi.ensemble.routing import ROUTINGS
 from renyi.errors import ConfigError
 
 AUTO = "auto"
@@ -21,12 +22,25 @@ class EnsembleConfig(_BeforeConfig):
 
     Args:
         num_members: M, adapters in the ensemble.
+        member_parallel: processes that members are split over; 1 keeps all of them in every process. It divides
+            num_members and the number of processes that torchrun or accelerate started; examples are split over the
+            rest. Results are those of one process.
+        shard_base: split the frozen base, block by block, over the processes that examples are split over (FSDP2),
+            where one device cannot hold it; adapters stay whole.
         alpha: Rényi order of the objective. 0: every member fits everything; 1: the mixture fits the data. A command
             line also takes "auto": fit one adapter, and choose by its curvature (`renyi.auto`).
         alpha_hold_ratio: share of training with alpha 0, in which members learn what the data agree on.
         alpha_ramp_ratio: share of training in which alpha then rises to its value.
         routing_quantity: what is routed: the log-likelihood of a whole example ("sequence"), or its mean per trained
             token ("length_normalised"), which routes long examples as softly as short ones.
+        routing: which pairs of members and examples are trained: "dense", all; "sampled", one member an example, drawn
+            by its responsibility, so that gradients are unbiased; "sparse", those whose responsibility reaches
+            `routing_threshold`; "raced", as "sampled", but members that fall behind in an example are not scored to its
+            end; "auto", "sparse" where it pays. What was left out is logged.
+        routing_threshold: the responsibility below which "sparse" leaves a pair out and "raced" a member behind.
+        token_budget: most tokens of one forward and backward pass, over all members, padding counted; a larger batch
+            comes in parts, with the same gradients. By default what one member's batch may hold, at least 8,192, so
+            that memory does not grow with the members.
         mixture_weights: "uniform", or "learned" by expectation–maximisation, so that a member nobody needs loses its
             vote.
         mixture_weights_rate: how far learned weights move towards the member loads in one optimizer step.
@@ -35,6 +49,12 @@ class EnsembleConfig(_BeforeConfig):
     """
 
     num_members: int = field(default=4, metadata={"help": "Number of adapters in the ensemble (M)."})
+    member_parallel: int = field(
+        default=1, metadata={"help": "Processes to split the members over; examples are split over the rest."}
+    )
+    shard_base: bool = field(
+        default=False, metadata={"help": "Split the frozen base over the processes that examples are split over."}
+    )
     alpha: float | str = field(
         default=0.8,
         metadata={"help": "Rényi order: 0 every member fits everything, 1 the mixture fits the data; or auto."},
@@ -51,6 +71,20 @@ class EnsembleConfig(_BeforeConfig):
             "help": "What is routed: the log-likelihood of a whole example, or its mean per trained token.",
             "choices": ["sequence", "length_normalised"],
         },
+    )
+    routing: str = field(
+        default="dense",
+        metadata={
+            "help": "Which pairs of members and examples are trained: all (dense), or fewer.",
+            "choices": list(ROUTINGS),
+        },
+    )
+    routing_threshold: float = field(
+        default=0.01, metadata={"help": "Responsibility below which sparse and raced routing leave a pair out."}
+    )
+    token_budget: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a pass, over all members; by default what one member's batch may hold."},
     )
     mixture_weights: str = field(
         default="uniform",
@@ -81,6 +115,13 @@ class EnsembleConfig(_BeforeConfig):
             args.greater_is_better = False  # transformers takes whatever is not called a loss for a gain
         super().__post_init__()
         require("num_members", self.num_members, self.num_members >= 1, "at least 1")
+        split, processes = self.member_parallel, args.world_size
+        is_divisor = split >= 1 and processes % split == 0
+        started = f"{processes}; torchrun and accelerate launch start several"
+        require("member_parallel", split, is_divisor, f"a divisor of the number of processes ({started})")
+        require("fp16", args.fp16, split == 1 or not args.fp16, "bf16: the scale of fp16 would differ between members")
+        alone = self.data_processes == 1
+        require("shard_base", True, not (self.shard_base and alone), "false: no two processes have other examples")
         is_order = isinstance(self.alpha, float | int) and 0 <= self.alpha <= 1
         require("alpha", self.alpha, is_order or self.alpha == AUTO, f"a number between 0 and 1, or {AUTO}")
         hold, ramp = self.alpha_hold_ratio, self.alpha_ramp_ratio
@@ -94,6 +135,16 @@ class EnsembleConfig(_BeforeConfig):
         quantities, weights = ("sequence", "length_normalised"), ("uniform", "learned")
         require("routing_quantity", self.routing_quantity, self.routing_quantity in quantities, f"one of {quantities}")
         require("mixture_weights", self.mixture_weights, self.mixture_weights in weights, f"one of {weights}")
+        require("routing", self.routing, self.routing in ROUTINGS, f"one of {ROUTINGS}")
+        fair, threshold, budget = 1 / self.num_members, self.routing_threshold, self.token_budget
+        goes_by_it = self.routing in ("sparse", "raced", "auto")
+        allowed = 0 <= threshold < (fair if goes_by_it else 1)
+        require("routing_threshold", threshold, allowed, f"a share from 0 to below a fair one, {fair:g}")
+        require("token_budget", budget, budget is None or budget >= 1, "at least 1, or leave it out")
+        one_place = (split == 1 and not self.shard_base) or self.routing == "dense"
+        require("routing", self.routing, one_place, "'dense' where members or the base are split over processes")
+        unasked = budget is None or not self.shard_base
+        require("token_budget", budget, unasked, "none: processes that share the base run it equally often")
         rate, std = self.mixture_weights_rate, self.prior_std
         require("mixture_weights_rate", rate, 0 < rate <= 1, "a number above 0 and at most 1")
         require("prior_std", std, std is None or 0 < std < math.inf, "above 0, or unset")
@@ -104,6 +155,12 @@ class EnsembleConfig(_BeforeConfig):
         )
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every adapter takes part in every step
+
+    @property
+    def data_processes(self) -> int:
+        """Processes that the examples of a step are split over."""
+        args: Any = self
+        return int(args.world_size) // self.member_parallel
 
 
 def require(key: str, value: object, holds: bool, expected: str) -> None:

@@ -34,7 +34,7 @@ from renyi.training.card import Method
 from renyi.training.config import EnsembleConfig, require
 from renyi.training.reference import with_reference
 from renyi.training.report import ACCURACY
-from renyi.training.routing import routing_sums
+from renyi.training.routing import mean_of_members, routing_sums
 from renyi.training.trainer import EnsembleTrainer, as_ensemble
 
 
@@ -124,6 +124,8 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
     _name = "Rényi DPO"
     unit = "pair"
     _preparation = data.PairPreparation
+    rows_per_example = 2
+    routings = ("dense", "sampled", "sparse", "auto")  # a pair is not decided before its end
 
     args: RenyiDPOConfig
 
@@ -146,6 +148,13 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
                 hint="Load the dataset whole, or compute the reference as training goes.",
             )
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
+        apart = args.reference == "start" and not ensemble.is_fresh
+        if args.precompute_ref_log_probs and ensemble.mesh and (apart or args.shard_base):
+            raise ConfigError(
+                "needs all members and the whole base in every process, which are split here",
+                where="precompute_ref_log_probs",
+                hint="Leave it out: the reference is then computed as training goes.",
+            )
         kwargs["ref_model"] = _NoSecondModel(ensemble)
         super().__init__(ensemble, args, train_dataset, callbacks=callbacks, **kwargs)
         _ = self.reference  # now, before a checkpoint is resumed or a step taken
@@ -167,13 +176,13 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         mask = inputs["completion_mask"]
         reference_S2B = self._reference_log_probs(inputs)
         output: JointOutput = model(inputs["input_ids"], inputs["attention_mask"], completion_labels(inputs))
-        logps_M2B = completion_log_prob(output.log_probs, mask[:, 1:], self.args.ld_alpha)
+        logps_M2B = self.model.gathered(completion_log_prob(output.log_probs, mask[:, 1:], self.args.ld_alpha))
 
         ratios = LogRatios(*(logps_M2B - reference_S2B).chunk(2, dim=1), *mask.sum(dim=1).chunk(2))
         ell_MB = preference_log_likelihood(ratios, self.args.preference_loss)
         tokens_B = output.label_mask.sum(dim=1).view(2, -1).sum(dim=0)
         loss_B, r_MB = self.routed(ell_MB, tokens_B)
-        loss = self.to_minimise(loss_B.mean(), ell_MB, r_MB, inputs, num_items_in_batch)
+        loss = self.to_minimise(self.share * loss_B.mean(), ell_MB, r_MB, inputs, num_items_in_batch)
         self._watch_pairs(inputs, output, logps_M2B.detach(), ratios, ell_MB.detach(), r_MB)
         return loss
 
@@ -216,13 +225,11 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         for name, x_MB in of_members.items():
             sums |= {f"{name}/{m}": (x, pairs) for m, x in enumerate(x_MB.sum(dim=1))}
 
-        members = self.model.num_members
         chosen_tokens_BT = output.label_mask.chunk(2)[0]
-        sums["entropy"] = (output.entropy.sum(), members * output.label_mask.sum())
-        sums["mean_token_accuracy"] = (
-            output.is_top1[:, : len(chosen_tokens_BT)].sum(),
-            members * chosen_tokens_BT.sum(),
-        )
+        top1_MBT = output.is_top1[:, : len(chosen_tokens_BT)]
+        sums["entropy"] = (mean_of_members(output.entropy), output.label_mask.sum())
+        sums["mean_token_accuracy"] = (mean_of_members(top1_MBT), chosen_tokens_BT.sum())
+        sums |= self.pair_sums(r_MB)
         self.watch(routing_sums(ell_MB, r_MB, self.model.weights.log(), pairs) | sums, inputs)
 
     def method_card(self) -> Method:
@@ -262,9 +269,10 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.output_dir)
         if self.args.should_save:
-            folder = Path(output_dir or self.output_dir)
             data.PairPreparation.of(self.args).write(folder)
+        if self.args.should_save or self.model.mesh:
             write_preference(folder, self.args.preference_loss, self.reference)
 
 

@@ -41,7 +41,8 @@ def check_targets(output_dir: Path, ensemble: LoraEnsemble) -> None:
     folder = _ensemble_in(output_dir)
     if folder is None:
         return
-    there, wanted = set(read_adapter(folder / read_manifest(folder).members[0]).weights), set(ensemble.adapter(0))
+    there = set(read_adapter(folder / read_manifest(folder).members[0]).weights)
+    wanted = set(ensemble.adapter(ensemble.members[0]))
     kinds = [{name.rpartition(".")[2] for name in names} for names in (there, wanted)]
     first, second = kinds if kinds[0] != kinds[1] else (there, wanted)
     _same("lora_target_modules", ", ".join(sorted(first)), ", ".join(sorted(second)), folder)

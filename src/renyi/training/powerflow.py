@@ -139,6 +139,9 @@ class PowerFlowConfig(EnsembleConfig, GRPOConfig):
         rate, longest = self.partition_learning_rate, self.max_prompt_length
         require("partition_learning_rate", rate, 0 < rate < math.inf, "a number above 0")
         require("max_prompt_length", longest, longest is None or longest >= 1, "at least 1, or leave it out")
+        split = self.member_parallel
+        require("member_parallel", split, split == 1, "1: a policy trains on rollouts that others wrote")
+        require("shard_base", True, not self.shard_base, "false: rollouts do not all end at once")
         many = self.num_members
         for name in ("num_generations", "num_generations_eval"):
             rollouts = getattr(self, name)
@@ -181,6 +184,8 @@ class PowerFlowTrainer(RolloutTrainer):
     unit = "trajectory"
     _preparation = data.PromptPreparation
 
+    routings = ("dense",)
+    splits_batches = False
     args: PowerFlowConfig
 
     def __init__(

@@ -103,7 +103,8 @@ def _computed(
             logps_S2B = reference.log_probs(batch, ld_alpha)
         found += zip(rows, *(half_SB.T.tolist() for half_SB in logps_S2B.chunk(2, dim=1)), strict=True)
     model.train(training)
-    everyones = sorted(gather_object(found) if state.num_processes > 1 else found)
+    # Processes with other members compute the same rows.
+    everyones = sorted({row[0]: row for row in (gather_object(found) if state.num_processes > 1 else found)}.values())
     return {column: torch.tensor([row[1 + i] for row in everyones]) for i, column in enumerate(_COLUMNS)}
 
 

@@ -68,6 +68,11 @@ def member_sums(r_ME: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
     return sums | {f"member_load/{m}": (load, examples) for m, load in enumerate(r_ME.sum(dim=1))}
 
 
+def mean_of_members(values_MBT: Tensor) -> Tensor:
+    """A sum over the tokens of a batch, as the mean of its members, which may be those of this process only."""
+    return values_MBT.sum() / len(values_MBT)
+
+
 class LearnMixtureWeights(TrainerCallback):
     """Online expectation–maximisation of the mixture weights.
 

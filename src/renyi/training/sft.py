@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from renyi import data
 from renyi.ensemble import JointOutput, example_log_likelihood
 from renyi.training.config import EnsembleConfig, require
-from renyi.training.routing import routing_sums
+from renyi.training.routing import mean_of_members, routing_sums
 from renyi.training.trainer import EnsembleTrainer
 
 
@@ -38,6 +38,8 @@ class RenyiSFTConfig(EnsembleConfig, SFTConfig):
         require("label_smoothing_factor", smoothing, smoothing == 0, "0: the routed quantity is a log-likelihood")
         wrapped = self.packing and self.packing_strategy == "wrapped"
         require("packing_strategy", self.packing_strategy, not wrapped, "'bfd': 'wrapped' loses where examples begin")
+        whole = self.routing == "dense" or not (self.packing or self.padding_free)
+        require("routing", self.routing, whole, "'dense': the examples of a packed row are trained together")
 
 
 class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
@@ -82,20 +84,22 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
         """The α-Rényi loss of a TRL batch, in nats per trained token."""
         output: JointOutput = model(**inputs)
         ell_ME, tokens_E = example_log_likelihood(output, inputs.get("position_ids"))
+        ell_ME = self.model.gathered(ell_ME)
         loss_E, r_ME = self.routed(ell_ME, tokens_E)
 
-        num_tokens = tokens_E.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        num_tokens = tokens_E.sum() / self.share if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = loss_E.sum() / num_tokens.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the tokens are everyone's, and DDP averages gradients
         loss = self.to_minimise(loss, ell_ME, r_ME, inputs, num_items_in_batch)
 
-        answers = self.model.num_members * tokens_E.sum()
+        tokens = tokens_E.sum()
         self.watch(
             {
-                **routing_sums(ell_ME.detach(), r_ME, self.model.weights.log(), tokens_E.sum()),
-                "entropy": (output.entropy.sum(), answers),
-                "mean_token_accuracy": (output.is_top1.sum(), answers),
+                **routing_sums(ell_ME.detach(), r_ME, self.model.weights.log(), tokens),
+                "entropy": (mean_of_members(output.entropy), tokens),
+                "mean_token_accuracy": (mean_of_members(output.is_top1), tokens),
+                **self.pair_sums(r_ME),
             },
             inputs,
         )

@@ -21,28 +21,30 @@ from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl.trainer.utils import create_model_from_path
 
 from renyi import data
 from renyi.ensemble import LoraEnsemble
+from renyi.ensemble.mesh import MemberMesh
 from renyi.ensemble.storage import MANIFEST_FILE, read_manifest
 from renyi.errors import ConfigError, DataError, RenyiError, SaveError, TrainingDivergedError
 from renyi.objectives import renyi_loss, responsibilities
 from renyi.training import card
 from renyi.training.checkpoints import SEAL_FILE, find_checkpoints, seal
 from renyi.training.config import AUTO
+from renyi.training.parallel import MemberAccelerator, gather_state, own_state
 from renyi.training.report import draw_training
 from renyi.training.routing import LearnMixtureWeights, RunningMeans, Sums
 from renyi.training.schedule import scheduled_alpha
+from renyi.training.steps import RoutedSteps
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ LOGGING_STATE_FILE = "logging_state.json"
 STARVED_LOGS = 3
 
 
-class EnsembleTrainer(Trainer):
+class EnsembleTrainer(RoutedSteps):
     """Mixin for a TRL trainer whose `model` is a `LoraEnsemble`. The TRL trainer must leave log-probabilities to us."""
 
     model: LoraEnsemble
@@ -100,11 +102,13 @@ class EnsembleTrainer(Trainer):
         # TRL wraps the model's forward to add its own head, which ours makes needless.
         self.model.__dict__.pop("forward", None)
         self._watched = {mode: RunningMeans(args.device) for mode in ("train", "eval")}
+        self._seen_tokens: Tensor | int = 0  # of the step at hand, in this process
         self._starved_logs = [0] * self.model.num_members
         self._warned_starved = False
         self._restored_logging: dict[str, Any] | None = None
         self._step_of_first_loss = 0  # what the total loss is summed from
         self.add_callback(_RestoreLogging(self))
+        self.start_routing()
         self._learned_weights: LearnMixtureWeights | None = None
         if args.mixture_weights == "learned":
             rate = args.mixture_weights_rate
@@ -113,6 +117,20 @@ class EnsembleTrainer(Trainer):
         if args.prior_std is not None:
             self._prior_units = self._loss_units()
             self._origins = [p.detach().clone() for p in self.trained_parameters()]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.model.mesh is None:
+            return
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                "FSDP or DeepSpeed would split each member, too",
+                where="member_parallel" if self.args.member_parallel > 1 else "shard_base",
+                hint="Launch without them; shard_base splits the base, and only adapters have optimizer states.",
+            )
+        MemberAccelerator.take_over(self.accelerator, self.model.mesh)
+        if self.args.shard_base:  # before the whole of it goes to one device
+            self.model.shard_base()
 
     @property
     def output_dir(self) -> Path:
@@ -153,25 +171,28 @@ class EnsembleTrainer(Trainer):
         Raises:
             TrainingDivergedError: it is no finite number.
         """
+        loss = scale_gradient(loss, self.model.num_members)
         if self.model.training:
-            loss = loss + self._prior(num_items_in_batch)
+            if self.args.prior_std is not None:
+                loss = loss + scale_gradient(self._prior(num_items_in_batch), len(self.model.members))
             if self._learned_weights is not None:
                 self._learned_weights.add(r_ME)
         if not math.isfinite(loss.item()):
             raise self._diverged(inputs, ell_ME)
-        return scale_gradient(loss, self.model.num_members)
+        return loss
 
     def _loss_units(self) -> int:
         """How many units (tokens, or pairs) of the training data the reported loss is a mean over."""
         raise NotImplementedError
 
-    def _prior(self, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-        """The prior's part of a micro-batch: (1/M) Σ_m ‖φ_m − φ_m⁰‖² / 2σ², spread over the dataset's units."""
-        if self.args.prior_std is None:
-            return 0.0
-        distance = squared_distance(self.trained_parameters(), self._origins)
+    def _prior(self, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """The prior's part of a micro-batch: (1/M) Σ_m ‖φ_m − φ_m⁰‖² / 2σ², spread over the dataset's units.
+
+        On a mesh it is the mean over this process's members; the loss that is logged is the mean over processes.
+        """
+        distance = self.share * squared_distance(self.trained_parameters(), self._origins)
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return distance / (2 * self.args.prior_std**2 * self.model.num_members * self._prior_units * steps)
+        return distance / (2 * self.args.prior_std**2 * len(self.model.members) * self._prior_units * steps)
 
     def _diverged(self, inputs: dict[str, Any], ell_ME: Tensor) -> TrainingDivergedError:
         bad_M = (~ell_ME.isfinite()).any(dim=1).nonzero().flatten().tolist()
@@ -193,7 +214,7 @@ class EnsembleTrainer(Trainer):
         factor_M = (self.args.max_grad_norm / (norms_M + 1e-6)).clamp(max=1.0)
         for grad in stacked:
             grad.mul_(factor_M.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
-        return norms_M.mean()
+        return self.model.gathered(norms_M).mean()
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------
 
@@ -279,13 +300,35 @@ class EnsembleTrainer(Trainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.output_dir)
+        if self.args.should_save or self.model.mesh:
+            self.model.save(folder)
         if not self.args.should_save:  # another process writes
             return
-        folder = Path(output_dir or self.output_dir)
-        self.model.save(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
         torch.save(self.args, folder / "training_args.bin")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.model.mesh is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = gather_state(self.optimizer.state_dict(), self.model.mesh)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.model.mesh is None or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(own_state(state, self.model.members))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._restore_members(resume_from_checkpoint)
@@ -337,8 +380,15 @@ class EnsembleTrainer(Trainer):
         self._watched["train" if self.model.training else "eval"].add(batch)
         if self.model.training:
             seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-            seen = torch.as_tensor(seen, device=self.args.device)
-            self._total_train_tokens += int(self.accelerator.reduce(seen).item())
+            self._seen_tokens = self._seen_tokens + seen
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        # Once a step: processes may take it in different numbers of parts.
+        seen = torch.as_tensor(self._seen_tokens, device=self.args.device)
+        self._total_train_tokens += int(self.accelerator.reduce(seen))
+        self._seen_tokens = 0
+        return loss
 
     def _watch_starvation(self, logs: dict[str, float]) -> None:
         """Warn, once a run, of a member whose load stays far below its share after the ramp."""
@@ -369,6 +419,7 @@ class EnsembleTrainer(Trainer):
                 "total_loss": self._total_loss_scalar,
                 "step_last_logged": self._globalstep_last_logged,
                 "num_tokens": self._total_train_tokens,
+                "routing": self.routing_state(),
                 "starved_logs": self._starved_logs,
                 "warned_starved": self._warned_starved,
             }
@@ -383,10 +434,11 @@ class EnsembleTrainer(Trainer):
         self._total_loss_scalar, self._step_of_first_loss = state["total_loss"], 0
         self._globalstep_last_logged = state["step_last_logged"]
         self._total_train_tokens = state["num_tokens"]
+        self.restore_routing(state["routing"])
         self._starved_logs, self._warned_starved = state["starved_logs"], state["warned_starved"]
         watched = self._watched["train"]
         watched.restore(state["watched"])
-        if not self.is_world_process_zero():  # the sums of all processes are held by one
+        if self.accelerator.process_index != 0:  # the sums of all processes are held by one
             watched.sums = torch.zeros_like(watched.sums)
 
     # ---- Model card --------------------------------------------------------------------------------------------
@@ -449,10 +501,14 @@ def as_ensemble(
             init["device_map"] = None
         init.setdefault("trust_remote_code", args.trust_remote_code)
     set_seed(args.seed)
+    mesh = model.mesh if isinstance(model, LoraEnsemble) else None
+    if mesh is None and (args.member_parallel > 1 or args.shard_base):
+        mesh = MemberMesh(args.member_parallel, args.device.type)
+        mesh.share(args.num_members)
     if saved:
         assert isinstance(model, str)
         base = create_model_from_path(read_manifest(Path(model)).base_model, **init)
-        model = LoraEnsemble.load(model, base=base)
+        model = LoraEnsemble.load(model, base=base, mesh=mesh)
     if isinstance(model, LoraEnsemble):
         if peft_config is not None or model.num_members != args.num_members:
             raise ConfigError(
@@ -460,12 +516,16 @@ def as_ensemble(
                 where="model",
                 hint=f"Leave out peft_config and set num_members={model.num_members}.",
             )
+        if (mesh.size if mesh else 1) != args.member_parallel:
+            raise ConfigError("the ensemble is split otherwise", where="member_parallel", hint="Save it and load it.")
+        if mesh is not None and model.mesh is None:
+            model.split(mesh)
         return model
     if isinstance(model, str):
         model = create_model_from_path(model, **init)
     if peft_config is None:
         peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return LoraEnsemble.from_base(model, args.num_members, peft_config, seed=args.seed)
+    return LoraEnsemble.from_base(model, args.num_members, peft_config, seed=args.seed, mesh=mesh)
 
 
 def scale_gradient(loss: Tensor, factor: float) -> Tensor:

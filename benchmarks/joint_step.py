@@ -1,0 +1,157 @@
+"""What a training step of M members costs: one joint pass against M passes of one adapter, and against peers.
+
+    python benchmarks/joint_step.py [--members 8] [--tokens 32 256] [--dtypes bfloat16 float32] [--gpu]
+
+Forward and backward of log-likelihoods on a random Llama of real shape (134 million parameters on a CPU, with the
+vocabulary of a SmolLM; 0.5B, 1B and 8B shapes with --gpu), LoRA r = 16 on all linear layers, every token trained,
+`tokens` a member in one example. Baselines, run in turns with ours:
+
+    one adapter   transformers and PEFT, cross-entropy of its logits: what M separate TRL runs do M times
+    PEFT loop     M adapters on one base, one after another by `set_adapter`, gradients of all kept
+    vmap          `torch.func.functional_call` over stacked adapters, mapped by `torch.func.vmap`
+    one member    ours with M = 1
+
+Times are medians of rounds in turns. "ratio" is the joint step by M times one adapter's.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, logging
+
+from renyi import LoraEnsemble
+
+SHAPES = {  # hidden size, feed-forward, layers, heads, key-value heads, vocabulary, tied
+    "134M": (576, 1536, 30, 9, 3, 49_152, True),
+    "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
+    "1B": (2048, 8192, 16, 32, 8, 128_256, True),
+    "8B": (4096, 14336, 32, 32, 8, 128_256, False),
+}
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def model(shape: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    hidden, forward, layers, heads, key_value_heads, vocabulary, tied = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=forward, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=key_value_heads, vocab_size=vocabulary, tie_word_embeddings=tied,
+        max_position_embeddings=4096,
+    )  # fmt: skip
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def steps(shape: str, dtype: torch.dtype, device: str, members: int, tokens: int, peers: bool) -> dict[str, Callable]:
+    """What is timed, by name; adapters have the precision of the base, for all alike."""
+    ids = torch.randint(5, 1000, (1, tokens + 1), device=device)
+    all_members, one = (
+        LoraEnsemble.from_base(model(shape, dtype, device), m, LoraConfig(**LORA), seed=0).to(dtype).train()
+        for m in (members, 1)
+    )
+    peft = get_peft_model(model(shape, dtype, device), LoraConfig(**LORA), adapter_name="0").to(dtype).train()
+
+    def joint(ensemble: LoraEnsemble) -> Callable[[], None]:
+        return lambda: (-ensemble(ids).log_probs.sum()).backward()
+
+    def one_adapter() -> None:
+        peft(input_ids=ids, labels=ids).loss.backward()
+
+    made: dict[str, Callable] = {"joint": joint(all_members), "one member": joint(one), "one adapter": one_adapter}
+    if peers:
+        for m in range(1, members):
+            peft.add_adapter(str(m), LoraConfig(**LORA))
+        peft.to(dtype)
+
+        def loop() -> None:
+            for m in range(members):
+                peft.set_adapter(str(m))
+                one_adapter()
+            peft.set_adapter("0")
+
+        made["PEFT loop"] = loop
+        made["vmap"] = vmapped(shape, dtype, device, members, ids)
+    return made
+
+
+def vmapped(shape: str, dtype: torch.dtype, device: str, members: int, ids: Tensor) -> Callable[[], None]:
+    base = get_peft_model(model(shape, dtype, device), LoraConfig(**LORA)).to(dtype).train()
+    base.config._attn_implementation = "eager"
+    stacked = {
+        n: p.detach().expand(members, *p.shape).clone().requires_grad_()
+        for n, p in base.named_parameters()
+        if p.requires_grad
+    }
+
+    def loss(adapter: dict[str, Tensor]) -> Tensor:
+        logits = torch.func.functional_call(base, adapter, (), {"input_ids": ids}).logits
+        return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
+
+    def run() -> None:
+        torch.func.vmap(loss, randomness="same")(stacked).sum().backward()
+
+    return run
+
+
+def measure(made: dict[str, Callable], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds, in turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    for number in range(rounds + 1):
+        for name, run in made.items():
+            began = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - began)
+    return {name: statistics.median(s) for name, s in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--members", type=int, default=8)
+    parser.add_argument("--tokens", type=int, nargs="+")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no_peers", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    device = "cuda" if args.gpu else "cpu"
+    shapes = args.shapes or (["0.5B", "1B", "8B"] if args.gpu else ["134M"])
+    tokens = args.tokens or ([32, 512, 2048] if args.gpu else [32, 256])
+    where = torch.cuda.get_device_name() if args.gpu else platform.processor() or "CPU"
+    print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, M = {args.members}")
+    names = ["joint", "one member", "one adapter", "PEFT loop", "vmap"]
+    print("shape dtype     tokens   ratio  against PEFT loop  " + "  ".join(f"{n:>12}" for n in names) + "  tokens/s")
+    rows = []
+    for shape in shapes:
+        for dtype in args.dtypes if not args.gpu else ["bfloat16"]:
+            for many in tokens:
+                made = steps(shape, getattr(torch, dtype), device, args.members, many, not args.no_peers)
+                seconds = measure(made, args.rounds, device)
+                ratio = seconds["joint"] / (args.members * seconds["one adapter"])
+                gain = seconds["PEFT loop"] / seconds["joint"] if "PEFT loop" in seconds else float("nan")
+                rate = args.members * many / seconds["joint"]
+                cells = "  ".join(f"{1e3 * seconds[n]:9.1f} ms" if n in seconds else " " * 12 for n in names)
+                print(f"{shape:5} {dtype:9} {many:6}  {ratio:6.3f}  {gain:17.2f}  {cells}  {rate:8.0f}", flush=True)
+                rows.append({"shape": shape, "dtype": dtype, "tokens": many, "ratio": ratio, "seconds": seconds})
+                del made
+    print(json.dumps({"benchmark": "joint_step", "members": args.members, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

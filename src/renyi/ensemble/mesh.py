@@ -1,0 +1,96 @@
+"""Members split over processes: which are this process's own, and what processes tell each other.
+
+The processes lie in a grid of `data` × `member`. Those of one row see the same examples, each under members of its
+own; those of one column hold the same members, each with examples of its own, and may share out the frozen base. The
+loss couples members through their log-likelihoods only, so all that a row exchanges in a step is one float per member
+and example. This file knows tensors and `torch.distributed`; nothing about layers, losses or trainers.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from renyi.errors import ConfigError
+
+
+class MemberMesh:
+    """A grid of processes that were started by torchrun or accelerate; all of them make one together.
+
+    Attributes:
+        size: processes that the members are split over.
+        rank: of this process among them.
+        data_size: processes that the examples are split over.
+        data_rank: of this process among them.
+    """
+
+    def __init__(self, size: int, device_type: str):
+        """`size` divides the number of processes; `device_type` is "cpu" or "cuda"."""
+        shape = (distributed.get_world_size() // size, size)
+        self._mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "member"))
+        self.data_size, self.size = shape
+        self.data_rank, self.rank = self._mesh.get_local_rank("data"), self._mesh.get_local_rank("member")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that writes files."""
+        return self.data_rank == self.rank == 0
+
+    def share(self, num_members: int) -> range:
+        """The members of this process.
+
+        Raises:
+            ConfigError: processes would hold different numbers of members.
+        """
+        if num_members % self.size:
+            raise ConfigError(
+                f"{num_members} members do not divide among {self.size} processes",
+                where="member_parallel",
+                hint="Choose num_members as a multiple of member_parallel.",
+            )
+        own = num_members // self.size
+        return range(self.rank * own, (self.rank + 1) * own)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """Values [M, …] of all members, in every process, from those of its own; a gradient reaches the own ones only.
+
+        That is all that a loss over all members needs: each process minimises it by its own members.
+        """
+        own = own.contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        distributed.all_gather(parts, own.detach(), group=self._mesh.get_group("member"))
+        parts[self.rank] = own
+        return torch.cat(parts)
+
+    def gather_to_first(self, own: Tensor) -> Tensor | None:
+        """Values [M, …] of all members in the memory of the first process's CPU; None in others."""
+        if self.data_rank != 0:
+            return None
+        own = own.detach().contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.size)] if self.is_first else None
+        distributed.gather(own, parts, dst=0, group=self._mesh.get_group("member"))
+        return None if parts is None else torch.cat([part.cpu() for part in parts])
+
+    def average(self, gradients: Iterable[Tensor]) -> None:
+        """Average in place over the processes that hold the same members."""
+        if self.data_size == 1:
+            return
+        group, gradients = self._mesh.get_group("data"), list(gradients)
+        sums = [distributed.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]
+        for gradient, work in zip(gradients, sums, strict=True):
+            work.wait()
+            gradient.div_(self.data_size)
+
+    def shard(self, model: nn.Module, blocks: Iterable[nn.Module], whole: set[nn.Parameter]) -> None:
+        """Split the parameters of a model's blocks, but for those in `whole`, over the processes of the same members.
+
+        A block is put together while it runs, the next one meanwhile. These processes must run it equally often.
+        """
+        for block in blocks:
+            fully_shard(block, mesh=self._mesh["data"], reshard_after_forward=True, ignored_params=whole)
+        # With nothing left to split, the model only tells its blocks who comes next.
+        rest = {p for p in model.parameters() if not isinstance(p, DTensor)}
+        fully_shard(model, mesh=self._mesh["data"], ignored_params=rest)

@@ -1,0 +1,97 @@
+"""Accelerate where members are split over processes: processes that hold other members see the same examples.
+
+To transformers and TRL, which ask their Accelerator how many processes share the data, these are one. Here is what
+that changes of batches, gradients and sums over processes; the mesh itself stands in `renyi.ensemble.mesh`. Nothing
+here knows a loss.
+"""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+
+from renyi.ensemble.mesh import MemberMesh
+
+
+class MemberAccelerator(Accelerator):
+    """An Accelerator whose processes are those that examples are split over."""
+
+    mesh: MemberMesh
+
+    @classmethod
+    def take_over(cls, accelerator: Accelerator, mesh: MemberMesh) -> None:
+        """Turn `accelerator` into one of these: transformers makes its own, of a class that cannot be chosen."""
+        accelerator.__class__ = cls
+        accelerator.mesh = mesh
+
+    @property
+    def num_processes(self) -> int:
+        return self.mesh.data_size
+
+    @property
+    def process_index(self) -> int:
+        return self.mesh.data_rank
+
+    @property
+    def dispatch_batches(self) -> bool:
+        """False: one process would cut each streamed batch for all others, whatever their members."""
+        return False
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        """Without DDP, which would average the gradients of different members."""
+        if self.device.type == "cuda":
+            # Own draws of dropout for own members. The order of the data hangs on the CPU's generator.
+            torch.cuda.manual_seed(torch.initial_seed() + self.mesh.rank)
+        return super().prepare_model(model, device_placement, evaluation_mode=True)
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Then average what has piled up over the processes of the same members, if a step comes next."""
+        super().backward(loss, **kwargs)
+        if self.sync_gradients:
+            parameters = [p for model in self._models for p in model.parameters()]
+            self.mesh.average([p.grad for p in parameters if p.grad is not None])
+
+    def gather(self, tensor: Any) -> Any:
+        """One after another along dimension 0, what each part of the data gave."""
+
+        def of_data(everyones: Tensor) -> Tensor:
+            by_process = everyones.unflatten(0, (self.mesh.data_size, self.mesh.size, -1))
+            return by_process[:, 0].flatten(0, 1)
+
+        return recursively_apply(of_data, super().gather(tensor))
+
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """A sum over the data, of the mean over the processes that see the same; or the mean over all."""
+        reduced = super().reduce(tensor, reduction, scale)
+        if reduction != "sum":
+            return reduced
+        return reduced / self.mesh.size if reduced.is_floating_point() else reduced // self.mesh.size
+
+
+def gather_state(state: dict[str, Any], mesh: MemberMesh) -> dict[str, Any]:
+    """An optimizer's state dict with the state of all members, in the first process.
+
+    State that is kept by member, as stacked parameters are, has them on dimension 0; the rest are step counts.
+    """
+    return {**state, "state": {i: {k: _gathered(v, mesh) for k, v in of.items()} for i, of in state["state"].items()}}
+
+
+def own_state(state: dict[str, Any], members: range) -> dict[str, Any]:
+    """The part of such a state dict that some members' optimizer needs."""
+
+    def own(value: Any) -> Any:
+        return value[members.start : members.stop] if _by_member(value) else value
+
+    return {**state, "state": {i: {k: own(v) for k, v in of.items()} for i, of in state["state"].items()}}
+
+
+def _gathered(value: Any, mesh: MemberMesh) -> Any:
+    return mesh.gather_to_first(value) if _by_member(value) else value
+
+
+def _by_member(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
