@@ -100,6 +100,7 @@ class EnsembleConfig(_BeforeConfig):
         default=None,
         metadata={"help": "Standard deviation of a Gaussian prior around each member's initial values; none if unset."},
     )
+    bf16_if_it_pays: bool = field(default=False, init=False)
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations without a better metric_for_best_model."},
@@ -109,6 +110,7 @@ class EnsembleConfig(_BeforeConfig):
         args: Any = self  # with the fields of the TRL config
         if args.bf16 is None and not (args.use_cpu or is_torch_bf16_gpu_available()):
             args.bf16 = False  # TRL turns it on, which transformers then refuses on such a machine
+            self.bf16_if_it_pays = True  # the trainer, which knows the model, may turn it on
         if self.early_stopping_patience is not None and args.metric_for_best_model is None:
             args.metric_for_best_model = "loss"
         if args.greater_is_better is None and "nll" in (args.metric_for_best_model or ""):

@@ -40,6 +40,7 @@ from renyi.objectives import renyi_loss, responsibilities
 from renyi.training import card
 from renyi.training.checkpoints import SEAL_FILE, find_checkpoints, seal
 from renyi.training.config import AUTO
+from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
 from renyi.training.parallel import MemberAccelerator, gather_state, own_state
 from renyi.training.report import draw_training
 from renyi.training.routing import LearnMixtureWeights, RunningMeans, Sums
@@ -92,6 +93,11 @@ class EnsembleTrainer(RoutedSteps):
             callbacks = [*(callbacks or []), EarlyStoppingCallback(args.early_stopping_patience)]
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
         ensemble.alpha, ensemble.routing_quantity = args.alpha, args.routing_quantity
+        if args.device.type == "cpu":
+            keep_freed_memory()
+            large = ensemble.base.num_parameters() >= LEAST_PARAMETERS
+            if args.bf16_if_it_pays and large and bf16_pays():
+                args.bf16, args.mixed_precision = True, "bf16"
         super().__init__(
             model=ensemble,
             args=args,

@@ -1,0 +1,42 @@
+"""What a CPU is good at, found by trying, and what it should be told before long work. It knows no model."""
+
+import ctypes
+import sys
+import time
+
+import torch
+
+# A base with fewer parameters spends its time between matrix products, where half precision only adds casts.
+LEAST_PARAMETERS = 50_000_000
+_SECONDS = 0.2  # for each precision
+_GAIN = 1.5
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+
+def bf16_pays() -> bool:
+    """Whether this CPU multiplies matrices in bfloat16 clearly faster than in float32; takes less than a second."""
+
+    def products_a_second(dtype: torch.dtype) -> float:
+        left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        left @ right  # the first one prepares
+        began, number = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - began) < _SECONDS:
+            left @ right
+            number += 1
+        return number / elapsed
+
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        return products_a_second(torch.bfloat16) > _GAIN * products_a_second(torch.float32)
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep large blocks that were freed, for the next step to use; elsewhere than under glibc do nothing.
+
+    By default it gives activations of some size back at once, and the next step takes them page by page.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

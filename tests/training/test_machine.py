@@ -1,0 +1,49 @@
+"""Half precision on a CPU: chosen where it pays, for models it pays for, and never against what the user said."""
+
+import pytest
+import torch
+from tiny import trainer_of
+
+from renyi.training import machine
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, TRL decides")
+
+
+def test_the_faster_precision_is_found(monkeypatch):
+    """By a clock on which a product in one precision takes three times as long as in the other."""
+    for slow, pays in ((torch.float32, True), (torch.bfloat16, False)):
+        now, product = [0.0], torch.Tensor.__matmul__
+
+        def timed(left, right, slow=slow, now=now, product=product):
+            now[0] += 0.03 if left.dtype == slow else 0.01
+            return product(left[:1], right)
+
+        monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
+        monkeypatch.setattr(machine.time, "perf_counter", lambda now=now: now[0])
+        assert machine.bf16_pays() is pays
+        monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+
+
+@pytest.mark.parametrize(
+    ("given", "pays", "least", "expected"),
+    [
+        (None, True, 0, True),
+        (None, False, 0, False),
+        (None, True, 10**9, False),
+        (False, True, 0, False),
+    ],
+)
+def test_bf16_is_on_where_nobody_said_otherwise_and_it_pays(tmp_path, monkeypatch, given, pays, least, expected):
+    monkeypatch.setattr("renyi.training.trainer.bf16_pays", lambda: pays)
+    monkeypatch.setattr("renyi.training.trainer.LEAST_PARAMETERS", least)
+    trainer = trainer_of(tmp_path, bf16=given, use_cpu=False, max_steps=1)
+    seen = []
+    trainer.model.base.model.norm.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    trainer.train()
+    assert trainer.args.bf16 is expected
+    assert set(seen) == {expected}
+
+
+def test_memory_is_kept_wherever_that_can_be_asked_for():
+    machine.keep_freed_memory()
+    machine.keep_freed_memory()
