@@ -435,3 +435,24 @@ def test_a_quantised_base_stays_quantised(tmp_path, bits):
     # 8-bit layers round their inputs, too.
     torch.testing.assert_close(ell, expected, rtol=1e-4 if bits == 4 else 0.02, atol=1e-4)
     assert relative_difference(grads, expected_grads) <= (1e-4 if bits == 4 else 0.1)
+
+
+# What is computed once for all members
+
+
+@pytest.mark.parametrize(("dropout", "times"), [(0.0, 1), (0.1, 3)])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_comes_before_the_first_joint_layer_is_computed_once(dropout, times, training):
+    """By the base's layer, whose rows are counted; a base that drops at random has rows of its own for each member."""
+    ensemble = LoraEnsemble.from_base(tiny_model("llama", attention_dropout=dropout), 3, lora(), seed=0).train(training)
+    ids, mask = padded_batch()
+    rows = {}
+    for name, layer in joint_layers(ensemble.base).items():
+        layer.base_layer.register_forward_pre_hook(
+            lambda _, inputs, name=name: rows.update({name: inputs[0].numel() // inputs[0].shape[-1]})
+        )
+    ensemble(ids, mask)
+    once = {n for n in rows if n.endswith(("0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"))}
+    assert len(once) == 3
+    for name, count in rows.items():
+        assert count == (times if name in once else 3) * ids.numel(), name

@@ -8,7 +8,7 @@ it turns token ids into log-likelihoods.
 import copy
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +73,7 @@ class LoraEnsemble(nn.Module):
         self.alpha = 1.0
         self.routing_quantity = "sequence"
         self.routing: Routing | None = None
+        self._has_dropout = _has_dropout(base)
         self._selection = selection
         self._logit_transform = LogitTransform.from_config(base.config)
         self.register_buffer("weights", torch.full((num_members,), 1 / num_members, device=base.device))
@@ -422,7 +423,8 @@ class LoraEnsemble(nn.Module):
             # Without them, boundaries follow from `position_ids`, row by row.
             inputs = {k: v for k, v in inputs.items() if not k.startswith(("cu_seq_lens", "max_length"))}
             inputs = {k: repeat_rows(v, num_members, batch) for k, v in inputs.items()}
-        hidden = self.base.base_model(**inputs).last_hidden_state
+        with nullcontext() if self._has_dropout else self._selection.repeating():
+            hidden = self.base.base_model(**inputs).last_hidden_state
         return hidden.view(num_members, batch, length, hidden.shape[-1])
 
     def _num_active(self) -> int:
@@ -586,3 +588,10 @@ class LoraEnsemble(nn.Module):
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         self.base.add_model_tags(tags)
+
+
+def _has_dropout(base: PreTrainedModel) -> bool:
+    """Whether the base drops anything of its own in training, so that equal rows do not stay equal."""
+    declared = [value for name, value in base.config.get_text_config().to_dict().items() if "drop" in name]
+    modules = [m.p for name, m in base.named_modules() if isinstance(m, nn.Dropout) and "lora_dropout" not in name]
+    return any(isinstance(p, int | float) and p > 0 for p in (*declared, *modules))

@@ -26,6 +26,8 @@ class MemberSelection:
         self.members: tuple[int, ...] | None = None
         self.paired = False
         self._index: Tensor | None = None
+        self._first: Tensor | None = None
+        self._looks_for_first = False
 
     @contextmanager
     def using(self, members: Sequence[int], paired: bool = False) -> Iterator[None]:
@@ -36,6 +38,21 @@ class MemberSelection:
             yield
         finally:
             self.members, self.paired, self._index = before
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """The forward inside has the same rows for every member: nothing tells them apart before a joint layer."""
+        self._looks_for_first = not self.paired
+        try:
+            yield
+        finally:
+            self._first, self._looks_for_first = None, False
+
+    def is_repeated(self, x: Tensor) -> bool:
+        """Whether all members have the same rows in `x`: the input of the first joint layer, and of those beside it."""
+        if self._looks_for_first:
+            self._first, self._looks_for_first = x, False
+        return x is self._first
 
     def of(self, stacked: Tensor) -> Tensor:
         """The matrices of the selected members from those of all, [M, …]."""
@@ -86,14 +103,14 @@ class JointLora(nn.Module):
         rows = x.numel() // in_features
         if rows % num_members:
             raise ValueError(f"{rows} rows do not divide among {num_members} members: rows must be member-major")
-        if self.training and type(self.base_layer) is nn.Linear and isinstance(self.lora_dropout, nn.Identity):
-            weight, bias = self.base_layer.weight, self.base_layer.bias
-            precision = _common_dtype(x, weight, A_MRI)
-            if precision is not None:
-                operands = [None if t is None else t.to(precision) for t in (x, weight, bias, A_MRI, B_MOR)]
-                with torch.autocast(x.device.type, enabled=False):
-                    return _JointLinear.apply(*operands, self.scaling)
-        result = self.base_layer(x, *args, **kwargs)
+        if self.selection.is_repeated(x) and not x.requires_grad:
+            result = self.base_layer(x.reshape(num_members, -1, in_features)[0], *args, **kwargs)
+            result = result.expand(num_members, *result.shape).reshape(*x.shape[:-1], result.shape[-1])
+        elif (operands := self._as_one_node(x, A_MRI, B_MOR)) is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                return _JointLinear.apply(*operands, self.scaling)
+        else:
+            result = self.base_layer(x, *args, **kwargs)
         x_MNI = self.lora_dropout(x.to(A_MRI.dtype)).reshape(num_members, -1, in_features)
         low_MNR = torch.bmm(x_MNI, A_MRI.transpose(1, 2))
         result_MNO = result.reshape(num_members, -1, result.shape[-1])
@@ -102,6 +119,18 @@ class JointLora(nn.Module):
         else:  # a half-precision base under float32 adapters without autocast: add in float32, as PEFT does
             updated = result_MNO + self.scaling * torch.bmm(low_MNR, B_MOR.transpose(1, 2))
         return updated.to(result.dtype).view_as(result)
+
+    def _as_one_node(self, x: Tensor, A_MRI: Tensor, B_MOR: Tensor) -> tuple[Tensor | None, ...] | None:
+        """Arguments for `_JointLinear` in their common precision; None where the layer must be called."""
+        layer = self.base_layer
+        if not self.training or type(layer) is not nn.Linear or not isinstance(self.lora_dropout, nn.Identity):
+            return None
+        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+            return None  # accelerate brings offloaded weights in this way
+        precision = _common_dtype(x, layer.weight, A_MRI)
+        if precision is None:
+            return None
+        return tuple(None if t is None else t.to(precision) for t in (x, layer.weight, layer.bias, A_MRI, B_MOR))
 
     def extra_repr(self) -> str:
         members, rank, _ = self.lora_A.shape

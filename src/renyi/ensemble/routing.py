@@ -75,7 +75,7 @@ def routed_forward(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> 
     if draws and routing.undivided and routing.takes(rows, batch["input_ids"].shape[1]):
         return _drawn_forward(ensemble, routing, batch)
     with torch.no_grad(), _scoring(ensemble):
-        scored = race(ensemble, routing, batch) if routing.kind == "raced" else _scored(ensemble, routing, batch)
+        scored = _scored(ensemble, routing, batch)
     parameters = [p for p in ensemble.parameters() if p.requires_grad]
     device = scored.log_probs.device.type
     casts, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -154,17 +154,23 @@ def _drawn_forward(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> 
 
 
 def _scored(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> JointOutput:
-    """The plain joint forward, as many examples at a time as the budget allows."""
-    rows, length = batch["input_ids"].shape
-    members = len(ensemble.members)
+    """All pairs, as many examples at a time as the budget allows under all members."""
+    (rows, length), members = batch["input_ids"].shape, len(ensemble.members)
+    score = race if routing.kind == "raced" else _joint
     if routing.takes(members * rows, length):
-        return ensemble(**batch)
+        return score(ensemble, routing, batch)
     assert routing.token_budget is not None
     many = max(1, routing.token_budget // (members * length))
-    indices = torch.arange(rows, device=batch["input_ids"].device)
-    parts = [_padded(ensemble(**take_examples(batch, at)), length - 1) for at in indices.split(many)]
-    columns = zip(*parts, strict=True)
-    return JointOutput(*(torch.cat(column, dim=column[0].dim() - 2) for column in columns))
+    parts, scored, dropped = [], 0.0, 0.0
+    for at in torch.arange(rows, device=batch["input_ids"].device).split(many):
+        parts.append(_padded(score(ensemble, routing, take_examples(batch, at)), length - 1))
+        scored, dropped = scored + routing.scored * len(at) / rows, dropped + routing.dropped * len(at) / rows
+    routing.scored, routing.dropped = scored, dropped
+    return JointOutput(*(torch.cat(column, dim=column[0].dim() - 2) for column in zip(*parts, strict=True)))
+
+
+def _joint(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> JointOutput:
+    return ensemble(**batch)
 
 
 def race(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> JointOutput:

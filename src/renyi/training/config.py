@@ -4,6 +4,7 @@ Mixed in before a TRL config. It knows no objective and no trainer.
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,6 +119,10 @@ class EnsembleConfig(_BeforeConfig):
         super().__post_init__()
         require("num_members", self.num_members, self.num_members >= 1, "at least 1")
         split, processes = self.member_parallel, args.world_size
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        require("use_cpu", args.use_cpu, processes == launched, f"true: {launched} processes were started without GPUs")
+        plain = split == 1 or "8bit" not in args.optim
+        require("optim", str(args.optim), plain, "one without 8-bit state, which cannot be split by member")
         is_divisor = split >= 1 and processes % split == 0
         started = f"{processes}; torchrun and accelerate launch start several"
         require("member_parallel", split, is_divisor, f"a divisor of the number of processes ({started})")
