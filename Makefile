@@ -7,14 +7,15 @@ READY  := $(VENV)/.ready
 # Two test processes of one thread each are faster on two cores than one process of two threads.
 WORKERS ?= 2
 
-.PHONY: help setup demo test lint format slow bench clean
+.PHONY: help setup demo test lint format slow bench studies clean
 
 help:
 	@echo "make demo    train the three ensembles of the demo and look at runs/demo/demo.png (minutes)"
 	@echo "make test    lint, type-check and test"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make slow    the tests that take minutes: real data, three seeds of the demo"
-	@echo "make bench   the benchmarks"
+	@echo "make bench   what training and decoding cost, beside their peers (minutes)"
+	@echo "make studies the longer experiments of the docs (hours)"
 
 setup: $(READY)
 
@@ -42,15 +43,29 @@ format: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+# What things cost: minutes. On a GPU, run each by hand with --gpu.
 bench: $(READY)
+	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/joint_step.py --dtypes bfloat16 --rounds 2
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/decoding.py --batch_sizes 1 --repeats 1
+	$(BIN)/python benchmarks/member_parallel.py
+	$(BIN)/python benchmarks/dpo_step.py --rounds 2
+
+# What ensembles learn, choose and know: hours.
+studies: $(READY)
 	$(BIN)/python benchmarks/demo_seeds.py
 	$(BIN)/python benchmarks/alpha_schedule.py
 	$(BIN)/python benchmarks/four_domains.py
+	$(BIN)/python benchmarks/routing.py
+	$(BIN)/python benchmarks/critical_alpha.py
+	$(BIN)/python benchmarks/alpha_auto.py
 	$(BIN)/python benchmarks/annotators.py
 	$(BIN)/python benchmarks/conflicted_preferences.py
-	$(BIN)/python benchmarks/dpo_step.py
 	$(BIN)/python benchmarks/contested_or_rare.py
-	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/powerflow_exact.py
+	$(BIN)/python benchmarks/powerflow_answers.py
+	$(BIN)/python benchmarks/powerflow_stories.py
 	$(BIN)/python benchmarks/mmlu.py --questions 10
 
 clean:

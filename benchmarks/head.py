@@ -11,7 +11,9 @@ Forward and backward to the hidden rows, one log-likelihood a row, upstream grad
     two products     the two matrix products that nobody can do without
 
 Times are medians of rounds in turns. Memory is the most that was allocated beyond the inputs, from PyTorch's own
-profiler; error is the greatest of a row's log-likelihood against float64 logits of the same inputs.
+profiler; error is the greatest of a row's log-likelihood against float64 logits of the same inputs. Half a gigabyte of
+logits is given back to the system and taken again page by page, unless malloc is told to keep it (--keep_memory, as our
+trainers do).
 """
 
 import argparse
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from renyi.ensemble.head import LogitTransform, token_scores
+from renyi.training.machine import keep_freed_memory
 
 
 def ways(hidden: Tensor, head: nn.Linear, targets: Tensor, upstream: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -84,9 +87,12 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--keep_memory", action="store_true")
     parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
     device = "cuda" if args.gpu else "cpu"
+    if args.keep_memory:
+        keep_freed_memory()
     default = (8192, 4096, 128_256) if args.gpu else (1024, 576, 49_152)
     rows, features, words = (
         given or usual for given, usual in zip((args.rows, args.hidden, args.vocabulary), default, strict=True)

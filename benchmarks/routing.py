@@ -3,9 +3,10 @@
     python benchmarks/routing.py [--seeds 0] [--members 8] [--routings dense sparse sampled raced auto] [--steps 500]
 
 The four real domains of `four_domains.py` on TinyStories-656K, members of rank 4 at alpha 0.8, held and ramped for a
-tenth of training each. Every run sees the same examples in the same order. Printed: test NLL per token of the mixture,
-its distance from dense routing, seconds of training and their ratio to one adapter's run of the same number of
-examples, and what was trained and scored on average. Needs the models and data beside the project.
+tenth of training each, and where members are drawn ramped alone. Every run sees the same examples in the same order.
+Printed: test NLL per token of the mixture, its distance from dense routing, seconds of training and their ratio to one
+adapter's run of the same number of examples, and what was trained and scored on average. Needs the models and data
+beside the project.
 """
 
 import argparse
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 from four_domains import run
 
-HELD = {"alpha_hold_ratio": 0.1, "alpha_ramp_ratio": 0.1}
+# Of hold and ramp. Members that are drawn see an example in M, so that they learn little while they are held.
+ALL, DRAWN = (0.1, 0.1), (0.0, 0.1)
 
 
 def main() -> None:
@@ -40,7 +42,9 @@ def main() -> None:
         dense = None
         for routing in args.routings:
             for threshold in args.thresholds if routing in ("sparse", "raced", "auto") else [None]:
-                given = {"routing": routing, "max_steps": args.steps, **HELD}
+                hold, ramp = DRAWN if routing in ("sampled", "raced") else ALL
+                given = {"routing": routing, "max_steps": args.steps}
+                given |= {"alpha_hold_ratio": hold, "alpha_ramp_ratio": ramp}
                 given |= {} if threshold is None else {"routing_threshold": threshold}
                 found = run(args.shared, args.members, 4, given, seed)
                 dense = dense or found["nll_per_token"]

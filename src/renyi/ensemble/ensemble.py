@@ -583,6 +583,15 @@ class LoraEnsemble(nn.Module):
     def get_output_embeddings(self) -> nn.Module:
         return self.base.get_output_embeddings()
 
+    def compile(self, **settings: Any) -> None:
+        """Compile the base's blocks, one graph for all of them, which holds from step to step; as `torch.compile`.
+
+        A graph of the whole model would be another one for every number of layers, rows and tokens.
+        """
+        for module in self.base.modules():
+            if type(module).__name__ in (self.base._no_split_modules or ()):
+                module.compile(**settings)
+
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         self.base.activation_checkpointing_enable(**kwargs)
 

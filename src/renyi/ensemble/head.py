@@ -160,7 +160,8 @@ def _score(
         others_N = e_Nv.sum(dim=1)
         mass_N, rest_N = mass_N + others_N, rest_N + others_N
         if needs_grad:
-            e_Nv *= slope_Nv
+            if transform != LogitTransform():
+                e_Nv *= slope_Nv
             pull_ND *= fade_N[:, None]
             pull_ND += _in_float32(e_Nv.to(hidden_ND.dtype), weight_vD)
     # log1p keeps what a token lacks of certainty: the mass is 1 + the rest if the target is on top.

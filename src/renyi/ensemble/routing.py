@@ -199,13 +199,17 @@ def race(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> JointOutpu
     cache = DynamicCache(config=ensemble.config)
     start, scored, dropped = 0, 0, 0.0
     for end in _race_ends(length):
-        mask = None if mask_BT is None else mask_BT[examples, :end]
         targets_Pn = labels_BT[examples, start + 1 : end + 1]  # nothing follows the last token
         block = slice(start, start + targets_Pn.shape[1])
-        with ensemble.pairing(members.tolist()):
-            cached = {"past_key_values": cache, "use_cache": True}
-            hidden_1PnD = ensemble.hidden_states(ids_BT[examples, start:end], mask, cached)
-            found = ensemble.score_states(hidden_1PnD[:, :, : targets_Pn.shape[1]], targets_Pn)
+        cached = {"past_key_values": cache, "use_cache": True}
+        if len(members) == num_members * rows:  # nobody has fallen behind: pairs are the joint forward's rows
+            mask = None if mask_BT is None else mask_BT[:, :end]
+            hidden_1PnD = ensemble.hidden_states(ids_BT[:, start:end], mask, cached).flatten(0, 1)[None]
+        else:
+            mask = None if mask_BT is None else mask_BT[examples, :end]
+            with ensemble.pairing(members.tolist()):
+                hidden_1PnD = ensemble.hidden_states(ids_BT[examples, start:end], mask, cached)
+        found = ensemble.score_states(hidden_1PnD[:, :, : targets_Pn.shape[1]], targets_Pn)
         for whole_MBT, part_1Pn in zip(scores, (found.log_probs, found.entropy, found.is_top1), strict=True):
             whole_MBT[members, examples, block] = part_1Pn[0]
             of_leader_Bn = whole_MBT[leader_B, torch.arange(rows, device=device), block]

@@ -102,6 +102,7 @@ class EnsembleConfig(_BeforeConfig):
         metadata={"help": "Standard deviation of a Gaussian prior around each member's initial values; none if unset."},
     )
     bf16_if_it_pays: bool = field(default=False, init=False)
+    compile_blocks: dict[str, Any] | None = field(default=None, init=False)
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations without a better metric_for_best_model."},
@@ -116,6 +117,10 @@ class EnsembleConfig(_BeforeConfig):
             args.metric_for_best_model = "loss"
         if args.greater_is_better is None and "nll" in (args.metric_for_best_model or ""):
             args.greater_is_better = False  # transformers takes whatever is not called a loss for a gain
+        # transformers would compile the ensemble whole, anew for every shape; the trainer compiles its blocks.
+        if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
+            self.compile_blocks = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
+            args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         super().__post_init__()
         require("num_members", self.num_members, self.num_members >= 1, "at least 1")
         split, processes = self.member_parallel, args.world_size

@@ -93,6 +93,9 @@ class EnsembleTrainer(RoutedSteps):
             callbacks = [*(callbacks or []), EarlyStoppingCallback(args.early_stopping_patience)]
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
         ensemble.alpha, ensemble.routing_quantity = args.alpha, args.routing_quantity
+        if args.compile_blocks is not None:
+            # Scoring and training are graphs of their own; with lengths as variables they stay within torch's limit.
+            ensemble.compile(dynamic=None if args.routing == "dense" else True, **args.compile_blocks)
         if args.device.type == "cpu":
             keep_freed_memory()
             large = ensemble.base.num_parameters() >= LEAST_PARAMETERS
