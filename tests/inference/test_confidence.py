@@ -44,7 +44,7 @@ def test_it_is_the_mixture_of_sequences_token_by_token(tokens_per_batch: int) ->
 def test_long_rows_are_scored_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     ensemble = tiny_ensemble(2)
     whole = token_confidence(ensemble, rows())
-    monkeypatch.setattr("renyi.ensemble.ensemble.LOGITS_PER_CHUNK", 3 * 2 * VOCABULARY)
+    monkeypatch.setattr("renyi.ensemble.joint.LOGITS_PER_CHUNK", 3 * 2 * VOCABULARY)
     chunked = token_confidence(ensemble, rows())
     torch.testing.assert_close(chunked.confidence, whole.confidence)
     assert chunked.is_right.equal(whole.is_right)

@@ -62,7 +62,7 @@ def test_logits_in_chunks_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     contexts, continuations = [[9, 8, 7], [5, 6]], [greedy(ensemble, [9, 8, 7], 5), [40, 41, 42, 43]]
     whole = score_continuations(ensemble, contexts, continuations)
     for positions in (1, 2, 4):
-        monkeypatch.setattr("renyi.ensemble.ensemble.LOGITS_PER_CHUNK", positions * 3 * 64)
+        monkeypatch.setattr("renyi.ensemble.joint.LOGITS_PER_CHUNK", positions * 3 * 64)
         for one, other in zip(score_continuations(ensemble, contexts, continuations), whole, strict=True):
             assert one.is_greedy == other.is_greedy
             assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-5)

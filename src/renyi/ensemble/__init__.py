@@ -1,7 +1,8 @@
 """M adapters on one base: build, load and save them; the joint forward; sequence log-likelihoods."""
 
 from renyi.ensemble.decode import MIXTURES, Generation
-from renyi.ensemble.ensemble import IGNORED, LoraEnsemble
+from renyi.ensemble.ensemble import LoraEnsemble
+from renyi.ensemble.joint import IGNORED
 from renyi.ensemble.pool import BaseScore
 from renyi.ensemble.preference import Reference, completion_labels, read_preference, write_preference
 from renyi.ensemble.rows import JointOutput, example_log_likelihood

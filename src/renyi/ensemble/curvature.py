@@ -33,8 +33,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from renyi.ensemble.adapters import joint_layers
-from renyi.ensemble.ensemble import IGNORED, LoraEnsemble, Snapshot
+from renyi.ensemble.ensemble import LoraEnsemble, Snapshot
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
+from renyi.ensemble.joint import IGNORED
 from renyi.ensemble.rows import repeat_rows
 from renyi.errors import ConfigError, DataError
 from renyi.objectives import gradient_basis, random_basis

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from renyi.ensemble.ensemble import IGNORED, LoraEnsemble, Snapshot
+from renyi.ensemble.ensemble import LoraEnsemble, Snapshot
+from renyi.ensemble.joint import IGNORED
 from renyi.errors import EnsembleFormatError
 from renyi.objectives import PreferenceLoss, completion_log_prob
 

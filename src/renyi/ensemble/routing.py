@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from renyi.ensemble.rows import JointOutput
 
 if TYPE_CHECKING:
-    from renyi.ensemble.ensemble import LoraEnsemble
+    from renyi.ensemble.joint import JointModel
 
 ROUTINGS = ("dense", "sampled", "sparse", "raced", "auto")
 FIRST_BLOCK = 16  # tokens of the race's first block; each next one ends twice as far
@@ -65,7 +65,7 @@ class Routing:
         return self.kind == "dense" and self.takes(rows, length)
 
 
-def routed_forward(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> JointOutput:
+def routed_forward(ensemble: "JointModel", routing: Routing, batch: Batch) -> JointOutput:
     """The joint forward, of which a backward trains the pairs that `routing` takes.
 
     Values are those of the plain forward without dropout, but for what "raced" did not score, and, where shares are
@@ -102,7 +102,7 @@ class _Deferred(torch.autograd.Function):
 
 
 def _train_pairs(
-    ensemble: "LoraEnsemble", routing: Routing, batch: Batch, upstream_MBT: Tensor, parameters: list[nn.Parameter]
+    ensemble: "JointModel", routing: Routing, batch: Batch, upstream_MBT: Tensor, parameters: list[nn.Parameter]
 ) -> list[Tensor]:
     """Gradients by the parameters of Σ upstream · log-probabilities over the pairs that are taken."""
     size_MB = upstream_MBT.abs().sum(dim=-1)
@@ -137,7 +137,7 @@ def _one_of(share_ME: Tensor) -> Tensor:
     return torch.zeros_like(share_ME).scatter_(0, drawn_E, 1 / share_ME.gather(0, drawn_E).clamp(min=1e-30))
 
 
-def _drawn_forward(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> JointOutput:
+def _drawn_forward(ensemble: "JointModel", routing: Routing, batch: Batch) -> JointOutput:
     """One pass with a graph of a member an example, drawn by mixture weight."""
     rows, per_example = len(batch["input_ids"]), routing.rows_per_example
     routing.scored, routing.dropped = 0.0, 0.0
@@ -153,7 +153,7 @@ def _drawn_forward(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> 
 # ---- Scoring ---------------------------------------------------------------------------------------------------------
 
 
-def _scored(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> JointOutput:
+def _scored(ensemble: "JointModel", routing: Routing, batch: Batch) -> JointOutput:
     """All pairs, as many examples at a time as the budget allows under all members."""
     (rows, length), members = batch["input_ids"].shape, len(ensemble.members)
     score = race if routing.kind == "raced" else _joint
@@ -169,11 +169,11 @@ def _scored(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> JointOu
     return JointOutput(*(torch.cat(column, dim=column[0].dim() - 2) for column in zip(*parts, strict=True)))
 
 
-def _joint(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> JointOutput:
+def _joint(ensemble: "JointModel", routing: Routing, batch: Batch) -> JointOutput:
     return ensemble(**batch)
 
 
-def race(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> JointOutput:
+def race(ensemble: "JointModel", routing: Routing, batch: Batch) -> JointOutput:
     """Scores by blocks of tokens; a member whose responsibility falls below the threshold is scored no further.
 
     Later tokens of a dropped member are taken to be as likely as under the member that leads then, so that it keeps its
@@ -196,7 +196,7 @@ def race(ensemble: "LoraEnsemble", routing: Routing, batch: Batch) -> JointOutpu
         torch.zeros(num_members, rows, length - 1, dtype=t, device=device)
         for t in (torch.float, torch.float, torch.bool)
     ]
-    cache = DynamicCache(config=ensemble.config)
+    cache = DynamicCache(config=ensemble.base.config)
     start, scored, dropped = 0, 0, 0.0
     for end in _race_ends(length):
         targets_Pn = labels_BT[examples, start + 1 : end + 1]  # nothing follows the last token
@@ -240,7 +240,7 @@ def _race_ends(length: int) -> list[int]:
 
 
 @contextmanager
-def _scoring(ensemble: "LoraEnsemble") -> Iterator[None]:
+def _scoring(ensemble: "JointModel") -> Iterator[None]:
     """Without dropout or checkpoints. Linear layers stay as they are: on a CPU, bitsandbytes repacks evaluated ones."""
     modules = [m for m in ensemble.modules() if m.training and not isinstance(m, nn.Linear)]
     for module in modules:
