@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from renyi import LoraEnsemble
 from renyi.ensemble import head
 from renyi.ensemble.adapters import joint_layers
+from renyi.ensemble.lora import _JointLinear
 
 KINDS = ["llama", "qwen2", "gpt2", "neox", "gemma2", "cohere", "granite"]
 TARGETS = {
@@ -456,3 +457,22 @@ def test_what_comes_before_the_first_joint_layer_is_computed_once(dropout, times
     assert len(once) == 3
     for name, count in rows.items():
         assert count == (times if name in once else 3) * ids.numel(), name
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_and_its_updates_as_one_node_have_autograds_gradients(bias):
+    """In float64, against the formula."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    x, weight, b, A, B = draw(6, 5, 7), draw(4, 7), draw(4) if bias else None, draw(3, 2, 7), draw(3, 4, 2)
+    base = torch.nn.functional.linear(x, weight.detach(), None if b is None else b.detach())
+    update = torch.einsum("mntr,mor->mnto", torch.einsum("mnti,mri->mntr", x.view(3, 2, 5, 7), A), B)
+    expected = base + 0.7 * update.reshape(6, 5, 4)
+    found = _JointLinear.apply(x, weight, b, A, B, 0.7)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    for one, two in zip(*(torch.autograd.grad(y, (x, A, B), upstream) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(one, two)

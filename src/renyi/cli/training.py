@@ -230,6 +230,8 @@ def _show_memory(out: Console, err: Console, ready: "Run") -> None:
     trainer = ready.trainer
     if not trainer.splits_batches or not isinstance(trainer.train_dataset, Dataset):
         return
+    if getattr(trainer.args, "precompute_ref_log_probs", False):  # and a dry run does not
+        return
     with err.status("taking the largest step"):
         peak = trainer.rehearse()
     out.print(

@@ -46,6 +46,8 @@ class EnsembleConfig(_BeforeConfig):
             vote.
         mixture_weights_rate: how far learned weights move towards the member loads in one optimizer step.
         prior_std: σ of a Gaussian prior around each member's initial values, per parameter; None for no prior.
+        bf16_if_it_pays: not a key: whether `bf16` was left open, for the trainer to decide.
+        compile_blocks: not a key: backend and mode where `torch_compile` was asked for.
         early_stopping_patience: stop after this many evaluations without a better `metric_for_best_model`.
     """
 
@@ -101,8 +103,12 @@ class EnsembleConfig(_BeforeConfig):
         default=None,
         metadata={"help": "Standard deviation of a Gaussian prior around each member's initial values; none if unset."},
     )
-    bf16_if_it_pays: bool = field(default=False, init=False)
-    compile_blocks: dict[str, Any] | None = field(default=None, init=False)
+    bf16_if_it_pays: bool = field(
+        default=False, init=False, metadata={"help": "Whether bf16 was left open, for the trainer to decide."}
+    )
+    compile_blocks: dict[str, Any] | None = field(
+        default=None, init=False, metadata={"help": "Backend and mode where torch_compile was asked for."}
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={"help": "Stop after this many evaluations without a better metric_for_best_model."},

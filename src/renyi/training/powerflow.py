@@ -33,8 +33,8 @@ from renyi.training.partition import LearnedPartition
 from renyi.training.report import draw_powerflow
 from renyi.training.rollouts import UNTOUCHED, Rollouts, RolloutTrainer, no_reward
 from renyi.training.routing import member_sums
+from renyi.training.start import as_ensemble
 from renyi.training.target import card_of
-from renyi.training.trainer import as_ensemble
 
 PARTITIONS = ("group", "learned")
 PARTITION_FILE = "partition.safetensors"

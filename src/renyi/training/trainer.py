@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -25,16 +25,12 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
-    set_seed,
 )
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
-from trl.trainer.utils import create_model_from_path
 
 from renyi import data
 from renyi.ensemble import LoraEnsemble
-from renyi.ensemble.mesh import MemberMesh
-from renyi.ensemble.storage import MANIFEST_FILE, read_manifest
 from renyi.errors import ConfigError, DataError, RenyiError, SaveError, TrainingDivergedError
 from renyi.objectives import renyi_loss, responsibilities
 from renyi.training import card
@@ -45,6 +41,7 @@ from renyi.training.parallel import MemberAccelerator, gather_state, own_state
 from renyi.training.report import draw_training
 from renyi.training.routing import LearnMixtureWeights, RunningMeans, Sums
 from renyi.training.schedule import scheduled_alpha
+from renyi.training.start import as_ensemble
 from renyi.training.steps import RoutedSteps
 
 logger = logging.getLogger(__name__)
@@ -486,55 +483,6 @@ class _RestoreLogging(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer._restore_logging_state()
-
-
-def as_ensemble(
-    model: str | PreTrainedModel | LoraEnsemble,
-    args: Any,
-    peft_config: PeftConfig | None,
-    quantization_config: Any = None,
-) -> LoraEnsemble:
-    """The ensemble that a trainer's `model` stands for: itself, a saved one, or fresh members on a base model.
-
-    Raises:
-        ConfigError: an ensemble comes with another number of members or a LoRA config of its own.
-    """
-    saved = isinstance(model, str) and (Path(model) / MANIFEST_FILE).is_file()
-    init: dict[str, Any] = {}
-    if isinstance(model, str):
-        assert not isinstance(args.model_init_kwargs, str)  # parsed by TrainingArguments
-        init = dict(args.model_init_kwargs or {})
-        if quantization_config is not None:
-            init["quantization_config"] = quantization_config
-        if args.distributed_state is not None and args.distributed_state.distributed_type == "MULTI_GPU":
-            init["device_map"] = None
-        init.setdefault("trust_remote_code", args.trust_remote_code)
-    set_seed(args.seed)
-    mesh = model.mesh if isinstance(model, LoraEnsemble) else None
-    if mesh is None and (args.member_parallel > 1 or args.shard_base):
-        mesh = MemberMesh(args.member_parallel, args.device.type)
-        mesh.share(args.num_members)
-    if saved:
-        assert isinstance(model, str)
-        base = create_model_from_path(read_manifest(Path(model)).base_model, **init)
-        model = LoraEnsemble.load(model, base=base, mesh=mesh)
-    if isinstance(model, LoraEnsemble):
-        if peft_config is not None or model.num_members != args.num_members:
-            raise ConfigError(
-                f"the ensemble has {model.num_members} members of its own config",
-                where="model",
-                hint=f"Leave out peft_config and set num_members={model.num_members}.",
-            )
-        if (mesh.size if mesh else 1) != args.member_parallel:
-            raise ConfigError("the ensemble is split otherwise", where="member_parallel", hint="Save it and load it.")
-        if mesh is not None and model.mesh is None:
-            model.split(mesh)
-        return model
-    if isinstance(model, str):
-        model = create_model_from_path(model, **init)
-    if peft_config is None:
-        peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return LoraEnsemble.from_base(model, args.num_members, peft_config, seed=args.seed, mesh=mesh)
 
 
 def scale_gradient(loss: Tensor, factor: float) -> Tensor:
