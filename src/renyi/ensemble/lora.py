@@ -128,8 +128,8 @@ class JointLora(nn.Module):
         if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
             return None  # accelerate brings offloaded weights in this way
         precision = _common_dtype(x, layer.weight, A_MRI)
-        if precision is None or precision == torch.float32:  # which keeps PEFT's order of sums, to its last digit
-            return None
+        if precision is None or (precision == torch.float32 and len(A_MRI) == 1):
+            return None  # one member is PEFT's adapter to the last digit, its order of sums included
         return tuple(None if t is None else t.to(precision) for t in (x, layer.weight, layer.bias, A_MRI, B_MOR))
 
     def extra_repr(self) -> str:
