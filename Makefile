@@ -48,6 +48,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/joint_step.py --dtypes bfloat16 --rounds 2
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/ragged.py
 	$(BIN)/python benchmarks/decoding.py --batch_sizes 1 --repeats 1
 	$(BIN)/python benchmarks/member_parallel.py
 	$(BIN)/python benchmarks/dpo_step.py --rounds 2
