@@ -116,7 +116,8 @@ def test_each_policy_goes_to_the_power_of_its_own_member(tmp_path):
 
 def test_penalties_of_form_and_length_are_in_the_target(tmp_path):
     known, power = language(4, 3), 2.0
-    settings = {**QUICK, "format_penalty": "a", "format_penalty_size": 0.5, "length_penalty": 0.3}
+    # An epsilon that steps fade under: at 1e-8 the policy wanders about its target by about as much as is allowed here.
+    settings = {**QUICK, "format_penalty": "a", "format_penalty_size": 0.5, "length_penalty": 0.3, "adam_epsilon": 1e-6}
     trainer = trainer_in(tmp_path, wide_llama(), power=power, **settings)
     has_a = (known.sequences == 1).any(1)
     is_cut = (known.sequences != 0).all(1) & (known.tokens == 3)
