@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from enumerable import EOS, enumerate_sequences, tiny_llama
 from peft import LoraConfig
+from tiny import quiet
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -106,24 +107,19 @@ def trainer_in(
     rollouts = settings.get("num_generations", 128)
     args = PowerFlowConfig(
         str(output_dir),
-        **{
-            "num_generations": rollouts,
-            "per_device_train_batch_size": rollouts,
-            "max_completion_length": max_length,
-            "learning_rate": 5e-3,
-            "lr_scheduler_type": "cosine",
-            "adam_beta1": 0.5,  # rollouts are many and the gradient hardly noisy: with 0.9 the policy swings around
-            "adam_beta2": 0.99,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            **settings,
-        },
+        **quiet(
+            {
+                "max_steps": -1,
+                "num_generations": rollouts,
+                "per_device_train_batch_size": rollouts,
+                "max_completion_length": max_length,
+                "learning_rate": 5e-3,
+                "lr_scheduler_type": "cosine",
+                "adam_beta1": 0.5,  # rollouts are many and the gradient hardly noisy: with 0.9 the policy swings around
+                "adam_beta2": 0.99,
+                **settings,
+            }
+        ),
     )
     given.setdefault("train_dataset", Dataset.from_dict({"prompt": [PROMPT] * 8}))
     trainer = PowerFlowTrainer(model, args, processing_class=letters(model.config.vocab_size), **given)

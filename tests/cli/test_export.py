@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from renyi import LoraEnsemble
 from renyi.errors import SaveError
-from renyi.export import export_adapters
+from renyi.runs.export import export_adapters
 
 
 def log_probs(model: torch.nn.Module) -> torch.Tensor:
@@ -134,11 +134,11 @@ def test_what_fails_leaves_everything_as_it_was(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("renyi.export.write_adapter", full)
+        patched.setattr("renyi.runs.export.write_adapter", full)
         with pytest.raises(SaveError, match="No space left"):
             export_adapters(trained[0], out)
     with monkeypatch.context() as patched:
-        patched.setattr("renyi.export.write_adapter", lambda *args: 1 / 0)
+        patched.setattr("renyi.runs.export.write_adapter", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             export_adapters(trained[0], out)
     assert [f.name for f in tmp_path.iterdir()] == ["out"]

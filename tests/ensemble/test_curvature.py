@@ -22,7 +22,7 @@ from renyi.ensemble.curvature import (
     project_pairs,
 )
 from renyi.errors import ConfigError, DataError
-from renyi.objectives import critical_directions, cross_fitted, stability_spectrum
+from renyi.measures import critical_directions, cross_fitted, stability_spectrum
 from renyi.zoo.demo import held_out_seed, train
 from renyi.zoo.world import World
 

@@ -11,7 +11,7 @@ from tiny import padded_batch, tiny_ensemble, tiny_model
 from renyi import LoraEnsemble
 from renyi.ensemble.adapters import Adapter, layer_scaling, read_adapter, write_adapter
 from renyi.errors import ConfigError
-from renyi.export import VLLM_RANKS, export_adapters, padded, vllm_rank
+from renyi.runs.export import VLLM_RANKS, export_adapters, padded, vllm_rank
 
 
 def saved(folder: Path, **config: Any) -> Path:

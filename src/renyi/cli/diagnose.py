@@ -228,7 +228,7 @@ def _load(args: argparse.Namespace) -> Loaded:
 def _prepared(args: argparse.Namespace, loaded: Loaded, rows: "Dataset") -> "tuple[Dataset, Pairs | None]":
     """Rows as tokens, and what they are compared by if they are pairs."""
     from renyi.data import PairPreparation, Preparation
-    from renyi.ensemble.preference import PREFERENCE_FILE, read_preference
+    from renyi.ensemble.reference import PREFERENCE_FILE, read_preference
     from renyi.inference.diagnose import Pairs
 
     given, folder = dict(args.preparation), loaded.folder

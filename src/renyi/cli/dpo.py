@@ -16,7 +16,7 @@ from renyi.cli.training import TrainingCommand, run_training
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from renyi.training.run import Run
+    from renyi.runs.run import Run
     from renyi.training.trainer import EnsembleTrainer
 
 SNIPPET = 24  # characters shown of either side of a pair
@@ -46,8 +46,8 @@ class _DPO(TrainingCommand):
     def settings(self) -> Sequence[type]:
         from trl import ScriptArguments
 
+        from renyi.runs.run import MemberConfig, RunArguments, TokenizerArguments
         from renyi.training import RenyiDPOConfig
-        from renyi.training.run import MemberConfig, RunArguments, TokenizerArguments
 
         return ScriptArguments, RenyiDPOConfig, MemberConfig, RunArguments, TokenizerArguments
 
@@ -111,7 +111,7 @@ class _DPO(TrainingCommand):
         )
 
     def files(self, ready: "Run") -> dict[str, str]:
-        from renyi.ensemble.preference import PREFERENCE_FILE, REFERENCE_FOLDER
+        from renyi.ensemble.reference import PREFERENCE_FILE, REFERENCE_FOLDER
 
         trainer: Any = ready.trainer
         files = {PREFERENCE_FILE: "the loss, and what margins are measured against"}

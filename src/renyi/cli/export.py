@@ -16,7 +16,7 @@ from renyi.cli.parser import StrictParser, parse_strictly
 from renyi.errors import ConfigError
 
 if TYPE_CHECKING:
-    from renyi.export import Export
+    from renyi.runs.export import Export
 
 FORMATS = ("adapters", "merged", "vllm")
 
@@ -75,7 +75,7 @@ def _member(text: str) -> int:
 
 
 def _export(args: argparse.Namespace) -> "Export":
-    from renyi.export import export_adapters, export_merged, vllm_command
+    from renyi.runs.export import export_adapters, export_merged, vllm_command
 
     if args.format == "merged":
         return export_merged(args.ensemble, args.output, args.member, args.base)

@@ -16,7 +16,7 @@ from renyi.cli.training import TrainingCommand, run_training
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from renyi.training.run import Run
+    from renyi.runs.run import Run
     from renyi.training.trainer import EnsembleTrainer
 
 
@@ -42,8 +42,8 @@ class _SFT(TrainingCommand):
     def settings(self) -> Sequence[type]:
         from trl import ScriptArguments
 
+        from renyi.runs.run import MemberConfig, RunArguments
         from renyi.training import RenyiSFTConfig
-        from renyi.training.run import MemberConfig, RunArguments
 
         return ScriptArguments, RenyiSFTConfig, MemberConfig, RunArguments
 

@@ -1,6 +1,6 @@
 """What every command that trains an ensemble does: say what it understood, train, and say what came out.
 
-What only one method knows, its `TrainingCommand` says; what training does stands in `renyi.training.run`.
+What only one method knows, its `TrainingCommand` says; what training does stands in `renyi.runs.run`.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from renyi.cli.parser import ConfigFile, keys, parse, split_config
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from renyi.training.run import Rows, Run
+    from renyi.runs.run import Rows, Run
     from renyi.training.trainer import EnsembleTrainer
 
 
@@ -90,9 +90,9 @@ def run_training(command: TrainingCommand, argv: Sequence[str]) -> int:
     config, flags = split_config(argv, command.prog)  # before the imports: its `env:` may be meant for them
     out, err = stream(), stream(stderr=True)
     with err.status("loading"):
+        from renyi.runs.output import no_empty_folder
+        from renyi.runs.run import build
         from renyi.training.config import AUTO
-        from renyi.training.output import no_empty_folder
-        from renyi.training.run import build
 
         quiet_progress_bars()
         settings = _settings(command, flags, config)
@@ -129,8 +129,8 @@ def _choose_alpha(
     out: Console, err: Console, command: TrainingCommand, settings: Sequence[Any], of_fit: Sequence[Any]
 ) -> None:
     """Do what `alpha: auto` does ahead of training, say what it found, and set what it chose in `settings`."""
-    from renyi.auto import fit_and_spread, go_on_with
     from renyi.cli.progress import Progress
+    from renyi.runs.auto import fit_and_spread, go_on_with
 
     script, args, model, own, *of_tokenizer = of_fit
     progress = Progress()
@@ -151,8 +151,8 @@ def _choose_alpha(
 
 
 def _train(out: Console, err: Console, command: TrainingCommand, ready: "Run", progress: Any, dataset_name: str) -> int:
+    from renyi.runs.run import save, train
     from renyi.training.checkpoints import find_checkpoints
-    from renyi.training.run import save, train
 
     out.print()
     _show_resuming(out, ready)

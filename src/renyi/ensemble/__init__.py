@@ -2,10 +2,9 @@
 
 from renyi.ensemble.decode import MIXTURES, Generation
 from renyi.ensemble.ensemble import LoraEnsemble
-from renyi.ensemble.joint import IGNORED
 from renyi.ensemble.pool import BaseScore
-from renyi.ensemble.preference import Reference, completion_labels, read_preference, write_preference
-from renyi.ensemble.rows import JointOutput, example_log_likelihood
+from renyi.ensemble.reference import Reference, completion_labels, read_preference, write_preference
+from renyi.ensemble.rows import IGNORED, JointOutput, example_log_likelihood
 
 __all__ = [
     "IGNORED",

@@ -6,7 +6,7 @@ pass answers other questions, for any architecture and without a loop:
     a copy an example     the gradient of Σ_i ℓ_i in the stack is the matrix of per-example gradients [E, P]
     a copy a direction    tangents in the stack are the logits' derivatives along k directions at once, J_t U
 
-From these comes what `renyi.objectives.stability` needs: J from the gradients, and V as one of
+From these comes what `renyi.measures.stability` needs: J from the gradients, and V as one of
 
     "fisher"    Σ_t J_tᵀ (diag p_t − p_t p_tᵀ) J_t, the Gauss–Newton matrix at the data's own prefixes: never negative
     "hessian"   −∇² ℓ_i, which has the residuals' curvature as well: the same on average where the model is right
@@ -35,10 +35,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from renyi.ensemble.adapters import joint_layers
 from renyi.ensemble.ensemble import LoraEnsemble, Snapshot
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
-from renyi.ensemble.joint import IGNORED
-from renyi.ensemble.rows import repeat_rows
+from renyi.ensemble.rows import IGNORED, repeat_rows
 from renyi.errors import ConfigError, DataError
-from renyi.objectives import gradient_basis, random_basis
+from renyi.measures import gradient_basis, random_basis
 
 TOKENS_PER_PASS = 1 << 12  # of all copies together; larger passes were not faster on a CPU
 

@@ -23,7 +23,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from renyi.ensemble.rows import repeat_rows
 from renyi.errors import ConfigError
-from renyi.objectives import TokenUncertainty, effective_members, token_uncertainty
+from renyi.measures import TokenUncertainty, token_uncertainty
+from renyi.objectives import effective_members
 
 MIXTURES = ("sequence", "token", "member")
 

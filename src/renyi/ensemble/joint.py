@@ -16,9 +16,7 @@ from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
 from renyi.ensemble.lora import MemberSelection
 from renyi.ensemble.mesh import MemberMesh
 from renyi.ensemble.routing import Routing, routed_forward
-from renyi.ensemble.rows import JointOutput, repeat_packed, repeat_rows
-
-IGNORED = -100  # the label of a token that is not trained, as everywhere in transformers
+from renyi.ensemble.rows import IGNORED, JointOutput, repeat_packed, repeat_rows
 
 
 class JointModel(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import DynamicCache
 
-from renyi.ensemble.rows import JointOutput
+from renyi.ensemble.rows import IGNORED, JointOutput
 
 if TYPE_CHECKING:
     from renyi.ensemble.joint import JointModel
@@ -187,7 +187,7 @@ def race(ensemble: "JointModel", routing: Routing, batch: Batch) -> JointOutput:
     assert routing.responsibilities is not None
     ids_BT, mask_BT, labels_BT = batch["input_ids"], batch.get("attention_mask"), batch["labels"]
     (rows, length), device = ids_BT.shape, ids_BT.device
-    tokens_BT, num_members = labels_BT[:, 1:] != -100, len(ensemble.members)
+    tokens_BT, num_members = labels_BT[:, 1:] != IGNORED, len(ensemble.members)
     members = torch.arange(num_members, device=device).repeat_interleave(rows)
     examples = torch.arange(rows, device=device).repeat(num_members)
     alive_MB = torch.ones(num_members, rows, dtype=torch.bool, device=device)

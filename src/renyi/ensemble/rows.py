@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+IGNORED = -100  # the label of a token that is not trained, as everywhere in transformers
+
 
 class JointOutput(NamedTuple):
     """What the joint forward returns. Position t of the last dimension predicts token t + 1.

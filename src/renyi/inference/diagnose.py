@@ -1,6 +1,6 @@
 """Do the data contradict the model, and from which alpha on would members part? Asked of one fitted adapter.
 
-The driver of `renyi.objectives.stability` and `renyi.ensemble.curvature` over prepared rows: which examples, in which
+The driver of `renyi.measures.stability` and `renyi.ensemble.curvature` over prepared rows: which examples, in which
 batches, and what follows. It knows nothing about files, trainers or the terminal.
 """
 
@@ -19,14 +19,8 @@ from renyi.ensemble import LoraEnsemble, Reference, completion_labels
 from renyi.ensemble.curvature import AdapterSpace, Batch, Curvature, Score, diagnose_curvature
 from renyi.errors import ConfigError, DataError, RenyiError
 from renyi.inference.batches import batches_by_length, padded
-from renyi.objectives import (
-    LogRatios,
-    PreferenceLoss,
-    completion_log_prob,
-    cross_fitted,
-    preference_margin,
-    stability_spectrum,
-)
+from renyi.measures import cross_fitted, stability_spectrum
+from renyi.objectives import LogRatios, PreferenceLoss, completion_log_prob, preference_margin
 
 _Batches: TypeAlias = Callable[[LoraEnsemble, Dataset, list[int], int, int], Iterator[tuple[list[int], Batch]]]
 

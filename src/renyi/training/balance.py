@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from renyi.training.routing import Sums
+from renyi.training.statistics import Sums
 
 
 class Balance(NamedTuple):

@@ -29,7 +29,7 @@ class EnsembleConfig(_BeforeConfig):
         shard_base: split the frozen base, block by block, over the processes that examples are split over (FSDP2),
             where one device cannot hold it; adapters stay whole.
         alpha: Rényi order of the objective. 0: every member fits everything; 1: the mixture fits the data. A command
-            line also takes "auto": fit one adapter, and choose by its curvature (`renyi.auto`).
+            line also takes "auto": fit one adapter, and choose by its curvature (`renyi.runs.auto`).
         alpha_hold_ratio: share of training with alpha 0, in which members learn what the data agree on.
         alpha_ramp_ratio: share of training in which alpha then rises to its value.
         routing_quantity: what is routed: the log-likelihood of a whole example ("sequence"), or its mean per trained

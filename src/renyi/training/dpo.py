@@ -34,8 +34,8 @@ from renyi.training.card import Method
 from renyi.training.config import EnsembleConfig, require
 from renyi.training.reference import with_reference
 from renyi.training.report import ACCURACY
-from renyi.training.routing import mean_of_members, routing_sums
 from renyi.training.start import as_ensemble
+from renyi.training.statistics import mean_of_members, routing_sums
 from renyi.training.trainer import EnsembleTrainer
 
 

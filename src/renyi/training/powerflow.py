@@ -32,8 +32,8 @@ from renyi.training.form import Form, form_of
 from renyi.training.partition import LearnedPartition
 from renyi.training.report import draw_powerflow
 from renyi.training.rollouts import UNTOUCHED, Rollouts, RolloutTrainer, no_reward
-from renyi.training.routing import member_sums
 from renyi.training.start import as_ensemble
+from renyi.training.statistics import member_sums
 from renyi.training.target import card_of
 
 PARTITIONS = ("group", "learned")

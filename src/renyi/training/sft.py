@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from renyi import data
 from renyi.ensemble import JointOutput, example_log_likelihood
 from renyi.training.config import EnsembleConfig, require
-from renyi.training.routing import mean_of_members, routing_sums
+from renyi.training.statistics import mean_of_members, routing_sums
 from renyi.training.trainer import EnsembleTrainer
 
 

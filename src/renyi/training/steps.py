@@ -6,6 +6,7 @@ train, and logs what was left out. What an example's log-likelihood is, and what
 
 import resource
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import Trainer
 from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.routing import Routing, take_examples
 from renyi.errors import ConfigError
-from renyi.training.routing import Sums
+from renyi.training.statistics import Sums
 
 # A pass of fewer tokens would leave a processor idle, whatever one member's batch is.
 LEAST_BUDGET = 8192
@@ -61,6 +62,9 @@ class RoutedSteps(Trainer):
             return None
         return max(LEAST_BUDGET, self.args.per_device_train_batch_size * self.rows_per_example * length)
 
+    def trained_parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
     def routed(self, ell_ME: Tensor, tokens_E: Tensor) -> tuple[Tensor, Tensor]:
         raise NotImplementedError
 
@@ -80,10 +84,7 @@ class RoutedSteps(Trainer):
             self.share = len(part["input_ids"]) / len(inputs["input_ids"]) if len(parts) > 1 else 1.0
             # Gradients of all parts travel together.
             self.accelerator.gradient_state._set_sync_gradients(syncs and number == len(parts))
-            if number < len(parts):
-                with self.accelerator.no_sync(model):
-                    losses.append(super().training_step(model, part, num_items_in_batch))
-            else:
+            with self.accelerator.no_sync(model) if number < len(parts) else nullcontext():
                 losses.append(super().training_step(model, part, num_items_in_batch))
         self.share = 1.0
         self._seconds = time.perf_counter() - started
@@ -163,7 +164,7 @@ class RoutedSteps(Trainer):
             self.model, self._prepare_inputs(batch), self._get_num_items_in_batch([batch], self.args.device)
         )
         self.model.zero_grad(set_to_none=True)
-        trained = sum(p.numel() * p.element_size() for p in self.model.parameters() if p.requires_grad)
+        trained = sum(p.numel() * p.element_size() for p in self.trained_parameters())
         return peak_memory(self.args.device) + 2 * trained  # AdamW keeps two moments
 
     def _longest(self, many: int) -> list[dict[str, Any]]:

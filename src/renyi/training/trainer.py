@@ -39,9 +39,9 @@ from renyi.training.config import AUTO
 from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
 from renyi.training.parallel import MemberAccelerator, gather_state, own_state
 from renyi.training.report import draw_training
-from renyi.training.routing import LearnMixtureWeights, RunningMeans, Sums
 from renyi.training.schedule import scheduled_alpha
 from renyi.training.start import as_ensemble
+from renyi.training.statistics import LearnMixtureWeights, RunningMeans, Sums
 from renyi.training.steps import RoutedSteps
 
 logger = logging.getLogger(__name__)
@@ -141,9 +141,6 @@ class EnsembleTrainer(RoutedSteps):
     @property
     def output_dir(self) -> Path:
         return Path(self.args.output_dir)
-
-    def trained_parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.model.parameters() if p.requires_grad]
 
     # ---- The objective -----------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """A sweep over alpha and the number of members: every cell is one run, measured on the same held-out examples.
 
-The steps that a command line calls for every cell, as `renyi.training.run` has them for one run. It prints nothing, and
+The steps that a command line calls for every cell, as `renyi.runs.run` has them for one run. It prints nothing, and
 knows neither flags nor files of settings.
 """
 
@@ -23,9 +23,9 @@ from renyi.errors import ConfigError, EnsembleFormatError, SaveError, TrainingDi
 from renyi.evaluation.sweep import Cell, HeldOut
 from renyi.inference import score, score_pairs
 from renyi.inference.confidence import token_confidence
+from renyi.runs.run import MemberConfig, Run, RunArguments, build, save, train
 from renyi.training import RenyiDPOTrainer
 from renyi.training.config import EnsembleConfig, require
-from renyi.training.run import MemberConfig, Run, RunArguments, build, save, train
 from renyi.training.trainer import EnsembleTrainer
 
 RESULT_FILE, FIGURE_FILE = "sweep.json", "sweep.png"
@@ -72,7 +72,7 @@ class SweepArguments:
 
 
 class Settings(NamedTuple):
-    """What `renyi.training.run.build` takes for one cell; `of_tokenizer` holds its last argument if there is one."""
+    """What `renyi.runs.run.build` takes for one cell; `of_tokenizer` holds its last argument if there is one."""
 
     trainer: type[EnsembleTrainer]
     script: ScriptArguments

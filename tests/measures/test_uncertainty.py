@@ -8,15 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from renyi.objectives import (
+from renyi.measures import (
     TokenUncertainty,
-    effective_members,
     log_likelihood_spread,
-    responsibilities,
     responsibility_entropy,
     token_uncertainty,
     uncertainty,
 )
+from renyi.objectives import effective_members, responsibilities
 
 properties = settings(max_examples=60, deadline=None)
 

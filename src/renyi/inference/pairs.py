@@ -16,6 +16,7 @@ from renyi.data import PairPreparation
 from renyi.ensemble import LoraEnsemble, Reference, completion_labels
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length
+from renyi.measures import token_uncertainty
 from renyi.objectives import (
     LogRatios,
     PreferenceLoss,
@@ -23,7 +24,6 @@ from renyi.objectives import (
     preference_log_likelihood,
     preference_margin,
     responsibilities,
-    token_uncertainty,
 )
 
 

@@ -10,17 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from renyi.objectives import (
-    critical_alpha,
+from renyi.measures import (
     critical_directions,
     cross_fitted,
     gradient_basis,
     random_basis,
-    renyi_loss,
     second_order_change,
     stability_spectrum,
     stability_within,
 )
+from renyi.objectives import critical_alpha, renyi_loss
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from renyi.ensemble.ensemble import LoraEnsemble, Snapshot
-from renyi.ensemble.joint import IGNORED
+from renyi.ensemble.rows import IGNORED
 from renyi.errors import EnsembleFormatError
 from renyi.objectives import PreferenceLoss, completion_log_prob
 

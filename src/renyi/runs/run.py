@@ -19,9 +19,9 @@ from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.adapters import read_adapter
 from renyi.ensemble.storage import MANIFEST_FILE, Manifest, read_manifest
 from renyi.errors import ConfigError, DataError, RenyiError, SaveError
+from renyi.runs.output import check_output_dir, check_targets, checkpoints_of
 from renyi.training.checkpoints import Checkpoints
 from renyi.training.config import EnsembleConfig
-from renyi.training.output import check_output_dir, check_targets, checkpoints_of
 from renyi.training.report import FIGURE_FILE, MetricsFile
 from renyi.training.trainer import EnsembleTrainer
 

@@ -1,0 +1,42 @@
+"""What is measured on tensors: uncertainty of predictions, and when members should spread.
+
+Pure functions; torch is all they need, and scipy where it is imported.
+"""
+
+from renyi.measures.stability import (
+    CriticalDirections,
+    CrossFitted,
+    Stability,
+    critical_alpha,
+    critical_directions,
+    cross_fitted,
+    gradient_basis,
+    random_basis,
+    second_order_change,
+    stability_spectrum,
+    stability_within,
+)
+from renyi.measures.uncertainty import (
+    TokenUncertainty,
+    log_likelihood_spread,
+    responsibility_entropy,
+    token_uncertainty,
+)
+
+__all__ = [
+    "CriticalDirections",
+    "CrossFitted",
+    "Stability",
+    "TokenUncertainty",
+    "critical_alpha",
+    "critical_directions",
+    "cross_fitted",
+    "gradient_basis",
+    "log_likelihood_spread",
+    "random_basis",
+    "responsibility_entropy",
+    "second_order_change",
+    "stability_spectrum",
+    "stability_within",
+    "token_uncertainty",
+]

@@ -1,0 +1,1 @@
+"""From settings to a finished folder: a run, `alpha: auto`, a sweep, an export."""
