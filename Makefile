@@ -12,7 +12,7 @@ WORKERS ?= 2
 help:
 	@echo "make demo    train the three ensembles of the demo and look at runs/demo/demo.png (minutes)"
 	@echo "make test    lint, type-check and test"
-	@echo "make lint    ruff and mypy alone"
+	@echo "make lint    ruff, import-linter and mypy alone"
 	@echo "make slow    the tests that take minutes: real data, three seeds of the demo"
 	@echo "make bench   what training and decoding cost, beside their peers (minutes)"
 	@echo "make studies the longer experiments of the docs (hours)"
@@ -34,6 +34,7 @@ test: lint
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
 
 format: $(READY)

@@ -1,7 +1,8 @@
 """renyi: post-train a language model into a distribution over LoRA adapters."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from renyi.lazy import lazy_names
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,19 +26,17 @@ if TYPE_CHECKING:
         RenyiSFTTrainer,
     )
 
-_HOMES = {
-    "LoraEnsemble": "renyi.ensemble",
-    "PowerFlowConfig": "renyi.training",
-    "PowerFlowTrainer": "renyi.training",
-    "RenyiDPOConfig": "renyi.training",
-    "RenyiDPOTrainer": "renyi.training",
-    "RenyiSFTConfig": "renyi.training",
-    "RenyiSFTTrainer": "renyi.training",
-}
-
-
-def __getattr__(name: str) -> Any:
-    # Imported at first use: TRL takes seconds to import, and `import renyi.objectives` needs none of it.
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'renyi' has no attribute {name!r}")
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "renyi.ensemble": ("LoraEnsemble",),
+        "renyi.training": (
+            "PowerFlowConfig",
+            "PowerFlowTrainer",
+            "RenyiDPOConfig",
+            "RenyiDPOTrainer",
+            "RenyiSFTConfig",
+            "RenyiSFTTrainer",
+        ),
+    },
+)

@@ -15,7 +15,7 @@ from renyi.evaluation import bootstrap, metrics
 from renyi.evaluation.bootstrap import RESAMPLES, Estimate, Statistic, intervals
 from renyi.evaluation.metrics import Array, ReliabilityBin
 from renyi.evaluation.specialisation import Specialisation, specialisation
-from renyi.inference import token_uncertainty
+from renyi.measures import token_uncertainty
 from renyi.objectives import renyi_loss
 
 COVERAGE = 0.8

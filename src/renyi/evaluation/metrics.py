@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from sklearn.metrics import average_precision_score, roc_auc_score
-from torchmetrics.functional.classification import binary_calibration_error
 
 Array = NDArray[np.float64]
 
@@ -62,8 +61,19 @@ def ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
 
     Σ_b n_b/N · |mean confidence − share right| (Guo et al. 2017, arXiv 1706.04599).
     """
-    right = torch.from_numpy(is_right(probs, labels)).long()
-    return float(binary_calibration_error(torch.from_numpy(confidence(probs)), right, n_bins=bins, norm="l1"))
+    return calibration_error(confidence(probs), is_right(probs, labels), bins)
+
+
+def calibration_error(confidence: ArrayLike, is_right: ArrayLike, bins: int = BINS) -> float:
+    """Expected calibration error of stated confidences [N] in bins of equal width, against what was right [N].
+
+    A confidence of exactly 1 counts in the last bin: torchmetrics would open a bin of its own for it.
+    """
+    # Imported here because torchmetrics imports transformers, which takes seconds.
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    sure = torch.as_tensor(confidence).double().clamp(max=1 - torch.finfo(torch.float64).eps)
+    return float(binary_calibration_error(sure, torch.as_tensor(is_right).long(), n_bins=bins, norm="l1"))
 
 
 def adaptive_ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:

@@ -10,12 +10,11 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from torchmetrics.functional.classification import binary_calibration_error
 
-from renyi.inference import PairScore, token_uncertainty
+from renyi.evaluation.metrics import calibration_error
+from renyi.inference.pairs import PairScore
+from renyi.measures import token_uncertainty
 from renyi.objectives import renyi_loss
-
-ECE_BINS = 15
 
 
 class PreferenceQuality(NamedTuple):
@@ -136,7 +135,7 @@ def _quality(log_p_N2: Tensor) -> PreferenceQuality:
         accuracy=float(is_right_N.double().mean()),
         nll=float(-log_p_N2[:, 0].mean()),
         brier=float((2 * log_p_N2[:, 1]).exp().mean()),
-        ece=float(binary_calibration_error(confidence_N, is_right_N.long(), n_bins=ECE_BINS, norm="l1")),
+        ece=calibration_error(confidence_N, is_right_N),
     )
 
 

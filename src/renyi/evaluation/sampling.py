@@ -12,7 +12,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from torchmetrics.functional.text import bleu_score
 
 from renyi.evaluation import bootstrap
 from renyi.evaluation.bootstrap import RESAMPLES, Estimate
@@ -111,6 +110,8 @@ def self_bleu(samples: Sequence[Sequence[str]]) -> float:
     of_text: dict[str, float] = {}  # equal samples have equal BLEU
     if len(samples) < 2:
         return math.nan
+    from torchmetrics.functional.text import bleu_score  # imported here because torchmetrics imports transformers
+
     for i, (text, sample) in enumerate(zip(texts, samples, strict=True)):
         if sample and text not in of_text:
             # Of two references as near in length the brevity penalty takes the first: the shorter one, as BLEU has it.

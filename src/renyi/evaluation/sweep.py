@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from torchmetrics.functional.classification import binary_calibration_error
 
 from renyi.evaluation import bootstrap
 from renyi.evaluation.bootstrap import RESAMPLES, Estimate
-from renyi.evaluation.metrics import BINS
+from renyi.evaluation.metrics import calibration_error
 from renyi.objectives import effective_members, renyi_loss, responsibilities
 
 
@@ -178,7 +177,7 @@ def _quality(
         member_nll=member_nll,
         jensen_gap=max(member_nll - values["nll"], 0.0),  # which rounding may undercut
         effective_members=float(effective_members(r_MN).mean()),
-        ece=_ece(cell),
+        ece=calibration_error(cell.confidence, cell.is_right),
         member_load=r_MN.mean(dim=1).tolist(),
     )
 
@@ -188,9 +187,3 @@ def ratio_standard_error(numerator: ArrayLike, denominator: ArrayLike) -> float:
     above, below = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     number, residual = len(above), above - above.sum() / below.sum() * below
     return float(np.sqrt(number / (number - 1) * np.square(residual).sum()) / below.sum()) if number > 1 else np.nan
-
-
-def _ece(cell: HeldOut) -> float:
-    # A confidence of 1 would fall on the last bin's upper edge, where torchmetrics opens a bin of its own.
-    confidence = cell.confidence.double().clamp(max=1 - torch.finfo(torch.float64).eps)
-    return float(binary_calibration_error(confidence, cell.is_right.long(), n_bins=BINS, norm="l1"))
