@@ -1,8 +1,10 @@
 """Every error that a user can meet.
 
 Each says what was wrong, where it was found and what to write instead, and also subclasses the standard
-exception that a caller would expect. Nothing here knows who raises it.
+exception that a caller would expect.
 """
+
+from renyi.text import printable
 
 
 class RenyiError(Exception):
@@ -12,12 +14,16 @@ class RenyiError(Exception):
         what: what was wrong, in one sentence.
         where: the file, row, column or key where it was found.
         hint: what to do about it.
+
+    All three may quote users' files: control characters in them are shown as escapes.
     """
 
     def __init__(self, what: str, *, where: str | None = None, hint: str | None = None):
-        self.what, self.where, self.hint = what, where, hint
-        message = f"{where}: {what}" if where else what
-        super().__init__(f"{message}\n{hint}" if hint else message)
+        self.what = printable(what)
+        self.where = printable(where) if where is not None else None
+        self.hint = printable(hint) if hint is not None else None
+        message = f"{self.where}: {self.what}" if where else self.what
+        super().__init__(f"{message}\n{self.hint}" if hint else message)
 
     def __str__(self) -> str:
         return str(self.args[0])
