@@ -30,7 +30,7 @@ def test_control_characters_become_visible(text: object, shown: str) -> None:
 
 
 def test_no_character_of_unicode_is_forgotten() -> None:
-    """Controls (Cc), separators of lines (Zl, Zp) and surrogates (Cs) by category, bidirectional ones by their class."""
+    """Controls (Cc), ends of lines (Zl, Zp) and surrogates (Cs) by category, bidirectional ones by their class."""
     bidirectional = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
     marks = {"\u061c", "\u200e", "\u200f"}
     for code in range(sys.maxunicode + 1):

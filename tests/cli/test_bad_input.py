@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Ended, Settings, assert_refused, contradicting_rows, renyi, save_base, write_rows
+from tiny import tiny_model
 
 from renyi.cli.main import COMMANDS
 
@@ -296,3 +297,31 @@ def test_a_loss_that_is_no_number(settings: Settings, tmp_path: Path) -> None:
     left = sorted(f.name for f in (tmp_path / "out").iterdir())
     assert left == ["metrics.jsonl", "training.png"]  # of the one step that was sound
     assert [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").open()] == [1]
+
+
+# ---- Text that the terminal must not obey ----------------------------------------------------------------------------
+
+
+def test_names_of_files_are_text(settings: Settings, tmp_path: Path) -> None:
+    """Brackets and `:smile:` in paths are no markup, and control characters are shown as escapes."""
+    out_dir = tmp_path / "out[bold]x[/] :smile: \x1b[31m\u202e"
+    data = write_rows(tmp_path / "set.jsonl", contradicting_rows(12))
+    ended = renyi("sft", "--config", settings(dataset_name=data), "--output_dir", out_dir, "--max_steps", 1)
+    assert (ended.code, ended.err) == (0, "")
+    shown = "".join(ended.out.split())
+    assert r"out[bold]x[/]:smile:\x1b[31m\u202e" in shown
+    assert "set.jsonl" in shown
+    assert not {"\x1b", "\u202e"} & set(ended.out)
+    assert (out_dir / "ensemble.json").is_file()
+    ended = renyi("sft", "--config", settings(dataset_name=tmp_path / "no[/]\x1b[2J.jsonl"))
+    assert_refused(ended, r"no[/]\x1b[2J.jsonl: there is no such file")
+
+
+def test_words_of_the_data_are_text(settings: Settings, tmp_path: Path) -> None:
+    rows = [{"prompt": "w1 [red] \x1b[31m", "completion": " [/] w2 \x9b2J \u202e"}] * 12
+    base = save_base(tmp_path / "base", additional_special_tokens=["[red]", "[/]", "\x1b[31m", "\x9b2J", "\u202e"])
+    tiny_model(vocab_size=80).save_pretrained(base)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    ended = renyi("sft", "--config", settings(dataset_name=data, model_name_or_path=base), "--dry_run")
+    assert "[red]" in ended.out + ended.err
+    assert not {"\x1b", "\x9b", "\u202e"} & set(ended.out + ended.err)

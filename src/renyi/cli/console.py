@@ -8,24 +8,38 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.panel import Panel
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from renyi.errors import RenyiError
+from renyi.text import printable
 
 WIDEST = 108
 _LIBRARIES = ("transformers", "datasets", "trl", "accelerate", "peft", "torch", "huggingface_hub", "bitsandbytes")
 
 
+class _Terminal(Console):
+    """A console that obeys nothing a user's file may say: `[bold]` and `:smile:` are text, control characters escapes.
+
+    Whoever wants a style passes a `rich.text.Text`.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
 def stream(stderr: bool = False) -> Console:
     """A console on stdout or stderr: as wide as the terminal, at most `WIDEST`; silent on all but the first process."""
-    console = Console(stderr=stderr, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+    is_first = os.environ.get("RANK", "0") == "0"
+    console = _Terminal(stderr=stderr, highlight=False, markup=False, emoji=False, quiet=not is_first)
     console.width = min(console.width, WIDEST) if console.is_terminal else WIDEST
     return console
 
@@ -92,7 +106,12 @@ def facts(title: str, rows: dict[str, RenderableType]) -> Panel:
     grid.add_column()
     for name, value in rows.items():
         grid.add_row(name, value)
-    return Panel(grid, title=f"[bold]{title}[/]", title_align="left", border_style="dim", padding=(0, 1))
+    return Panel(grid, title=Text(title, "bold"), title_align="left", border_style="dim", padding=(0, 1))
+
+
+def headed(heading: str, text: str = "") -> Text:
+    """A heading on a line of its own, after an empty one, and plain text behind it."""
+    return Text.assemble("\n", (heading, "bold"), f" {text}" if text else "")
 
 
 def emit_json(value: dict[str, Any], stderr: bool = False) -> None:

@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
 
     @contextmanager
     def watch(name: str) -> "Iterator[Progress]":
-        stream(stderr=True).print(f"training [bold]{TITLES[name]}[/]")
+        stream(stderr=True).print(f"training {TITLES[name]}")
         with Progress() as progress:
             yield progress
 

@@ -284,7 +284,7 @@ def _show(
         Panel(
             Text(answer.text.strip()),
             title=f"member {m}",
-            subtitle=f"[dim]NLL {answer.mixture_nll / max(1, len(answer.token_ids)):.2f} a token[/]",
+            subtitle=Text(f"NLL {answer.mixture_nll / max(1, len(answer.token_ids)):.2f} a token", "dim"),
             title_align="left",
             subtitle_align="left",
             border_style="dim",

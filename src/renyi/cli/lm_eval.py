@@ -15,7 +15,7 @@ from renyi.errors import ConfigError
 def run(argv: Sequence[str]) -> int:
     """Hand the arguments over to the harness."""
     if not argv or argv[0] in ("-h", "--help"):
-        stream().print(__doc__, markup=False)
+        stream().print(__doc__)
         return 0
     if find_spec("lm_eval") is None:
         raise ConfigError("is not installed", where="lm_eval", hint="pip install 'renyi[lm-eval]'")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from rich.table import Table
+from rich.text import Text
 
 from renyi import __version__
 from renyi.cli.console import quiet_libraries, say, show_error, stream
@@ -58,13 +59,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _help() -> None:
     out = stream()
-    out.print(f"[bold]renyi[/] {__version__}   post-train a language model into a distribution over LoRA adapters\n")
+    about = "post-train a language model into a distribution over LoRA adapters"
+    out.print(Text.assemble(("renyi", "bold"), f" {__version__}   {about}\n"))
     commands = Table.grid(padding=(0, 3))
     for name, what in COMMANDS.items():
-        commands.add_row(f"  [bold]renyi {name}[/]", what)
+        commands.add_row(Text(f"  renyi {name}", "bold"), what)
     out.print(commands)
-    out.print("\nStart with [bold]renyi demo[/], then [bold]renyi sft --config FILE.yaml[/].")
-    out.print("[bold]renyi COMMAND --help[/] says more, [bold]renyi --version[/] which version this is.")
+    bold = [Text(f"renyi {what}", "bold") for what in ("demo", "sft --config FILE.yaml", "COMMAND --help", "--version")]
+    out.print(Text.assemble("\nStart with ", bold[0], ", then ", bold[1], "."))
+    out.print(Text.assemble(bold[2], " says more, ", bold[3], " which version this is."))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from renyi.cli.console import headed
+
 if TYPE_CHECKING:
     from renyi.inference import MemberSummary
 
@@ -39,7 +41,7 @@ def members_table(
         cells += [_nll(member.nll_led), _nll(member.nll_others), *([clearest[m]] if clearest else [])]
         table.add_row(*(Text(cell) for cell in cells))
     legend = f"load: share of the {example}s it learns from · leads: {example}s it explains best · {nll}"
-    return Group(Text.from_markup(f"\n[bold]{title}[/]"), Text(subtitle, "dim"), table, Text(legend, "dim"))
+    return Group(headed(title), Text(subtitle, "dim"), table, Text(legend, "dim"))
 
 
 def _nll(value: float | None) -> str:

@@ -13,7 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from renyi.cli.console import emit_json, facts, number_text, plural, quiet_progress_bars, say, stream
+from renyi.cli.console import emit_json, facts, headed, number_text, plural, quiet_progress_bars, say, stream
 from renyi.cli.dpo import _DPO
 from renyi.cli.parser import ConfigFile, StrictParser, converted, keys, parse, split_config
 from renyi.cli.sft import _SFT
@@ -147,10 +147,10 @@ def _run_cells(out: Console, err: Console, request: _Request, settings: Mapping[
     shown = Console(quiet=True) if request.sweep.json else out
     cells, outcomes, has_plan = request.sweep.cells, {}, False
     for number, cell in enumerate(cells, start=1):
-        folder, title = request.output_dir / folder_name(cell), f"\n[bold]{number}/{len(cells)}[/] {cell}"
+        folder, title = request.output_dir / folder_name(cell), headed(f"{number}/{len(cells)}", str(cell))
         outcome = failed_before(folder)
         if outcome is not None:
-            shown.print(f"{title}: failed before; remove {folder} to try again", soft_wrap=True)
+            shown.print(title + f": failed before; remove {folder} to try again", soft_wrap=True)
         else:
             with no_empty_folder(folder):
                 ready, training = _ready(err, request, cell)
@@ -158,7 +158,7 @@ def _run_cells(out: Console, err: Console, request: _Request, settings: Mapping[
                     shown.print(_plan(request, ready))
                     has_plan = True
                 if request.settings.own.dry_run:
-                    shown.print("\nA dry run: nothing was written. Without [bold]--dry_run[/] this trains.")
+                    shown.print("\nA dry run: nothing was written. Without --dry_run this trains.")
                     break
                 if not (request.output_dir / RESULT_FILE).exists():
                     write_result(request.output_dir, {"settings": settings, "cells": [], "chosen": None})
@@ -299,20 +299,20 @@ def _show_end(out: Console, request: _Request, found: "SweepEvaluation", result:
 
     folder = request.output_dir
     out.print(Text.assemble("\n", ("chosen  ", "bold"), result["why"], "."))
-    out.print(f"\n[bold]Saved in[/] {folder}")
+    out.print(headed("Saved in", str(folder)), soft_wrap=True)
     table = Table.grid(padding=(0, 3))
     table.add_row(f"  {RESULT_FILE}, {FIGURE_FILE}", Text("every cell's figures and the choice, and the curves", "dim"))
     table.add_row(f"  {result['chosen']}", Text("the chosen ensemble; every other cell lies beside it", "dim"))
     out.print(table)
-    out.print("\n[bold]Next[/]")
-    out.print(f"  renyi generate {folder / result['chosen']}", markup=False, soft_wrap=True)
+    out.print(headed("Next"))
+    out.print(f"  renyi generate {folder / result['chosen']}", soft_wrap=True)
 
 
 def _help() -> None:
     from renyi.runs.sweep import SweepArguments
 
     out = stream()
-    out.print(f"[bold]{PROG}[/] --config FILE.yaml [--alphas A …] [--members M …] [--key value …]\n", markup=True)
+    out.print(Text.assemble((PROG, "bold"), " --config FILE.yaml [--alphas A …] [--members M …] [--key value …]\n"))
     out.print(
         "Train every pair of alpha and number of members with the same data, seed and steps, measure them on the same\n"
         "held-out examples, and choose one. The same command goes on from whatever is there."
@@ -323,7 +323,7 @@ def _help() -> None:
         table.add_row(f"  {key.name}", Text(key.default, "dim"), Text(key.help))
     out.print(table)
     out.print(
-        "\nEvery key of [bold]renyi sft[/], or of [bold]renyi dpo[/] with --method dpo, works too, and so does its\n"
+        "\nEvery key of `renyi sft`, or of `renyi dpo` with --method dpo, works too, and so does its\n"
         "config file: --alphas and --members stand for its alpha and num_members. Examples must be held out: by\n"
         "--test_split_size 0.1, or by --eval_strategy epoch where the data have a test split."
     )

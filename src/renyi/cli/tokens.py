@@ -39,7 +39,7 @@ def shown(piece: str, colour: str | None, coloured: bool) -> Text:
 
 def example_panel(text: Text, name: str, what_is_trained: str) -> Panel:
     """An example in a frame, with its name and what of it is trained."""
-    title = f"[bold]{name}[/] [dim]· {what_is_trained}[/]"
+    title = Text.assemble((name, "bold"), (f" · {what_is_trained}", "dim"))
     return Panel(text, title=title, title_align="left", border_style="dim", padding=(0, 1))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from renyi.cli.console import bytes_text, facts, number_text, plural, quiet_progress_bars, say, stream
+from renyi.cli.console import bytes_text, facts, headed, number_text, plural, quiet_progress_bars, say, stream
 from renyi.cli.parser import ConfigFile, keys, parse, split_config
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def run_training(command: TrainingCommand, argv: Sequence[str]) -> int:
         out.print(command.first(ready, _prepared(ready, ready.train_rows, 1), out.is_terminal))
         if own.dry_run:
             _show_memory(out, err, ready)
-            out.print("\nA dry run: nothing was written. Without [bold]--dry_run[/] this trains.")
+            out.print("\nA dry run: nothing was written. Without --dry_run this trains.")
             return 0
         return _train(out, err, command, ready, progress, script.dataset_name)
 
@@ -334,12 +334,13 @@ def _show_files(out: Console, command: TrainingCommand, ready: "Run", dataset_na
     table = Table.grid(padding=(0, 3))
     for name, what in files.items():
         table.add_row(f"  {name}", Text(what, "dim"))
-    out.print(f"\n[bold]Saved in[/] {folder}")
+    out.print(headed("Saved in", folder), soft_wrap=True)
     out.print(table)
-    out.print("\n[bold]Next[/]")
+    out.print(headed("Next"))
     for line in command.next(folder, dataset_name):
-        out.print(f"  {line}", markup=False, soft_wrap=True)
-    out.print(f'  from renyi import LoraEnsemble; LoraEnsemble.load("{folder}")   [dim]in Python[/]', soft_wrap=True)
+        out.print(f"  {line}", soft_wrap=True)
+    in_python = f'  from renyi import LoraEnsemble; LoraEnsemble.load("{folder}")'
+    out.print(Text.assemble(in_python, ("   in Python", "dim")), soft_wrap=True)
 
 
 # ---- Help ------------------------------------------------------------------------------------------------------------
@@ -369,14 +370,14 @@ _OUR_HELP = {
 
 def _help(command: TrainingCommand) -> None:
     out = stream()
-    out.print(f"[bold]{command.prog}[/] --config FILE.yaml [--key value …]\n", markup=True)
+    out.print(Text.assemble((command.prog, "bold"), " --config FILE.yaml [--key value …]\n"))
     out.print(f"{command.about} A flag overrides the file, the file overrides the default.")
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column(style="dim", max_width=12, overflow="fold")
     table.add_column()
     for group, names in {**_BEFORE, **command.keys, **_AFTER}.items():
-        table.add_row(f"\n[bold]{command.members.capitalize() if group == 'Members' else group}[/]")
+        table.add_row(headed(command.members.capitalize() if group == "Members" else group))
         for key in keys(command.settings(), names.split()):
             table.add_row(f"  {key.name}", Text(key.default), Text(_OUR_HELP.get(key.name, key.help)))
     out.print(table)
