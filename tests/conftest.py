@@ -1,4 +1,4 @@
-"""What every test gets: silence from the libraries, one thread, and fresh seeds."""
+"""What every test gets: silence from the libraries, a fixed number of threads, and fresh seeds."""
 
 import logging
 import os
@@ -21,9 +21,21 @@ logging.getLogger("trl").setLevel(logging.ERROR)
 
 @pytest.fixture(autouse=True)
 def _same_start() -> Iterator[None]:
-    """Tests see the same random state in any order, and leave the number of threads as it was."""
+    """Tests see the same random state in any order, and leave the number of threads as it was.
+
+    That number is `OMP_NUM_THREADS`, or 1: what a test asserts holds for any.
+    """
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Everything that the test makes and trains is in double precision, see `float64.py`."""
+    from float64 import in_float64
+
+    with in_float64():
+        yield

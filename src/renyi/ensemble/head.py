@@ -24,7 +24,7 @@ BLOCK_ON_CPU, BLOCK = (1024, 1024), (8192, 8192)
 
 
 class TokenScores(NamedTuple):
-    """What the head says about each target token, float32 [N]; only `log_probs` carries a gradient."""
+    """What the head says about each target token, [N], in float32 or better; only `log_probs` carries a gradient."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -73,7 +73,7 @@ def token_scores(hidden: Tensor, head: nn.Module, targets: Tensor, transform: Lo
 
     Returns:
         Log-probability of each target (nats), entropy of each next-token distribution (nats), and whether the target
-        is the most likely token: float32, float32 and bool, each [N].
+        is the most likely token, each [N]. The first two are float32, or float64 if `hidden` is.
     """
     bias: Tensor | None = getattr(head, "bias", None)
     return TokenScores(*_FrozenHead.apply(hidden, head.weight, bias, targets, transform))
@@ -126,17 +126,18 @@ def _score(
     Σ e^(z − top) dz/dh of all tokens but the target. That the target's own terms cancel, rest/mass = 1 − p, is done on
     paper: in numbers the gradient of a token that is all but certain would be rounding.
     """
-    lowest = torch.finfo(torch.float32).min
-    top_N = torch.full_like(targets_N, lowest, dtype=torch.float32)
+    precision = torch.promote_types(hidden_ND.dtype, torch.float32)
+    lowest = torch.finfo(precision).min
+    top_N = torch.full_like(targets_N, lowest, dtype=precision)
     mass_N, rest_N, moment_N, goal_N = (torch.zeros_like(top_N) for _ in range(4))
     is_top1_N = torch.zeros_like(targets_N, dtype=torch.bool)
-    pull_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
+    pull_ND = torch.zeros_like(hidden_ND, dtype=precision)
     starts = range(0, len(weight_VD), width)
     by_block = (targets_N // width).sort(stable=True)
     rows_of_block = by_block.indices.split(by_block.values.bincount(minlength=len(starts)).tolist())
     for start, rows in zip(starts, rows_of_block, strict=True):
         weight_vD = weight_VD[start : start + width].to(hidden_ND.dtype)
-        z_Nv = _in_float32(hidden_ND, weight_vD.T)
+        z_Nv = _product(hidden_ND, weight_vD.T)
         if bias_V is not None:
             z_Nv += bias_V[start : start + width]
         z_Nv = transform(z_Nv)
@@ -163,10 +164,10 @@ def _score(
             if transform != LogitTransform():
                 e_Nv *= slope_Nv
             pull_ND *= fade_N[:, None]
-            pull_ND += _in_float32(e_Nv.to(hidden_ND.dtype), weight_vD)
+            pull_ND += _product(e_Nv.to(hidden_ND.dtype), weight_vD)
     # log1p keeps what a token lacks of certainty: the mass is 1 + the rest if the target is on top.
     log_mass_N = torch.log1p(rest_N + torch.expm1(goal_N - top_N))
-    push_ND = (rest_N * transform.slope(goal_N))[:, None] * weight_VD[targets_N].float()
+    push_ND = (rest_N * transform.slope(goal_N))[:, None] * weight_VD[targets_N].to(precision)
     return (
         goal_N - top_N - log_mass_N,
         log_mass_N - moment_N / mass_N,
@@ -175,11 +176,12 @@ def _score(
     )
 
 
-def _in_float32(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product in float32, whose terms alone have the operands' precision where the device can do that."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).float()
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """A matrix product in float32 or better. Where the device can, half-precision terms are summed in float32."""
+    precision = torch.promote_types(left.dtype, torch.float32)
+    if left.is_cuda and left.dtype != precision:
+        return torch.mm(left, right, out_dtype=precision)
+    return (left @ right).to(precision)
 
 
 def check_head(base: PreTrainedModel) -> None:
@@ -203,7 +205,7 @@ def check_head(base: PreTrainedModel) -> None:
         transform = LogitTransform.from_config(base.config)
         rows, row_targets = hidden.repeat_interleave(len(targets), 0), targets.repeat(len(hidden))
         ours = token_scores(rows, head, row_targets, transform).log_probs
-        theirs = base(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)[:, targets].flatten()
+        theirs = base(input_ids=ids, use_cache=False).logits[0].to(ours.dtype).log_softmax(-1)[:, targets].flatten()
     base.train(training)
     if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05):
         raise ConfigError(

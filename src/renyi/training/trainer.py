@@ -213,7 +213,7 @@ class EnsembleTrainer(RoutedSteps):
         """Clip every member's gradient by itself, as an independent run would; return the mean of their norms."""
         self.accelerator.unscale_gradients()
         stacked = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norms_M = torch.stack([g.float().flatten(1).norm(dim=1) for g in stacked]).norm(dim=0)
+        norms_M = torch.stack([_at_least_float32(g).flatten(1).norm(dim=1) for g in stacked]).norm(dim=0)
         factor_M = (self.args.max_grad_norm / (norms_M + 1e-6)).clamp(max=1.0)
         for grad in stacked:
             grad.mul_(factor_M.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
@@ -490,6 +490,10 @@ def scale_gradient(loss: Tensor, factor: float) -> Tensor:
 def squared_distance(parameters: Iterable[Tensor], origins: Iterable[Tensor]) -> Tensor:
     """Σ ‖φ − φ⁰‖² over parameters and where they began."""
     return torch.stack([(p - o).square().sum() for p, o in zip(parameters, origins, strict=True)]).sum()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _first_line(error: BaseException) -> str:
