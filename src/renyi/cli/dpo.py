@@ -16,7 +16,7 @@ from renyi.cli.training import TrainingCommand, run_training
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from renyi.runs.run import Run
+    from renyi.runs.single import Run
     from renyi.training.trainer import EnsembleTrainer
 
 SNIPPET = 24  # characters shown of either side of a pair
@@ -46,7 +46,7 @@ class _DPO(TrainingCommand):
     def settings(self) -> Sequence[type]:
         from trl import ScriptArguments
 
-        from renyi.runs.run import MemberConfig, RunArguments, TokenizerArguments
+        from renyi.runs.single import MemberConfig, RunArguments, TokenizerArguments
         from renyi.training import RenyiDPOConfig
 
         return ScriptArguments, RenyiDPOConfig, MemberConfig, RunArguments, TokenizerArguments

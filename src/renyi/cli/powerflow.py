@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from renyi.inference.policies import PolicySummary
-    from renyi.runs.run import Run
+    from renyi.runs.single import Run
     from renyi.training.trainer import EnsembleTrainer
 
 ROLLOUTS = 8  # of each prompt, to say what a policy learned
@@ -56,7 +56,7 @@ class _PowerFlow(TrainingCommand):
     def settings(self) -> Sequence[type]:
         from trl import ScriptArguments
 
-        from renyi.runs.run import PolicyConfig, PolicyTokenizerArguments, RunArguments
+        from renyi.runs.single import PolicyConfig, PolicyTokenizerArguments, RunArguments
         from renyi.training import PowerFlowConfig
 
         return ScriptArguments, PowerFlowConfig, PolicyConfig, RunArguments, PolicyTokenizerArguments

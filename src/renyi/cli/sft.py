@@ -16,7 +16,7 @@ from renyi.cli.training import TrainingCommand, run_training
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from renyi.runs.run import Run
+    from renyi.runs.single import Run
     from renyi.training.trainer import EnsembleTrainer
 
 
@@ -42,7 +42,7 @@ class _SFT(TrainingCommand):
     def settings(self) -> Sequence[type]:
         from trl import ScriptArguments
 
-        from renyi.runs.run import MemberConfig, RunArguments
+        from renyi.runs.single import MemberConfig, RunArguments
         from renyi.training import RenyiSFTConfig
 
         return ScriptArguments, RenyiSFTConfig, MemberConfig, RunArguments

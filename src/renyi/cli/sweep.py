@@ -1,7 +1,7 @@
 """`renyi sweep`: alpha × members with one budget, measured on the same held-out examples, and one of them chosen.
 
-Every cell is what `renyi sft` or `renyi dpo` would train. What a sweep does stands in `renyi.runs.sweep`, what its
-figures mean in `renyi.evaluation.sweep`.
+Every cell is what `renyi sft` or `renyi dpo` would train. What a sweep does stands in `renyi.runs.grid`, what its
+figures mean in `renyi.evaluation.sweep_choice`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,9 +21,9 @@ from renyi.cli.tables import as_json, figures_table, titled
 from renyi.cli.training import TrainingCommand
 
 if TYPE_CHECKING:
-    from renyi.evaluation.sweep import Cell, SweepEvaluation
-    from renyi.runs.run import Run
-    from renyi.runs.sweep import Outcome, Settings, SweepArguments
+    from renyi.evaluation.sweep_choice import Cell, SweepEvaluation
+    from renyi.runs.grid import Outcome, Settings, SweepArguments
+    from renyi.runs.single import Run
 
 PROG = "renyi sweep"
 METHODS: Mapping[str, type[TrainingCommand]] = {"sft": _SFT, "dpo": _DPO}
@@ -46,7 +46,7 @@ class _Request(NamedTuple):
 
     def of_cell(self, cell: "Cell") -> "Settings":
         """The settings of one cell, made anew: a run changes those that it is built from."""
-        from renyi.runs.sweep import folder_name
+        from renyi.runs.grid import folder_name
 
         of_cell = {"num_members": cell.members, "alpha": cell.alpha, "output_dir": self.output_dir / folder_name(cell)}
         flags = [text for key, value in of_cell.items() for text in (f"--{key}", str(value))]
@@ -61,7 +61,7 @@ def run(argv: Sequence[str]) -> int:
     out, err = stream(), stream(stderr=True)
     with err.status("loading"):
         from renyi.errors import TrainingDivergedError
-        from renyi.runs.sweep import check_same_sweep, recorded, refuse_what_a_sweep_decides, write_result
+        from renyi.runs.grid import check_same_sweep, recorded, refuse_what_a_sweep_decides, write_result
 
         quiet_progress_bars()
         _let_flags_override(config, flags)
@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> int:
             "every cell failed", where=str(request.output_dir), hint="; ".join(map(str, reasons))
         )
     with err.status("evaluating"):
-        from renyi.evaluation.sweep import evaluate_sweep
+        from renyi.evaluation.sweep_choice import evaluate_sweep
         from renyi.evaluation.sweep_figure import draw_sweep
 
         found, unit = evaluate_sweep(held_out), request.command.trainer().unit
@@ -115,7 +115,7 @@ def _let_flags_override(config: ConfigFile, flags: Sequence[str]) -> None:
 
 
 def _parsed(command: TrainingCommand, flags: Sequence[str], config: ConfigFile) -> _Request:
-    from renyi.runs.sweep import Settings, SweepArguments
+    from renyi.runs.grid import Settings, SweepArguments
 
     parsed = parse([*command.settings(), SweepArguments], flags, config, PROG)
     script, args, model, own, *of_tokenizer, sweep = parsed.filled
@@ -141,8 +141,8 @@ def _placed(check: Any, config: ConfigFile, *values: Any) -> None:
 
 def _run_cells(out: Console, err: Console, request: _Request, settings: Mapping[str, str]) -> "dict[Cell, Outcome]":
     """Train and measure every cell; of a dry run only say what would be done."""
+    from renyi.runs.grid import RESULT_FILE, failed_before, folder_name, write_result
     from renyi.runs.output import no_empty_folder
-    from renyi.runs.sweep import RESULT_FILE, failed_before, folder_name, write_result
 
     shown = Console(quiet=True) if request.sweep.json else out
     cells, outcomes, has_plan = request.sweep.cells, {}, False
@@ -174,7 +174,7 @@ def _run_cells(out: Console, err: Console, request: _Request, settings: Mapping[
 def _ready(err: Console, request: _Request, cell: "Cell") -> "tuple[Run, Any]":
     """A cell up to its training, and what shows how that goes."""
     from renyi.cli.progress import Progress
-    from renyi.runs.sweep import prepare_cell
+    from renyi.runs.grid import prepare_cell
 
     training = nullcontext() if request.sweep.json else Progress()
     callbacks = [training] if isinstance(training, Progress) else []
@@ -183,7 +183,7 @@ def _ready(err: Console, request: _Request, cell: "Cell") -> "tuple[Run, Any]":
 
 
 def _trained(err: Console, request: _Request, ready: "Run", training: Any) -> "Outcome":
-    from renyi.runs.sweep import run_cell
+    from renyi.runs.grid import run_cell
 
     return run_cell(ready, request.settings.script.dataset_name, training, lambda: err.status("measuring"))
 
@@ -225,8 +225,8 @@ def _result(
     request: _Request, settings: Mapping[str, str], outcomes: "Mapping[Cell, Outcome]", found: "SweepEvaluation"
 ) -> dict[str, Any]:
     """The object of `sweep.json` and `--json`."""
-    from renyi.evaluation.sweep import why
-    from renyi.runs.sweep import FIGURE_FILE, folder_name
+    from renyi.evaluation.sweep_choice import why
+    from renyi.runs.grid import FIGURE_FILE, folder_name
 
     cells = []
     for cell, outcome in sorted(outcomes.items()):
@@ -295,7 +295,7 @@ def _pm(estimate: Any) -> str:
 
 
 def _show_end(out: Console, request: _Request, found: "SweepEvaluation", result: Mapping[str, Any]) -> None:
-    from renyi.runs.sweep import FIGURE_FILE, RESULT_FILE
+    from renyi.runs.grid import FIGURE_FILE, RESULT_FILE
 
     folder = request.output_dir
     out.print(Text.assemble("\n", ("chosen  ", "bold"), result["why"], "."))
@@ -309,7 +309,7 @@ def _show_end(out: Console, request: _Request, found: "SweepEvaluation", result:
 
 
 def _help() -> None:
-    from renyi.runs.sweep import SweepArguments
+    from renyi.runs.grid import SweepArguments
 
     out = stream()
     out.print(Text.assemble((PROG, "bold"), " --config FILE.yaml [--alphas A …] [--members M …] [--key value …]\n"))

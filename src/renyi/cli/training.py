@@ -1,6 +1,6 @@
 """What every command that trains an ensemble does: say what it understood, train, and say what came out.
 
-What only one method knows, its `TrainingCommand` says; what training does stands in `renyi.runs.run`.
+What only one method knows, its `TrainingCommand` says; what training does stands in `renyi.runs.single`.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ from renyi.cli.parser import ConfigFile, keys, parse, split_config
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from renyi.runs.run import Rows, Run
+    from renyi.runs.single import Rows, Run
     from renyi.training.trainer import EnsembleTrainer
 
 
@@ -91,7 +91,7 @@ def run_training(command: TrainingCommand, argv: Sequence[str]) -> int:
     out, err = stream(), stream(stderr=True)
     with err.status("loading"):
         from renyi.runs.output import no_empty_folder
-        from renyi.runs.run import build
+        from renyi.runs.single import build
         from renyi.training.config import AUTO
 
         quiet_progress_bars()
@@ -151,7 +151,7 @@ def _choose_alpha(
 
 
 def _train(out: Console, err: Console, command: TrainingCommand, ready: "Run", progress: Any, dataset_name: str) -> int:
-    from renyi.runs.run import save, train
+    from renyi.runs.single import save, train
     from renyi.training.checkpoints import find_checkpoints
 
     out.print()

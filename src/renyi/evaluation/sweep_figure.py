@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from renyi.evaluation.plots import ACCENT, OTHERS
-from renyi.evaluation.sweep import Cell, CellQuality
+from renyi.evaluation.sweep_choice import Cell, CellQuality
 
 _COLOURS = ("#1f4e79", "#3a7d44", "#8e5ea2", "#c9a227", "#3c8dad", "#7a5230")
 _LEAST_SHARE = 0.4  # of its panel's height that the mixtures' NLL takes; members far worse leave the panel

@@ -22,7 +22,7 @@ from renyi.ensemble.curvature import AdapterSpace
 from renyi.ensemble.storage import MANIFEST_FILE
 from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.inference.diagnose import Diagnosis, Pairs, diagnose, spread
-from renyi.runs.run import MemberConfig, RunArguments, build, save, train
+from renyi.runs.single import MemberConfig, RunArguments, build, save, train
 from renyi.training import RenyiDPOTrainer
 from renyi.training.trainer import EnsembleTrainer
 
@@ -67,7 +67,7 @@ def fit_and_spread(
     """Fit one adapter, diagnose it, and write the members' start; or read what an earlier call chose.
 
     Args:
-        trainer_class, script, args, model, own, of_tokenizer: as for `renyi.runs.run.build`, which changes them.
+        trainer_class, script, args, model, own, of_tokenizer: as for `renyi.runs.single.build`, which changes them.
         callbacks: of the one adapter's training.
         watch: called with what is done next.
 

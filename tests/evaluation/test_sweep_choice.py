@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from renyi.evaluation.bootstrap import Estimate
-from renyi.evaluation.sweep import (
+from renyi.evaluation.sweep_choice import (
     Cell,
     CellQuality,
     HeldOut,

@@ -1,6 +1,6 @@
 """A sweep over alpha and the number of members: every cell is one run, measured on the same held-out examples.
 
-The steps that a command line calls for every cell, as `renyi.runs.run` has them for one run. It prints nothing, and
+The steps that a command line calls for every cell, as `renyi.runs.single` has them for one run. It prints nothing, and
 knows neither flags nor files of settings.
 """
 
@@ -20,10 +20,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import ScriptArguments
 
 from renyi.errors import ConfigError, EnsembleFormatError, SaveError, TrainingDivergedError
-from renyi.evaluation.sweep import Cell, HeldOut
+from renyi.evaluation.sweep_choice import Cell, HeldOut
 from renyi.inference import score, score_pairs
 from renyi.inference.confidence import token_confidence
-from renyi.runs.run import MemberConfig, Run, RunArguments, build, save, train
+from renyi.runs.single import MemberConfig, Run, RunArguments, build, save, train
 from renyi.training import RenyiDPOTrainer
 from renyi.training.config import EnsembleConfig, require
 from renyi.training.trainer import EnsembleTrainer
@@ -72,7 +72,7 @@ class SweepArguments:
 
 
 class Settings(NamedTuple):
-    """What `renyi.runs.run.build` takes for one cell; `of_tokenizer` holds its last argument if there is one."""
+    """What `renyi.runs.single.build` takes for one cell; `of_tokenizer` holds its last argument if there is one."""
 
     trainer: type[EnsembleTrainer]
     script: ScriptArguments
