@@ -20,6 +20,7 @@ COMMANDS = {
     "dpo": "train an α-Rényi LoRA ensemble on preference pairs (DPO)",
     "powerflow": "tune toward a power of the base distribution, without labels or rewards",
     "sweep": "alpha × members on a held-out split: a table, a figure, and which to take",
+    "audit": "where a fine-tuning dataset contradicts itself, row by row, before it is trained on",
     "diagnose": "whether data contradict a fitted adapter, from which alpha on members part, and over what",
     "generate": "an ensemble's answers, coloured by how much its members disagree, or side by side",
     "score": "log-likelihoods and responsibilities of every member on every example",
