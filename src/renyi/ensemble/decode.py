@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from renyi.ensemble.rows import repeat_rows
 from renyi.errors import ConfigError
 from renyi.measures import TokenUncertainty, token_uncertainty
-from renyi.objectives import effective_members
+from renyi.objectives import effective_members, running_log_weights
 
 MIXTURES = ("sequence", "token", "member")
 
@@ -195,7 +195,7 @@ def _loop(
         steps.log_weights.append(log_w_KB)
         steps.uncertainty.append(uncertainty)
         if not by_token:
-            log_w_KB = torch.where(unfinished_B, _posterior(log_w_KB, log_p_KB), log_w_KB)
+            log_w_KB = torch.where(unfinished_B, running_log_weights(log_w_KB, log_p_KB), log_w_KB)
 
         ids_BT = torch.cat([ids_BT, token_B[:, None]], dim=-1)
         if streamer is not None:
@@ -263,13 +263,6 @@ def _mixed(logits_KBV: Tensor, log_p_KBV: Tensor, log_w_KB: Tensor) -> Tensor:
     return (log_w_KB1 + log_p_KBV).logsumexp(0) + (log_w_KB1.exp() * level_KB1).sum(0)
 
 
-def _posterior(log_w_KB: Tensor, log_p_KB: Tensor) -> Tensor:
-    """Bayes' rule for one token, [K, B]; weights stay where a processor forced a token that no member allows."""
-    joint_KB = log_w_KB + log_p_KB
-    evidence_B = joint_KB.logsumexp(0)
-    return torch.where(evidence_B > -torch.inf, joint_KB - evidence_B, log_w_KB)
-
-
 def _summarise(steps: _Steps, log_weights: Tensor) -> Generation:
     mask_BN = torch.stack(steps.mask, -1)
     log_p_KBN, log_w_KBN = torch.stack(steps.log_probs, -1), torch.stack(steps.log_weights, -1)
@@ -292,7 +285,7 @@ def _summarise(steps: _Steps, log_weights: Tensor) -> Generation:
         mean_epistemic=uncertainty.epistemic.sum(-1) / tokens_B,
         max_epistemic=uncertainty.epistemic.amax(-1),
         disagreement=uncertainty.variation_ratio.sum(-1) / tokens_B,
-        effective_members=effective_members(_posterior(log_weights[:, None].expand_as(ell_KB), ell_KB).exp()),
+        effective_members=effective_members(running_log_weights(log_weights[:, None].expand_as(ell_KB), ell_KB).exp()),
     )
 
 

@@ -48,7 +48,6 @@ class LoraEnsemble(JointModel):
         mesh: the processes that members are split over; None if all of them are here. On a mesh a forward runs this
             process's own members only, and what speaks of all of them (`log_likelihood`, `save`) is called by all
             processes together.
-        routing: which pairs of members and examples a training step runs, and how many at a time; None for all at once.
     """
 
     def __init__(

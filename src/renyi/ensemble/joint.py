@@ -1,7 +1,7 @@
 """The joint forward: one pass of the base over M·B member-major rows, and the log-likelihoods it gives.
 
-Training and scoring both go through it. It turns token ids into log-likelihoods, and knows nothing about how members
-are made, kept or changed, nor about objectives or trainers.
+Training and scoring both go through it: token ids go in, log-likelihoods come out. `ensemble.py` has what else can be
+done with members, and `renyi.routing` wraps this forward where a training step leaves pairs out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
 from renyi.ensemble.lora import MemberSelection
 from renyi.ensemble.mesh import MemberMesh
-from renyi.ensemble.routing import Routing, routed_forward
 from renyi.ensemble.rows import IGNORED, JointOutput, repeat_packed, repeat_rows
 
 
@@ -25,7 +24,6 @@ class JointModel(nn.Module):
     Attributes:
         base: the transformers model, with joint layers in the places of its target layers.
         weights: mixture weights [M] of all members, on whichever process.
-        routing: which pairs of members and examples a training step runs, and how many at a time; None for all at once.
         mesh: the processes that members are split over; None if all of them are here.
     """
 
@@ -34,7 +32,6 @@ class JointModel(nn.Module):
     def __init__(self, base: PreTrainedModel, selection: MemberSelection, num_members: int, mesh: MemberMesh | None):
         super().__init__()
         self.base, self.mesh = base, mesh
-        self.routing: Routing | None = None
         self._selection = selection
         self._has_dropout = _has_dropout(base)
         self._logit_transform = LogitTransform.from_config(base.config)
@@ -75,10 +72,6 @@ class JointModel(nn.Module):
         """
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
-        if self.routing is not None and self.training and torch.is_grad_enabled() and self._selection.members is None:
-            batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels, **kwargs}
-            if not self.routing.is_plain(len(self.members) * len(input_ids), input_ids.shape[1]):
-                return routed_forward(self, self.routing, batch)
         targets_BT = labels[:, 1:]
         if attention_mask is not None:
             # Nothing but padding precedes the first token of a left-padded row.

@@ -21,9 +21,9 @@ from renyi.objectives import (
     LogRatios,
     PreferenceLoss,
     completion_log_prob,
+    example_responsibilities,
     preference_log_likelihood,
     preference_margin,
-    responsibilities,
 )
 
 
@@ -127,7 +127,7 @@ def _score_batch(
     log_mixture_B2 = (log_weights[:, None, None] + log_preference_MB2).logsumexp(dim=0)
     uncertainty = token_uncertainty(log_preference_MB2, log_weights)
     tokens_B = mask[:, 1:].sum(dim=1).view(2, -1).sum(dim=0).cpu()
-    routed_B = tokens_B if ensemble.routing_quantity == "length_normalised" else torch.ones_like(tokens_B)
+    order = tokens_B, ensemble.alpha, log_weights, ensemble.routing_quantity
     return [
         PairScore(*values)
         for values in zip(
@@ -136,7 +136,7 @@ def _score_batch(
             margin_MB.T.tolist(),
             log_mixture_B2[:, 0].exp().tolist(),
             ell_MB.T.tolist(),
-            responsibilities(ell_MB / routed_B, ensemble.alpha, log_weights).T.tolist(),
+            example_responsibilities(ell_MB, *order).T.tolist(),
             (-log_mixture_B2[:, 0]).tolist(),
             uncertainty.total.tolist(),
             uncertainty.epistemic.tolist(),

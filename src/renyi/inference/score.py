@@ -15,7 +15,7 @@ from renyi.data import IGNORED, Preparation, prepare
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
-from renyi.objectives import jensen_gap, renyi_loss, responsibilities
+from renyi.objectives import example_responsibilities, jensen_gap, renyi_loss
 
 
 class Score(NamedTuple):
@@ -96,14 +96,14 @@ def _score_batch(ensemble: LoraEnsemble, rows: list[int], columns: dict[str, lis
         )
     tokens_B = (labels[:, 1:] != IGNORED).sum(dim=1)
     log_weights = ensemble.weights.cpu().log()
-    routed_B = tokens_B.clamp(min=1) if ensemble.routing_quantity == "length_normalised" else torch.ones_like(tokens_B)
+    order = tokens_B, ensemble.alpha, log_weights, ensemble.routing_quantity
     return [
         Score(*values)
         for values in zip(
             rows,
             tokens_B.tolist(),
             ell_MB.T.tolist(),
-            responsibilities(ell_MB / routed_B, ensemble.alpha, log_weights).T.tolist(),
+            example_responsibilities(ell_MB, *order).T.tolist(),
             renyi_loss(ell_MB, 1.0, log_weights).tolist(),
             jensen_gap(ell_MB, log_weights).tolist(),
             strict=True,

@@ -4,7 +4,16 @@ Nothing here knows what a model, a token or a trainer is.
 """
 
 from renyi.measures.stability import critical_alpha
-from renyi.objectives.mixture import effective_members, jensen_gap, renyi_loss, responsibilities
+from renyi.objectives.mixture import (
+    QUANTITIES,
+    effective_members,
+    example_loss,
+    example_responsibilities,
+    jensen_gap,
+    renyi_loss,
+    responsibilities,
+    running_log_weights,
+)
 from renyi.objectives.power import (
     BALANCES,
     ImportanceWeight,
@@ -32,6 +41,7 @@ __all__ = [
     "COUPLED_LOSSES",
     "F_DIVERGENCES",
     "PAIR_LOSSES",
+    "QUANTITIES",
     "ImportanceWeight",
     "LogRatios",
     "PowerTarget",
@@ -39,6 +49,8 @@ __all__ = [
     "completion_log_prob",
     "critical_alpha",
     "effective_members",
+    "example_loss",
+    "example_responsibilities",
     "group_partition",
     "importance_weight",
     "jensen_gap",
@@ -48,6 +60,7 @@ __all__ = [
     "preference_margin",
     "renyi_loss",
     "responsibilities",
+    "running_log_weights",
     "trajectory_balance",
     "trajectory_residual",
 ]

@@ -20,12 +20,15 @@ Convention trap: the order a of Rényi variational inference (Li and Turner 2016
 is a = 1 − α. Their a → 1 is the ELBO, our α → 0. Theirs also takes one expectation over the whole data set,
 ours one for each example.
 
-Nothing here knows of models, tokens, adapters or schedules. Nor need ℓ be a likelihood: with any per-example
-loss c_m, take ℓ_m = −c_m (a Gibbs posterior).
+ℓ need not be a likelihood: with any per-example loss c_m, take ℓ_m = −c_m (a Gibbs posterior). The loss of preference
+pairs is in `preference.py`, that of PowerFlow in `power.py`.
 """
 
 import torch
 from torch import Tensor
+
+# What is routed: the log-likelihood of a whole example, or its mean per trained token.
+QUANTITIES = ("sequence", "length_normalised")
 
 
 def renyi_loss(log_likelihood: Tensor, alpha: float | Tensor, log_weights: Tensor | None = None) -> Tensor:
@@ -62,6 +65,68 @@ def responsibilities(log_likelihood: Tensor, alpha: float | Tensor, log_weights:
     """
     _, deviation, log_weights = _centred(log_likelihood, log_weights)
     return (log_weights + _order(alpha, deviation.dtype) * deviation).softmax(0)
+
+
+def example_loss(
+    log_likelihood: Tensor,
+    tokens: Tensor,
+    alpha: float | Tensor,
+    log_weights: Tensor | None = None,
+    quantity: str = "sequence",
+) -> Tensor:
+    """The α-Rényi loss of examples that are routed by their log-likelihood, or by its mean per token.
+
+    With "length_normalised" routing an example of T tokens pays T times the loss of ℓ/T. So at every α the gradient by
+    ℓ is minus its `example_responsibilities`, and at α = 0 both quantities give the same loss.
+
+    Args:
+        log_likelihood: ℓ [M, ...] in nats, summed over trained tokens.
+        tokens: trained tokens [...]; an example of none counts as one of one token.
+        alpha: the Rényi order.
+        log_weights: log w, as for `renyi_loss`.
+        quantity: one of `QUANTITIES`.
+
+    Returns:
+        The loss in nats, shape [...].
+    """
+    units = _units(tokens, quantity)
+    return units * renyi_loss(log_likelihood / units, alpha, log_weights)
+
+
+def example_responsibilities(
+    log_likelihood: Tensor,
+    tokens: Tensor,
+    alpha: float | Tensor,
+    log_weights: Tensor | None = None,
+    quantity: str = "sequence",
+) -> Tensor:
+    """The share [M, ...] of each example that each member learns from under `example_loss`; arguments as there."""
+    return responsibilities(log_likelihood / _units(tokens, quantity), alpha, log_weights)
+
+
+def _units(tokens: Tensor, quantity: str) -> Tensor:
+    """What the log-likelihood of an example is divided by before it is routed."""
+    if quantity not in QUANTITIES:
+        raise ValueError(f"quantity is {quantity!r}; it should be one of {QUANTITIES}")
+    return tokens.clamp(min=1) if quantity == "length_normalised" else torch.ones_like(tokens)
+
+
+def running_log_weights(log_weights: Tensor, log_prob: Tensor) -> Tensor:
+    """Bayes' rule for one more token: log w_m + log p_m(y_t), normalised over members.
+
+    After a prefix, members that explained it count more. Weights stay as they are where no member of weight above 0
+    allows the token, which a logits processor may force: the evidence is 0 there, and 0/0 would be NaN.
+
+    Args:
+        log_weights: log w before the token, normalised, [M, ...].
+        log_prob: log p_m(y_t | x, y_<t) in nats, [M, ...].
+
+    Returns:
+        log w after the token, normalised, [M, ...].
+    """
+    joint = log_weights + log_prob
+    evidence = joint.logsumexp(0)
+    return torch.where(evidence > -torch.inf, joint - evidence, log_weights)
 
 
 def jensen_gap(log_likelihood: Tensor, log_weights: Tensor | None = None) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 
-from renyi.ensemble.routing import ROUTINGS
 from renyi.errors import ConfigError
+from renyi.routing import ROUTINGS
 
 AUTO = "auto"
 _BeforeConfig: Any = object  # a TRL config comes next in the order of bases, which mypy cannot know

@@ -21,10 +21,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig
 
 from renyi import data
-from renyi.ensemble import BaseScore, JointOutput, LoraEnsemble
+from renyi.ensemble import BaseScore, LoraEnsemble
 from renyi.ensemble.pool import POOLS
 from renyi.errors import ConfigError
 from renyi.objectives import BALANCES, group_partition, importance_weight, trajectory_balance, trajectory_residual
+from renyi.routing import member_sums
 from renyi.training.balance import Balance, balance_figures, balance_sums, by_length
 from renyi.training.card import Method
 from renyi.training.config import AUTO, EnsembleConfig, require
@@ -33,7 +34,6 @@ from renyi.training.partition import LearnedPartition
 from renyi.training.report import draw_powerflow
 from renyi.training.rollouts import UNTOUCHED, Rollouts, RolloutTrainer, no_reward
 from renyi.training.start import as_ensemble
-from renyi.training.statistics import member_sums
 from renyi.training.target import card_of
 
 PARTITIONS = ("group", "learned")
@@ -293,7 +293,9 @@ class PowerFlowTrainer(RolloutTrainer):
     ) -> Tensor:
         """The balance of a batch of rollouts: its mean over trajectories."""
         longest = int(inputs["attention_mask"].sum(dim=1).max())
-        output: JointOutput = model(*(inputs[k][:, :longest] for k in ("input_ids", "attention_mask", "labels")))
+        alpha = self.current_alpha
+        batch = {k: inputs[k][:, :longest] for k in ("input_ids", "attention_mask", "labels")}
+        output, _ = self.joint_forward(model, batch, alpha)
         log_policy_MB, tokens_B = output.log_probs.sum(dim=-1), output.label_mask.sum(dim=-1)
         learned = self.args.partition == "learned"
         log_partition_MB = self._partition(inputs["prompt_state"]) if learned else inputs["log_partition"].T
@@ -302,7 +304,7 @@ class PowerFlowTrainer(RolloutTrainer):
         ratio = importance_weight(log_policy_MB, inputs["log_behaviour"], low, high)
         terms = (log_policy_MB, inputs["log_base"].T, tokens_B, log_partition_MB, self.args.power, inputs["penalty"])
         loss_MB = trajectory_balance(*terms, self.args.balance, ratio.weight)
-        loss_B, r_MB = self.routed(-loss_MB, tokens_B)
+        loss_B, r_MB = self.routed(-loss_MB, tokens_B, alpha)
         loss = self.to_minimise(loss_B.mean(), -loss_MB, r_MB, inputs, num_items_in_batch)
 
         with torch.no_grad():

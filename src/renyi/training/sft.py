@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
 from renyi import data
-from renyi.ensemble import JointOutput, example_log_likelihood
+from renyi.ensemble import example_log_likelihood
+from renyi.routing import routing_sums, share_of
 from renyi.training.config import EnsembleConfig, require
-from renyi.training.statistics import mean_of_members, routing_sums
+from renyi.training.statistics import mean_of_members
 from renyi.training.trainer import EnsembleTrainer
 
 
@@ -82,12 +83,14 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The α-Rényi loss of a TRL batch, in nats per trained token."""
-        output: JointOutput = model(**inputs)
+        alpha = self.current_alpha
+        output, passed = self.joint_forward(model, inputs, alpha)
         ell_ME, tokens_E = example_log_likelihood(output, inputs.get("position_ids"))
         ell_ME = self.model.gathered(ell_ME)
-        loss_E, r_ME = self.routed(ell_ME, tokens_E)
+        loss_E, r_ME = self.routed(ell_ME, tokens_E, alpha)
 
-        num_tokens = tokens_E.sum() / self.share if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        own_tokens = tokens_E.sum() / share_of(inputs)
+        num_tokens = own_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = loss_E.sum() / num_tokens.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the tokens are everyone's, and DDP averages gradients
@@ -99,7 +102,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
                 **routing_sums(ell_ME.detach(), r_ME, self.model.weights.log(), tokens),
                 "entropy": (mean_of_members(output.entropy), tokens),
                 "mean_token_accuracy": (mean_of_members(output.is_top1), tokens),
-                **self.pair_sums(r_ME),
+                **self.pair_sums(r_ME, passed),
             },
             inputs,
         )

@@ -1,6 +1,6 @@
-"""What is watched of the routing, and the mixture weights that are learned from it.
+"""Sums that are kept between two logs, and mixture weights that are learned from responsibilities.
 
-Everything comes from log-likelihoods and responsibilities; nothing here knows what an example is.
+What is summed of an ensemble is in `renyi.routing.statistics`.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,9 +11,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from renyi.ensemble import LoraEnsemble
-from renyi.objectives import effective_members, renyi_loss
-
-Sums = Mapping[str, tuple[Tensor, Tensor]]  # by logged name: what is added up, and what it is divided by
+from renyi.routing import Sums
 
 
 class RunningMeans:
@@ -44,28 +42,6 @@ class RunningMeans:
         self.names = list(state)
         values = torch.tensor(list(state.values()), dtype=torch.float64, device=self.sums.device)
         self.sums = values.T.contiguous() if state else self.sums.new_zeros(2, 0)
-
-
-def routing_sums(ell_ME: Tensor, r_ME: Tensor, log_weights: Tensor, units: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """What any ensemble logs of a batch of E examples, from log-likelihoods and responsibilities [M, E].
-
-    Negative log-likelihoods and the Jensen gap are per unit, of which the batch holds `units`: trained tokens, or
-    examples.
-    """
-    members, mixture = renyi_loss(ell_ME, 0.0, log_weights).sum(), renyi_loss(ell_ME, 1.0, log_weights).sum()
-    sums = {
-        "nll_members": (members, units),
-        "nll_mixture": (mixture, units),
-        "jensen_gap": (members - mixture, units),
-    }
-    return sums | member_sums(r_ME)
-
-
-def member_sums(r_ME: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Who takes the examples, from responsibilities [M, E]."""
-    examples = r_ME.new_tensor(r_ME.shape[1])
-    sums = {"effective_members": (effective_members(r_ME).sum(), examples)}
-    return sums | {f"member_load/{m}": (load, examples) for m, load in enumerate(r_ME.sum(dim=1))}
 
 
 def mean_of_members(values_MBT: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""How a training step goes through its pairs of members and examples, and what that takes.
+"""How a training step runs its batch: in parts that fit the token budget, and through the router.
 
-Mixed in before a TRL trainer. It splits a batch so that a pass fits the token budget, tells the ensemble which pairs to
-train, and logs what was left out. What an example's log-likelihood is, and what is done with a gradient, others say.
+Mixed in before a TRL trainer. What the router does with a batch is in `renyi.routing`; this has what only a Trainer
+hook can do.
 """
 
 import resource
@@ -14,14 +14,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from renyi.ensemble import LoraEnsemble
-from renyi.ensemble.routing import Routing, take_examples
 from renyi.errors import ConfigError
-from renyi.training.statistics import Sums
+from renyi.routing import PassStatistics, Routed, Router, RoutingPlan, Sums, pair_sums
 
 # A pass of fewer tokens would leave a processor idle, whatever one member's batch is.
 LEAST_BUDGET = 8192
-# By how much "sparse" must be cheaper than "dense" by its reckoning for "auto" to take it.
-MARGIN = 0.05
 
 
 class RoutedSteps(Trainer):
@@ -29,30 +26,22 @@ class RoutedSteps(Trainer):
 
     model: LoraEnsemble
     args: Any
+    router: Router
     rows_per_example = 1
     routings: tuple[str, ...] = ("dense", "sampled", "sparse", "raced", "auto")
     splits_batches = True  # whether a batch may come in parts; rollouts are generated for a whole one
 
-    share = 1.0  # of the batch that `compute_loss` has in hand
-    _scoring_cost: float | None = None  # of a pass without a graph, in terms of a dense step
-    _active = 1.0  # share of pairs at or above the threshold, of late
-
     def start_routing(self) -> None:
-        """Tell the ensemble how to go through its pairs.
+        """Make the router.
 
         Raises:
-            ConfigError: this trainer, or these settings, do not go with the routing.
+            ConfigError: this trainer does not go with the routing.
         """
         args, kind = self.args, self.args.routing
         if kind not in self.routings:
             raise ConfigError(f"{kind!r} is not built here", where="routing", hint=f"Give {', '.join(self.routings)}.")
-        self.model.routing = Routing(
-            kind="dense" if kind == "auto" else kind,
-            threshold=args.routing_threshold,
-            token_budget=args.token_budget or self._default_budget(),
-            rows_per_example=self.rows_per_example,
-            responsibilities=lambda ell_MB, tokens_B: self.routed(ell_MB, tokens_B)[1],
-        )
+        budget = args.token_budget or self._default_budget()
+        self.router = Router(self.model, RoutingPlan(kind, args.routing_threshold, budget, self.rows_per_example))
 
     def _default_budget(self) -> int | None:
         """What one member's largest batch takes, so that memory does not grow with the members."""
@@ -65,91 +54,54 @@ class RoutedSteps(Trainer):
     def trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def routed(self, ell_ME: Tensor, tokens_E: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
-
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """TRL's, in as many parts as the token budget asks for; gradients are those of the whole batch."""
-        routing = self.model.routing
-        assert routing is not None
-        routing.undivided = self.current_alpha == 0
         if self.args.routing == "auto":
-            self._choose(routing, inputs)
-        parts = self._parts(routing, inputs)
+            self._measure_scoring(inputs)
+        plan, parts = self.router.plan, [inputs]
+        if plan.kind == "dense" and self.splits_batches:  # otherwise the router splits pairs
+            parts = plan.parts(inputs, len(self.model.members))
         started, syncs = time.perf_counter(), self.accelerator.sync_gradients
         losses = []
         for number, part in enumerate(parts, 1):
-            self.share = len(part["input_ids"]) / len(inputs["input_ids"]) if len(parts) > 1 else 1.0
             # Gradients of all parts travel together.
             self.accelerator.gradient_state._set_sync_gradients(syncs and number == len(parts))
             with self.accelerator.no_sync(model) if number < len(parts) else nullcontext():
                 losses.append(super().training_step(model, part, num_items_in_batch))
-        self.share = 1.0
         self._seconds = time.perf_counter() - started
         return torch.stack(losses).sum()
 
-    @property
-    def current_alpha(self) -> float:
-        raise NotImplementedError
+    def joint_forward(self, model: nn.Module, batch: dict[str, Any], alpha: float) -> Routed:
+        """The ensemble's forward, in training through the router.
 
-    def _parts(self, routing: Routing, inputs: dict[str, Any]) -> list[dict[str, Any]]:
-        """The batch by examples, few enough for all members in one pass; those of a part are about as long."""
-        if routing.kind != "dense" or not self.splits_batches:
-            return [inputs]  # the ensemble splits pairs
-        rows, length = inputs["input_ids"].shape
-        if routing.takes(len(self.model.members) * rows, length) or rows == self.rows_per_example:
-            return [inputs]
-        assert routing.token_budget is not None
-        most = routing.token_budget // (len(self.model.members) * self.rows_per_example * length)
-        examples = torch.arange(rows // self.rows_per_example)
-        if "attention_mask" in inputs:
-            lengths = inputs["attention_mask"].sum(dim=1).view(self.rows_per_example, -1).amax(dim=0)
-            examples = lengths.argsort(descending=True, stable=True).cpu()
-        return [take_examples(inputs, at, self.rows_per_example) for at in examples.split(max(1, most))]
-
-    # ---- "auto" ----------------------------------------------------------------------------------------------------
-
-    def _choose(self, routing: Routing, inputs: dict[str, Any]) -> None:
-        """Between "dense" and "sparse", by what scoring costs, measured once, and the share of pairs that matter."""
-        if self._scoring_cost is None and self.state.global_step >= 2 and routing.kind == "dense":
-            began = time.perf_counter()
-            with torch.no_grad(), self.compute_loss_context_manager():
-                self.model(**{k: v for k, v in self._prepare_inputs(inputs).items() if k in _OF_FORWARD})
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self._scoring_cost = (time.perf_counter() - began) / self._seconds
-        cost = self._scoring_cost
-        routing.kind = "sparse" if cost is not None and cost + self._active < 1 - MARGIN else "dense"
-
-    def pair_sums(self, r_ME: Tensor) -> Sums:
-        """What is logged of the pairs of a training batch, from responsibilities [M, E].
-
-        Of what is dropped: a member's gradient changes by at most Σ r ‖∇ℓ‖ over the pairs that are left out.
+        Args:
+            model: the ensemble, or what accelerate wrapped around it.
+            batch: arguments of the forward.
+            alpha: the order at which the loss of this batch will be taken.
         """
-        routing = self.model.routing
-        if routing is None or self.args.routing == "dense" or not self.model.training:
+        with self.accelerator.autocast():
+            return self.router.forward(batch, alpha, through=model)
+
+    def _measure_scoring(self, inputs: dict[str, Any]) -> None:
+        """Take the time of a scoring pass, once, as a share of the dense step before it."""
+        auto = self.router.auto
+        if auto.scoring_cost is not None or self.state.global_step < 2 or auto.kind != "dense":
+            return
+        began = time.perf_counter()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            self.model(**{k: v for k, v in self._prepare_inputs(inputs).items() if k in _OF_FORWARD})
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        auto.scoring_cost = (time.perf_counter() - began) / self._seconds
+
+    def pair_sums(self, r_ME: Tensor, passed: PassStatistics) -> Sums:
+        """What is logged of the pairs of a training batch, from responsibilities [M, E]; nothing of a dense run."""
+        if self.args.routing == "dense" or not self.model.training:
             return {}
-        one, examples = torch.ones((), device=r_ME.device), r_ME.new_tensor(r_ME.shape[1])
-        below_ME = r_ME < routing.threshold
-        self._active += 0.1 * (1 - below_ME.float().mean().item() - self._active)
-        if routing.kind in ("dense", "sparse"):
-            left_out = below_ME if routing.kind == "sparse" else torch.zeros_like(below_ME)
-            active, dropped, scored = (~left_out).float().mean(), (r_ME * left_out).sum() / examples, one
-        else:
-            active, dropped, scored = one / len(r_ME), one * routing.dropped, one * routing.scored
-        return {
-            "routing/active": (active * examples, examples),
-            "routing/dropped": (dropped * examples, examples),
-            "routing/scored": (scored * examples, examples),
-        }
-
-    def routing_state(self) -> dict[str, Any]:
-        return {"scoring_cost": self._scoring_cost, "active": self._active}
-
-    def restore_routing(self, state: dict[str, Any]) -> None:
-        self._scoring_cost, self._active = state["scoring_cost"], state["active"]
+        self.router.auto.observe(r_ME, self.args.routing_threshold)
+        return pair_sums(r_ME, self.router.plan, passed)
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 

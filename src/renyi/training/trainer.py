@@ -32,7 +32,8 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from renyi import data
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError, DataError, RenyiError, SaveError, TrainingDivergedError
-from renyi.objectives import renyi_loss, responsibilities
+from renyi.objectives import example_loss, example_responsibilities
+from renyi.routing import AutoRouting, Sums, share_of
 from renyi.training import card
 from renyi.training.checkpoints import SEAL_FILE, find_checkpoints, seal
 from renyi.training.config import AUTO
@@ -41,7 +42,7 @@ from renyi.training.parallel import MemberAccelerator, gather_state, own_state
 from renyi.training.report import draw_training
 from renyi.training.schedule import scheduled_alpha
 from renyi.training.start import as_ensemble
-from renyi.training.statistics import LearnMixtureWeights, RunningMeans, Sums
+from renyi.training.statistics import LearnMixtureWeights, RunningMeans
 from renyi.training.steps import RoutedSteps
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,11 @@ class EnsembleTrainer(RoutedSteps):
 
     @property
     def current_alpha(self) -> float:
-        """The order in force: the schedule's while training, the final one in evaluation."""
+        """The order of the batch at hand: the schedule's while training, the final one in evaluation.
+
+        Read it once a batch, at the start of `compute_loss`, and pass it on as a number: whoever turns the model's
+        training mode off for a while would read another one.
+        """
         return self._scheduled_alpha if self.model.training else self.args.alpha
 
     @property
@@ -154,17 +159,16 @@ class EnsembleTrainer(RoutedSteps):
         progress = self.state.global_step / max(self.state.max_steps, 1)
         return scheduled_alpha(progress, self.args.alpha, self.args.alpha_hold_ratio, self.args.alpha_ramp_ratio)
 
-    def routed(self, ell_ME: Tensor, tokens_E: Tensor) -> tuple[Tensor, Tensor]:
-        """The α-Rényi loss [E] of examples at the order in force, and their responsibilities [M, E].
+    def routed(self, ell_ME: Tensor, tokens_E: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """The α-Rényi loss [E] of examples, and their responsibilities [M, E].
 
         Args:
             ell_ME: log-likelihoods, nats.
             tokens_E: trained tokens, which length-normalised routing divides by.
+            alpha: the order.
         """
-        log_weights, alpha = self.model.weights.log(), self.current_alpha
-        routed_E = tokens_E if self.args.routing_quantity == "length_normalised" else torch.ones_like(tokens_E)
-        loss_E = routed_E * renyi_loss(ell_ME / routed_E, alpha, log_weights)
-        return loss_E, responsibilities(ell_ME.detach() / routed_E, alpha, log_weights)
+        given = tokens_E, alpha, self.model.weights.log(), self.args.routing_quantity
+        return example_loss(ell_ME, *given), example_responsibilities(ell_ME.detach(), *given)
 
     def to_minimise(
         self, loss: Tensor, ell_ME: Tensor, r_ME: Tensor, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -177,7 +181,7 @@ class EnsembleTrainer(RoutedSteps):
         loss = scale_gradient(loss, self.model.num_members)
         if self.model.training:
             if self.args.prior_std is not None:
-                loss = loss + scale_gradient(self._prior(num_items_in_batch), len(self.model.members))
+                loss = loss + scale_gradient(self._prior(share_of(inputs), num_items_in_batch), len(self.model.members))
             if self._learned_weights is not None:
                 self._learned_weights.add(r_ME)
         if not math.isfinite(loss.item()):
@@ -188,12 +192,12 @@ class EnsembleTrainer(RoutedSteps):
         """How many units (tokens, or pairs) of the training data the reported loss is a mean over."""
         raise NotImplementedError
 
-    def _prior(self, num_items_in_batch: Tensor | int | None) -> Tensor:
+    def _prior(self, share: float, num_items_in_batch: Tensor | int | None) -> Tensor:
         """The prior's part of a micro-batch: (1/M) Σ_m ‖φ_m − φ_m⁰‖² / 2σ², spread over the dataset's units.
 
         On a mesh it is the mean over this process's members; the loss that is logged is the mean over processes.
         """
-        distance = self.share * squared_distance(self.trained_parameters(), self._origins)
+        distance = share * squared_distance(self.trained_parameters(), self._origins)
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
         return distance / (2 * self.args.prior_std**2 * len(self.model.members) * self._prior_units * steps)
 
@@ -422,7 +426,7 @@ class EnsembleTrainer(RoutedSteps):
                 "total_loss": self._total_loss_scalar,
                 "step_last_logged": self._globalstep_last_logged,
                 "num_tokens": self._total_train_tokens,
-                "routing": self.routing_state(),
+                "routing": self.router.auto.state(),
                 "starved_logs": self._starved_logs,
                 "warned_starved": self._warned_starved,
             }
@@ -437,7 +441,7 @@ class EnsembleTrainer(RoutedSteps):
         self._total_loss_scalar, self._step_of_first_loss = state["total_loss"], 0
         self._globalstep_last_logged = state["step_last_logged"]
         self._total_train_tokens = state["num_tokens"]
-        self.restore_routing(state["routing"])
+        self.router.auto = AutoRouting(**state["routing"])
         self._starved_logs, self._warned_starved = state["starved_logs"], state["warned_starved"]
         watched = self._watched["train"]
         watched.restore(state["watched"])

@@ -8,24 +8,20 @@ from tiny import VOCABULARY, padded_batch, tiny_ensemble
 from torch import Tensor
 
 from renyi import LoraEnsemble
-from renyi.ensemble import routing as module
-from renyi.ensemble.routing import Routing
 from renyi.objectives import renyi_loss, responsibilities
+from renyi.routing import Router, RoutingPlan
+from renyi.routing.race import race
 
 ALPHA = 0.6
 
 
-def loss_of(ensemble: LoraEnsemble, ids: Tensor, mask: Tensor, alpha: float = ALPHA) -> Tensor:
-    return renyi_loss(ensemble(ids, mask).log_probs.sum(-1), alpha).sum()
-
-
-def step(ensemble: LoraEnsemble, routing: Routing | None, ids: Tensor, mask: Tensor, alpha: float = ALPHA):
-    """The loss and its gradients [P] by all parameters."""
+def step(ensemble: LoraEnsemble, plan: RoutingPlan | None, ids: Tensor, mask: Tensor, alpha: float = ALPHA):
+    """The loss and its gradients [P] by all parameters; without a plan, those of the plain forward."""
     ensemble.train().zero_grad()
-    ensemble.routing = routing
-    loss = loss_of(ensemble, ids, mask, alpha)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    output = ensemble(**batch) if plan is None else Router(ensemble, plan).forward(batch, alpha).output
+    loss = renyi_loss(output.log_probs.sum(-1), alpha).sum()
     loss.backward()
-    ensemble.routing = None
     return loss.item(), torch.cat([p.grad.flatten() for p in ensemble.parameters() if p.requires_grad])
 
 
@@ -34,16 +30,12 @@ def shares(ensemble: LoraEnsemble, ids: Tensor, mask: Tensor, alpha: float = ALP
         return responsibilities(ensemble(ids, mask).log_probs.sum(-1), alpha)
 
 
-def route(alpha: float = ALPHA):
-    return lambda ell_MB, tokens_B: responsibilities(ell_MB, alpha)
-
-
 @pytest.mark.parametrize("budget", [1, 9, 20, 40])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_step_in_parts_is_the_whole_step(kind, budget):
     ensemble, (ids, mask) = tiny_ensemble(kind=kind), padded_batch()
     loss, gradient = step(ensemble, None, ids, mask)
-    found_loss, found = step(ensemble, Routing(token_budget=budget), ids, mask)
+    found_loss, found = step(ensemble, RoutingPlan(token_budget=budget), ids, mask)
     assert found_loss == pytest.approx(loss, rel=1e-6)
     assert (found - gradient).norm() <= 1e-6 * gradient.norm()
 
@@ -58,7 +50,7 @@ def test_no_pass_is_larger_than_the_budget(monkeypatch):
         return forward(**given)
 
     monkeypatch.setattr(ensemble.base.base_model, "forward", watched)
-    step(ensemble, Routing(token_budget=20), ids, mask)
+    step(ensemble, RoutingPlan(token_budget=20), ids, mask)
     assert max(tokens for has_graph, tokens in seen if has_graph) <= 20
     assert max(tokens for _, tokens in seen) == 27
 
@@ -68,7 +60,7 @@ def test_checkpointed_steps_are_those_without_checkpoints():
     _, gradient = step(ensemble, None, ids, mask)
     ensemble.activation_checkpointing_enable()
     for kind in ("dense", "sparse", "raced"):
-        routing = Routing(kind, 0.0, 20, responsibilities=route())
+        routing = RoutingPlan(kind, 0.0, 20)
         _, found = step(ensemble, routing, ids, mask)
         if kind != "raced":  # which draws
             assert (found - gradient).norm() <= 1e-6 * gradient.norm()
@@ -79,8 +71,9 @@ def test_autocast_reaches_the_second_pass():
     with torch.autocast("cpu", torch.bfloat16):
         _, gradient = step(ensemble, None, ids, mask)
         ensemble.train().zero_grad()
-        ensemble.routing = Routing(token_budget=20)
-        loss = loss_of(ensemble, ids, mask)
+        router = Router(ensemble, RoutingPlan(token_budget=20))
+        output, _ = router.forward({"input_ids": ids, "attention_mask": mask}, ALPHA)
+        loss = renyi_loss(output.log_probs.sum(-1), ALPHA).sum()
     loss.backward()  # outside, as trainers do
     found = torch.cat([p.grad.flatten() for p in ensemble.parameters() if p.requires_grad])
     assert (found - gradient).norm() <= 0.02 * gradient.norm()
@@ -93,13 +86,13 @@ def test_sparse_leaves_out_pairs_below_the_threshold_and_nothing_else():
     threshold = r_MB.flatten().sort().values[4].item() + 1e-6
     kept_MB = (r_MB >= threshold).float()
     assert 0 < kept_MB.sum() < kept_MB.numel()
-    _, found = step(ensemble, Routing("sparse", threshold), ids, mask)
+    _, found = step(ensemble, RoutingPlan("sparse", threshold), ids, mask)
     ensemble.zero_grad()
     (-(ensemble(ids, mask).log_probs.sum(-1) * r_MB * kept_MB).sum()).backward()
     expected = torch.cat([p.grad.flatten() for p in ensemble.parameters() if p.requires_grad])
     assert (found - expected).norm() <= 1e-6 * expected.norm()
     _, all_of_it = step(ensemble, None, ids, mask)
-    _, none_dropped = step(ensemble, Routing("sparse", 1e-9), ids, mask)
+    _, none_dropped = step(ensemble, RoutingPlan("sparse", 1e-9), ids, mask)
     assert (none_dropped - all_of_it).norm() <= 1e-6 * all_of_it.norm()
 
 
@@ -107,7 +100,7 @@ def test_what_sparse_drops_moves_a_members_gradient_by_no_more_than_the_bound():
     """Σ r‖∇ℓ‖ over the pairs of a member that were dropped."""
     ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
     r_MB, threshold = shares(ensemble, ids, mask), 0.3
-    found, exact = (step(ensemble, routing, ids, mask)[1] for routing in (Routing("sparse", threshold), None))
+    found, exact = (step(ensemble, routing, ids, mask)[1] for routing in (RoutingPlan("sparse", threshold), None))
 
     def by_member(flat: Tensor) -> Tensor:
         parameters = [p for p in ensemble.parameters() if p.requires_grad]
@@ -135,14 +128,14 @@ def test_sampled_gradients_have_the_dense_one_as_their_mean(monkeypatch, undivid
     mean = torch.zeros_like(gradient)
     for drawn in itertools.product(range(3), repeat=3):
         monkeypatch.setattr(torch, "multinomial", lambda *_, drawn=drawn: torch.tensor(drawn)[:, None])
-        _, found = step(ensemble, Routing("sampled", undivided=undivided), ids, mask, alpha)
+        _, found = step(ensemble, RoutingPlan("sampled"), ids, mask, alpha)
         mean += share_MB[list(drawn), range(3)].prod() * found
     assert (mean - gradient).norm() <= 2e-6 * gradient.norm()
 
 
 def test_drawn_members_are_the_only_ones_that_learn():
     ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
-    step(ensemble, Routing("sampled"), ids[:1], mask[:1])
+    step(ensemble, RoutingPlan("sampled"), ids[:1], mask[:1])
     learned = [p.grad.flatten(1).any(dim=1) for p in ensemble.parameters() if p.requires_grad]
     assert torch.stack(learned).any(dim=0).sum() == 1
 
@@ -153,7 +146,7 @@ def test_pairs_of_rows_go_to_one_member_together(monkeypatch):
     ids, mask, seen = ids.repeat(2, 1), mask.repeat(2, 1), []
     pairing = ensemble.pairing
     monkeypatch.setattr(ensemble, "pairing", lambda members: seen.append(members) or pairing(members))
-    step(ensemble, Routing("sampled", rows_per_example=2), ids, mask)
+    step(ensemble, RoutingPlan("sampled", rows_per_example=2), ids, mask)
     assert len(seen[0]) == 6
     # Pairs are run member by member; each member has both rows of an example or neither.
     assert all(seen[0].count(m) % 2 == 0 for m in range(3))
@@ -168,39 +161,126 @@ def long_batch() -> tuple[Tensor, Tensor]:
     return ids.masked_fill(mask == 0, 0), mask
 
 
+def raced(ensemble: LoraEnsemble, threshold: float, alpha: float = ALPHA):
+    """The race's scores and statistics on the long batch."""
+    ids, mask = long_batch()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    with torch.no_grad():
+        return race(ensemble, RoutingPlan("raced", threshold), batch, alpha)
+
+
+def race_on_paper(log_probs_MBT: Tensor, threshold: float, alpha: float) -> tuple[Tensor, float, float]:
+    """The race by hand, from the scores of all tokens: log-likelihoods [M, B], share scored, responsibility dropped."""
+    many, rows, _ = log_probs_MBT.shape
+    ell, alive = torch.zeros(many, rows), torch.ones(many, rows, dtype=torch.bool)
+    scored, dropped, leader = 0, 0.0, [0] * rows
+    for begin, end in ((0, 16), (16, 32), (32, 50)):
+        scored += int(alive.sum()) * (end - begin)
+        for b in range(rows):
+            found = log_probs_MBT[:, b, begin:end].sum(dim=1)  # token t is predicted at t - 1: the last has no next
+            for m in range(many):
+                ell[m, b] += found[m] if alive[m, b] else found[leader[b]]
+        if end == 50:
+            break
+        r = (alpha * ell).softmax(dim=0)
+        for b in range(rows):
+            leader[b] = max((m for m in range(many) if alive[m, b]), key=lambda m: float(r[m, b]))
+            for m in range(many):
+                if alive[m, b] and r[m, b] < threshold:
+                    alive[m, b] = False
+                    dropped += float(r[m, b])
+    return ell, scored / (many * rows * 50), dropped / rows
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_a_race_that_drops_nobody_scores_as_the_joint_forward_does(kind):
     ensemble, (ids, mask) = tiny_ensemble(kind=kind), long_batch()
-    labels = ids.masked_fill(mask == 0, -100)
-    routing = Routing("raced", 0.0, responsibilities=route())
+    found, statistics = raced(ensemble, 0.0)
     with torch.no_grad():
-        found = module.race(ensemble, routing, {"input_ids": ids, "attention_mask": mask, "labels": labels})
         plain = ensemble(ids, mask)
     torch.testing.assert_close(found.log_probs, plain.log_probs, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(found.entropy, plain.entropy, atol=2e-5, rtol=1e-5)
     assert torch.equal(found.is_top1, plain.is_top1)
     assert torch.equal(found.label_mask, plain.label_mask)
-    assert (routing.scored, routing.dropped) == (1.0, 0.0)
+    assert statistics == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.6, 1.0])
+@pytest.mark.parametrize("threshold", [0.05, 0.25])
+def test_a_race_is_the_race_on_paper(alpha, threshold):
+    """Who falls, what the others score, and what is left out: from the scores of all tokens, by hand."""
+    ensemble, (ids, mask) = tiny_ensemble(), long_batch()
+    with torch.no_grad():
+        plain = ensemble(ids, mask).log_probs
+    ell, scored, dropped = race_on_paper(plain, threshold, alpha)
+    found, statistics = raced(ensemble, threshold, alpha)
+    torch.testing.assert_close(found.log_probs.sum(-1), ell, atol=1e-3, rtol=1e-5)
+    assert statistics.scored == pytest.approx(scored)
+    assert statistics.dropped == pytest.approx(dropped, rel=1e-3)
+    assert scored < 1 or (alpha, threshold) == (0.1, 0.05)
 
 
 def test_a_race_scores_who_is_left_exactly_and_leaves_the_others_behind():
     ensemble, (ids, mask) = tiny_ensemble(), long_batch()
-    labels = ids.masked_fill(mask == 0, -100)
-    routing = Routing("raced", 0.05, responsibilities=route())
+    found, _ = raced(ensemble, 0.05)
     with torch.no_grad():
-        found = module.race(ensemble, routing, {"input_ids": ids, "attention_mask": mask, "labels": labels})
         plain_MB = ensemble(ids, mask).log_probs.sum(-1)
     found_MB = found.log_probs.sum(-1)
     left_MB = torch.isclose(found_MB, plain_MB, atol=1e-3)
     assert left_MB.any(dim=0).all()
     assert not left_MB.all()
     assert (responsibilities(found_MB, ALPHA)[~left_MB] < 0.06).all()
-    assert 0 < routing.scored < 1
-    assert 0 < routing.dropped < 0.05 * 3
 
 
-def test_a_raced_step_trains_who_won():
+def test_a_raced_step_trains_the_drawn_members_and_nobody_else(monkeypatch):
+    """A drawn member gets the inverse of its share, so each example's gradient is that of the drawn log-likelihood."""
     ensemble, (ids, mask) = tiny_ensemble(), long_batch()
-    _, found = step(ensemble, Routing("raced", 0.05, responsibilities=route()), ids, mask)
-    assert found.isfinite().all()
-    assert found.any()
+    found, _ = raced(ensemble, 0.05)
+    shares_ME = responsibilities(found.log_probs.sum(-1), ALPHA)
+    asked: list[Tensor] = []
+
+    def likeliest(weights: Tensor, *_: object) -> Tensor:
+        asked.append(weights)
+        return weights.argmax(dim=1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", likeliest)
+    _, gradient = step(ensemble, RoutingPlan("raced", 0.05), ids, mask)
+    torch.testing.assert_close(asked[0].T, shares_ME, atol=1e-5, rtol=1e-4)
+    winners = shares_ME.argmax(dim=0)
+    ensemble.zero_grad()
+    (-ensemble(ids, mask).log_probs.sum(-1)[winners, torch.arange(len(ids))].sum()).backward()
+    expected = torch.cat([p.grad.flatten() for p in ensemble.parameters() if p.requires_grad])
+    assert (gradient - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_without_gradients_or_in_evaluation_a_router_is_the_plain_forward():
+    ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
+    router, batch = Router(ensemble, RoutingPlan("sampled")), {"input_ids": ids, "attention_mask": mask}
+    plain = ensemble(ids, mask)
+    for found in (router.forward(batch, 0.0), router.forward(batch, ALPHA)):
+        assert torch.equal(found.output.log_probs, plain.log_probs)
+    ensemble.train()
+    with torch.no_grad():
+        assert torch.equal(router.forward(batch, 0.0).output.log_probs, plain.log_probs)
+
+
+def test_a_router_leaves_the_plain_forward_as_it_is():
+    """Nothing about routing is kept on the ensemble, nor on the module that wraps it."""
+    ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
+    before = dict(vars(ensemble))
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module, self.calls = ensemble, 0
+
+        def forward(self, *args: object, **kwargs: object) -> object:
+            self.calls += 1
+            return self.module(*args, **kwargs)
+
+    wrapper, router = Wrapper(), Router(ensemble.train(), RoutingPlan("sparse", 1e-9))
+    batch = {"input_ids": ids, "attention_mask": mask}
+    found = router.forward(batch, ALPHA, through=wrapper)
+    assert wrapper.calls == 1
+    torch.testing.assert_close(found.output.log_probs, router.forward(batch, ALPHA).output.log_probs)
+    assert vars(ensemble.eval()) == before

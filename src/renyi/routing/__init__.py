@@ -1,0 +1,24 @@
+"""Which pairs of members and examples a training step runs, and how many at a time.
+
+Start with `plan.py`, the settings. `router.py` wraps the joint forward of an ensemble, `race.py` scores members only as
+far as they keep up, and `statistics.py` says what was left out.
+"""
+
+from renyi.routing.plan import ROUTINGS, SHARE, RoutingPlan, share_of
+from renyi.routing.router import Routed, Router
+from renyi.routing.statistics import AutoRouting, PassStatistics, Sums, member_sums, pair_sums, routing_sums
+
+__all__ = [
+    "ROUTINGS",
+    "SHARE",
+    "AutoRouting",
+    "PassStatistics",
+    "Routed",
+    "Router",
+    "RoutingPlan",
+    "Sums",
+    "member_sums",
+    "pair_sums",
+    "routing_sums",
+    "share_of",
+]

@@ -1,0 +1,86 @@
+"""The settings of routing, and how a batch is cut into parts. Read `router.py` next, which runs a batch by a plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUTINGS = ("dense", "sampled", "sparse", "raced", "auto")
+SHARE = "share_of_batch"  # key of a part of a batch: its number of examples divided by that of the whole batch
+
+Batch = dict[str, Any]  # the arguments of a joint forward
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """How training goes through the pairs of M members and E examples.
+
+    Attributes:
+        kind: "dense", every pair; "sampled", one member an example, drawn by its share of the gradient and weighted
+            with the inverse, so that the gradient is unbiased; "sparse", the pairs whose share is at least `threshold`;
+            "raced", as "sampled", but members that fall behind are scored no further. "auto" is "dense" or "sparse",
+            as `AutoRouting` says.
+        threshold: ε, the share below which a pair is left out.
+        token_budget: most tokens of a pass that keeps a graph, padding counted; None for no limit. Passes that only
+            score keep no graph: there an example runs under all members at once, however many tokens these are.
+        rows_per_example: 2 for batches of pairs, whose rejected rows come after all chosen ones.
+    """
+
+    kind: str = "dense"
+    threshold: float = 0.01
+    token_budget: int | None = None
+    rows_per_example: int = 1
+
+    def takes(self, rows: int, length: int) -> bool:
+        """Whether so many rows of that length may be one pass."""
+        return self.token_budget is None or rows * length <= self.token_budget
+
+    def is_plain(self, rows: int, length: int) -> bool:
+        """Whether the plain joint forward of so many member-major rows is all that is needed."""
+        return self.kind == "dense" and self.takes(rows, length)
+
+    def parts(self, batch: Batch, num_members: int) -> list[Batch]:
+        """A batch cut by examples, so that a pass of a part under all members fits the token budget.
+
+        Examples of a part are about equally long. If there are several parts, each has its `SHARE` of the batch.
+        """
+        rows, length = batch["input_ids"].shape
+        if self.takes(num_members * rows, length) or rows == self.rows_per_example:
+            return [batch]
+        assert self.token_budget is not None
+        most = self.token_budget // (num_members * self.rows_per_example * length)
+        examples = torch.arange(rows // self.rows_per_example)
+        if "attention_mask" in batch:
+            lengths = batch["attention_mask"].sum(dim=1).view(self.rows_per_example, -1).amax(dim=0)
+            examples = lengths.argsort(descending=True, stable=True).cpu()
+        return [
+            take_examples(batch, at, self.rows_per_example) | {SHARE: len(at) / len(examples)}
+            for at in examples.split(max(1, most))
+        ]
+
+
+def share_of(batch: Mapping[str, Any]) -> float:
+    """Which share of its batch a part from `RoutingPlan.parts` holds; 1 for a whole batch."""
+    return batch.get(SHARE, 1.0)
+
+
+def take_examples(batch: Batch, examples: Tensor, rows_per_example: int = 1) -> Batch:
+    """Some examples of a batch, without columns that are padding in all of their rows."""
+    many = len(batch["input_ids"])
+    of_pairs = many // rows_per_example
+    rows = torch.cat([examples + part * of_pairs for part in range(rows_per_example)])
+
+    def taken(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or len(value) not in (many, of_pairs):
+            return value
+        return value[rows.to(value.device) if len(value) == many else examples.to(value.device)]
+
+    part = {name: taken(value) for name, value in batch.items()}
+    mask = part.get("attention_mask")
+    if mask is None:
+        return part
+    length, longest = mask.shape[1], int(mask.any(dim=0).nonzero().amax()) + 1
+    wide = {k for k, v in part.items() if isinstance(v, Tensor) and v.dim() == 2 and v.shape[1] == length}
+    return {k: v[:, :longest] if k in wide else v for k, v in part.items()}

@@ -1,0 +1,215 @@
+"""The joint forward of an ensemble, run so that a backward trains the pairs of members and examples that a plan takes.
+
+Members are coupled by one number for each member and example: the gradient that arrives at a log-likelihood. So a
+step need not keep a graph of all pairs. It scores them without one. When the backward says how much each pair matters,
+those that do are run again, as many at a time as the token budget allows. How much a pair matters is read off the
+gradient itself, of which a member's share is its responsibility. The plan is in `plan.py`.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from renyi.ensemble import IGNORED, JointOutput, LoraEnsemble
+from renyi.routing.plan import SHARE, Batch, RoutingPlan, take_examples
+from renyi.routing.race import race
+from renyi.routing.statistics import AutoRouting, PassStatistics
+
+
+class Routed(NamedTuple):
+    """A joint forward, and what it scored and left out."""
+
+    output: JointOutput
+    statistics: PassStatistics
+
+
+class Router:
+    """Runs batches through an ensemble by a plan.
+
+    Attributes:
+        ensemble: M members. They are used as they are and not changed.
+        auto: what "auto" goes by; the router's only state, which a trainer updates.
+    """
+
+    def __init__(self, ensemble: LoraEnsemble, plan: RoutingPlan):
+        self.ensemble, self.auto, self._plan = ensemble, AutoRouting(), plan
+
+    @property
+    def plan(self) -> RoutingPlan:
+        """The plan of the next forward: the given one, with "auto" decided."""
+        return replace(self._plan, kind=self.auto.kind) if self._plan.kind == "auto" else self._plan
+
+    def forward(self, batch: Batch, alpha: float, through: nn.Module | None = None) -> Routed:
+        """The joint forward, of which a backward trains the pairs that the plan takes.
+
+        Values are those of the plain forward without dropout, except in two cases. What "raced" did not score is
+        taken from the member that leads. Where alpha is 0, responsibilities are the mixture weights whatever members
+        say: if members are drawn then, those that were not drawn are taken to say what the drawn one says.
+
+        Without gradients, or in evaluation mode, this is the plain forward.
+
+        Args:
+            batch: arguments of `LoraEnsemble.forward`; `SHARE` may be among them.
+            alpha: the order at which this batch is trained.
+            through: what wraps the ensemble to exchange gradients (DistributedDataParallel), whose forward has to run.
+        """
+        wrapper = self.ensemble if through is None else through
+        batch = {name: value for name, value in batch.items() if name != SHARE}
+        rows, length = batch["input_ids"].shape
+        learns = self.ensemble.training and torch.is_grad_enabled()
+        if not learns or self.plan.is_plain(len(self.ensemble.members) * rows, length):
+            return Routed(wrapper(**batch), PassStatistics())
+        if batch.get("labels") is None:
+            ids, mask = batch["input_ids"], batch.get("attention_mask")
+            batch["labels"] = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
+        if wrapper is self.ensemble:
+            return self._forward(batch, alpha)
+        return _through(wrapper, self.ensemble, self._forward, batch, alpha)
+
+    def _forward(self, batch: Batch, alpha: float) -> Routed:
+        draws = self.plan.kind in ("sampled", "raced")
+        if draws and alpha == 0 and self.plan.takes(*batch["input_ids"].shape):
+            return self._drawn_forward(batch)
+        with torch.no_grad(), _scoring(self.ensemble):
+            output, statistics = self._scored(batch, alpha)
+        parameters = [p for p in self.ensemble.parameters() if p.requires_grad]
+        device = output.log_probs.device.type
+        casts, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        plan = self.plan
+
+        def gradients(upstream_MBT: Tensor) -> list[Tensor]:
+            with torch.autocast(device, dtype, enabled=casts), torch.enable_grad():
+                return self._train_pairs(plan, batch, upstream_MBT, parameters)
+
+        log_probs = _Deferred.apply(output.log_probs, gradients, *parameters)
+        return Routed(output._replace(log_probs=log_probs), statistics)
+
+    def _train_pairs(
+        self, plan: RoutingPlan, batch: Batch, upstream_MBT: Tensor, parameters: list[nn.Parameter]
+    ) -> list[Tensor]:
+        """Gradients by the parameters of Σ upstream · log-probabilities over the pairs that are taken."""
+        size_MB = upstream_MBT.abs().sum(dim=-1)
+        size_ME = size_MB.unflatten(1, (plan.rows_per_example, -1)).sum(dim=1)
+        share_ME = size_ME / size_ME.sum(dim=0).clamp(min=torch.finfo(size_ME.dtype).tiny)
+        if plan.kind == "sparse":
+            weight_ME = (share_ME >= plan.threshold).to(size_ME)
+        elif plan.kind == "dense":
+            weight_ME = torch.ones_like(size_ME)
+        else:
+            weight_ME = _one_of(share_ME)
+        weight_MB = weight_ME.repeat(1, plan.rows_per_example)
+        members, rows = ((weight_MB > 0) & (size_MB > 0)).nonzero(as_tuple=True)
+        upstream_PT = upstream_MBT[members, rows] * weight_MB[members, rows, None]
+        gradients = [torch.zeros_like(p) for p in parameters]
+        if not len(rows):
+            return gradients
+        length = batch["input_ids"].shape[1]
+        many = len(rows) if plan.token_budget is None else max(1, plan.token_budget // length)
+        many = 1 if "cu_seq_lens_q" in batch else many  # a packed row says where its own examples begin
+        for at in torch.arange(len(rows), device=rows.device).split(many):
+            with self.ensemble.pairing(members[at].tolist()):
+                log_probs_PT = self.ensemble(**take_examples(batch, rows[at])).log_probs[0]
+                found = torch.autograd.grad(log_probs_PT, parameters, upstream_PT[at, : log_probs_PT.shape[1]])
+            torch._foreach_add_(gradients, list(found))
+        return gradients
+
+    def _drawn_forward(self, batch: Batch) -> Routed:
+        """One pass with a graph of a member an example, drawn by mixture weight."""
+        rows, per_example = len(batch["input_ids"]), self.plan.rows_per_example
+        weight_ME = _one_of(self.ensemble.weights[:, None].expand(-1, rows // per_example))
+        weight_MB = weight_ME.repeat(1, per_example)
+        with self.ensemble.pairing(weight_MB.argmax(dim=0).tolist()):
+            output = self.ensemble(**batch)
+        of_all = JointOutput(*(x if x is output.label_mask else x.expand(len(weight_MB), -1, -1) for x in output))
+        without_graph = output.log_probs.detach()
+        log_probs = without_graph + weight_MB[..., None] * (output.log_probs - without_graph)
+        return Routed(of_all._replace(log_probs=log_probs), PassStatistics(scored=0.0))
+
+    def _scored(self, batch: Batch, alpha: float) -> tuple[JointOutput, PassStatistics]:
+        """All pairs, as many examples at a time as the budget allows under all members."""
+        (rows, length), members = batch["input_ids"].shape, len(self.ensemble.members)
+        if self.plan.takes(members * rows, length):
+            return self._score(batch, alpha)
+        assert self.plan.token_budget is not None
+        many = max(1, self.plan.token_budget // (members * length))
+        parts, scored, dropped = [], 0.0, 0.0
+        for at in torch.arange(rows, device=batch["input_ids"].device).split(many):
+            output, statistics = self._score(take_examples(batch, at), alpha)
+            parts.append(_padded(output, length - 1))
+            scored += statistics.scored * len(at) / rows
+            dropped += statistics.dropped * len(at) / rows
+        output = JointOutput(*(torch.cat(column, dim=column[0].dim() - 2) for column in zip(*parts, strict=True)))
+        return output, PassStatistics(scored, dropped)
+
+    def _score(self, batch: Batch, alpha: float) -> tuple[JointOutput, PassStatistics]:
+        if self.plan.kind == "raced":
+            return race(self.ensemble, self.plan, batch, alpha)
+        return self.ensemble(**batch), PassStatistics()
+
+
+class _Deferred(torch.autograd.Function):
+    """Values that are known already; their gradient by parameters is computed when what comes from above is known."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, gradients: Callable[[Tensor], list[Tensor]], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *ctx.gradients(upstream)
+
+
+def _through(wrapper: nn.Module, module: nn.Module, method: Callable[..., Routed], *args: Any) -> Routed:
+    """`method(*args)` where `wrapper` would call the forward of `module`, which it wraps.
+
+    DistributedDataParallel readies its exchange of gradients in its own forward, and that calls nothing but the
+    module's forward. TRL and Lightning do the same.
+    """
+    own = vars(module).get("forward")
+
+    def restore() -> None:
+        if own is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = own
+
+    def once(*given: Any) -> Routed:
+        restore()  # for `method` runs the real forward
+        return method(*given)
+
+    module.forward = once
+    try:
+        return wrapper(*args)
+    finally:
+        restore()
+
+
+def _one_of(share_ME: Tensor) -> Tensor:
+    """Zero but for one member of each example, drawn by its share, which gets the inverse of it."""
+    drawn_E = torch.multinomial(share_ME.T.clamp(min=torch.finfo(share_ME.dtype).tiny), 1).T
+    return torch.zeros_like(share_ME).scatter_(0, drawn_E, 1 / share_ME.gather(0, drawn_E).clamp(min=1e-30))
+
+
+@contextmanager
+def _scoring(ensemble: nn.Module) -> Iterator[None]:
+    """Without dropout or checkpoints. Linear layers stay as they are: on a CPU, bitsandbytes repacks evaluated ones."""
+    modules = [m for m in ensemble.modules() if m.training and not isinstance(m, nn.Linear)]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def _padded(output: JointOutput, length: int) -> JointOutput:
+    return JointOutput(*(F.pad(x, (0, length - x.shape[-1])) for x in output))
