@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback
 
 from renyi import PowerFlowConfig, PowerFlowTrainer
-from renyi.evaluation.sampling import majority_accuracy
+from renyi.evaluation.sample_quality import majority_accuracy
 from renyi.objectives import power_target
 from renyi.zoo.half_known import Answers, HalfKnown, Question, answer_quality, read_answers, train_half_known
 

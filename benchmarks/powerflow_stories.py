@@ -34,9 +34,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback
 
 from renyi import PowerFlowConfig, PowerFlowTrainer
-from renyi.evaluation.sampling import Sample, evaluate_sampling
+from renyi.evaluation.sample_quality import Sample, evaluate_sampling
+from renyi.inference.draws import base_log_likelihood, draw_samples
 from renyi.inference.generate import prompt_ids
-from renyi.inference.sampling import base_log_likelihood, draw_samples
 
 WORDS, TOKENS, SAMPLES, HELD_OUT = 10, 48, 16, 32
 SLOPES = ("slope/log_base", "slope/length", "slope/r2")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torchmetrics.functional.text import bleu_score
 
 from renyi.evaluation import Sample, distinct_n, evaluate_sampling, majority_accuracy, pass_at_k, self_bleu
-from renyi.evaluation.sampling import contains_answer, normalised, words
+from renyi.evaluation.sample_quality import contains_answer, normalised, words
 
 properties = settings(max_examples=60, deadline=None)
 some_words = st.lists(st.sampled_from("abc"), max_size=7)

@@ -11,8 +11,8 @@ from torch import Tensor
 from renyi import LoraEnsemble
 from renyi.errors import DataError
 from renyi.inference import score_continuations
+from renyi.inference.draws import Draw, base_log_likelihood, draw_samples
 from renyi.inference.generate import prompt_ids
-from renyi.inference.sampling import Draw, base_log_likelihood, draw_samples
 
 PROMPTS = ["w1 w2 w3", "w7", [{"role": "user", "content": "w4 w5"}]]
 IDS = [prompt_ids(prompt, tiny_tokenizer()) for prompt in PROMPTS]

@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.columns import Columns
 from rich.console import Console
@@ -21,12 +21,12 @@ from rich.text import Text
 from renyi.cli.console import plural, quiet_progress_bars, say, stream
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import Loaded, check_output, load_ensemble, progress_bar, write_lines
-from renyi.errors import ConfigError, DataError, EnsembleFormatError
+from renyi.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from renyi.inference import Answer, Prompt
+    from renyi.inference.abstention import Abstention
 
-ABSTENTION_FILE = "abstention.json"
 # Epistemic uncertainty in nats, up to which a token has a colour: log 2 is two equal camps that say different things.
 SCALE = ((0.02, ""), (0.1, "green"), (0.3, "yellow"), (0.6, "dark_orange"), (math.inf, "bold red"))
 
@@ -53,7 +53,7 @@ def run(argv: Sequence[str]) -> int:
         quiet_progress_bars()
         loaded = load_ensemble(args)
     prompts = [_opened(text, args, loaded) for text in texts]
-    abstention = _Abstention.read(loaded.folder, args.withhold)
+    abstention = _abstention(loaded.folder, args.withhold)
     silent = args.json or args.output
     if not silent and not args.members and not args.withhold:
         for text, prompt in zip(texts, prompts, strict=True):
@@ -193,48 +193,28 @@ def _opened(prompt: "Prompt", args: argparse.Namespace, loaded: Loaded) -> "Prom
 # ---- Abstention ------------------------------------------------------------------------------------------------------
 
 
-class _Abstention(NamedTuple):
-    """The threshold in the ensemble's folder. A score of tokens is an answer's by its most uncertain token."""
+def _abstention(folder: Path, needed: bool) -> "Abstention | None":
+    """The threshold in the ensemble's folder; what does not fit answers is an error if it is needed, else a warning."""
+    from renyi.inference.abstention import ABSTENTION_FILE, FIND_ONE, read_abstention
 
-    score: str
-    threshold: float
-    risk: float | None
-
-    @classmethod
-    def read(cls, folder: Path, needed: bool) -> "_Abstention | None":
-        file = folder / ABSTENTION_FILE
-        hint = "`renyi evaluate --target_risk 0.05` finds a threshold."
-        if not file.is_file():
-            if needed:
-                raise ConfigError(f"there is no {ABSTENTION_FILE} in {folder}", where="--withhold", hint=hint)
-            return None
-        try:
-            kept = json.loads(file.read_text(encoding="utf-8"))
-            found = cls(str(kept["score"]), float(kept["threshold"]), kept.get("risk", kept.get("target_risk")))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EnsembleFormatError(f"cannot be read ({error!r})", where=str(file), hint=hint) from error
-        if found.score not in _OF_ANSWERS + _OF_TOKENS:
-            what = f"answers are not scored by {found.score}, as {ABSTENTION_FILE} has it"
-            hint = f"Let `renyi evaluate` abstain by one of {', '.join(_OF_TOKENS)}."
-            if needed:
-                raise ConfigError(what, where="--withhold", hint=hint)
-            say("warning", "bold yellow", what, hint)
-            return None
-        return found
-
-    def value(self, answer: "Answer") -> float:
-        value = getattr(answer, self.score)
-        return float(max(value) if isinstance(value, list) else value)
-
-    def is_above(self, answer: "Answer") -> bool:
-        return self.value(answer) > self.threshold
-
-    def told(self, answer: "Answer") -> str:
-        return f"not sure: {self.score} {self.value(answer):.3f}, above the threshold of {self.threshold:.3f}"
+    found = read_abstention(folder)
+    if found is None:
+        if needed:
+            raise ConfigError(f"there is no {ABSTENTION_FILE} in {folder}", where="--withhold", hint=FIND_ONE)
+        return None
+    try:
+        found.check()
+    except ConfigError as error:
+        if needed:
+            raise ConfigError(error.what, where="--withhold", hint=error.hint) from error
+        say("warning", "bold yellow", error.what, error.hint)
+        return None
+    return found
 
 
-_OF_ANSWERS = ("mean_epistemic", "max_epistemic", "disagreement", "mixture_nll", "effective_members")
-_OF_TOKENS = ("total", "aleatoric", "epistemic")
+def _not_sure(abstention: "Abstention", answer: "Answer") -> str:
+    value = abstention.value(answer)
+    return f"not sure: {abstention.score} {value:.3f}, above the threshold of {abstention.threshold:.3f}"
 
 
 # ---- What is shown ---------------------------------------------------------------------------------------------------
@@ -246,7 +226,7 @@ def _stream_answer(
     prompt: "Prompt",
     args: argparse.Namespace,
     loaded: Loaded,
-    abstention: _Abstention | None,
+    abstention: "Abstention | None",
     numbered: bool,
 ) -> None:
     """One answer, token by token as it comes."""
@@ -267,14 +247,14 @@ def _stream_answer(
 
 
 def _show(
-    out: Console, text: "Prompt", answers: "list[Answer]", args: argparse.Namespace, abstention: _Abstention | None
+    out: Console, text: "Prompt", answers: "list[Answer]", args: argparse.Namespace, abstention: "Abstention | None"
 ) -> None:
     """Whole answers: withheld where they are uncertain, or those of members side by side."""
     out.print(Text(_last(text), "dim"), soft_wrap=True)
     if not args.members:
         (answer,) = answers
         if abstention and abstention.is_above(answer):
-            out.print(Text(f"I do not know ({abstention.told(answer)}).", "italic"), soft_wrap=True)
+            out.print(Text(f"I do not know ({_not_sure(abstention, answer)}).", "italic"), soft_wrap=True)
         else:
             out.print(_coloured(answer), soft_wrap=True)
             _told(out, answer, args, None)
@@ -295,10 +275,10 @@ def _show(
     out.print(Columns(panels, padding=(0, 1)))
 
 
-def _told(out: Console, answer: "Answer", args: argparse.Namespace, abstention: _Abstention | None) -> None:
+def _told(out: Console, answer: "Answer", args: argparse.Namespace, abstention: "Abstention | None") -> None:
     """On a terminal how sure the answer is; in either case if it is above the threshold."""
     if abstention and abstention.is_above(answer):
-        out.print(Text(f"[{abstention.told(answer)}]", "bold yellow"), soft_wrap=True)
+        out.print(Text(f"[{_not_sure(abstention, answer)}]", "bold yellow"), soft_wrap=True)
     if out.is_terminal and args.settings["mixture"] != "member":
         out.print(
             Text(
@@ -335,7 +315,7 @@ def _last(prompt: "Prompt") -> str:
 
 
 def _line(
-    index: int, prompt: "Prompt", answers: "list[Answer]", args: argparse.Namespace, abstention: _Abstention | None
+    index: int, prompt: "Prompt", answers: "list[Answer]", args: argparse.Namespace, abstention: "Abstention | None"
 ) -> dict[str, Any]:
     """One JSON object of a prompt: its answer's fields, or those of every member's answer."""
 

@@ -9,23 +9,22 @@ from renyi.evaluation.specialisation import Specialisation, specialisation  # a 
 from renyi.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from renyi.evaluation.choice import ChoiceEvaluation, Opinion, calibration_split, evaluate_choice
-    from renyi.evaluation.perplexity import PerplexityEvaluation, evaluate_perplexity
-    from renyi.evaluation.preference import (
+    from renyi.evaluation.choice_quality import ChoiceEvaluation, Opinion, calibration_split, evaluate_choice
+    from renyi.evaluation.preference_quality import (
         ContestedAUROC,
         GroupQuality,
         PreferenceEvaluation,
         PreferenceQuality,
         evaluate_preference,
     )
-    from renyi.evaluation.refusal import (
+    from renyi.evaluation.refusal_classifier import is_refusal
+    from renyi.evaluation.refusal_rates import (
         GroupRefusal,
         RefusalEvaluation,
         RefusalRates,
         evaluate_refusal,
-        is_refusal,
     )
-    from renyi.evaluation.sampling import (
+    from renyi.evaluation.sample_quality import (
         Sample,
         SamplingEvaluation,
         SamplingQuality,
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
         self_bleu,
     )
     from renyi.evaluation.selective import RiskThreshold, risk_threshold
+    from renyi.evaluation.text_quality import PerplexityEvaluation, evaluate_perplexity
 
 __all__ = [
     "ChoiceEvaluation",
@@ -71,23 +71,23 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "renyi.evaluation.choice": ("ChoiceEvaluation", "Opinion", "calibration_split", "evaluate_choice"),
-        "renyi.evaluation.perplexity": ("PerplexityEvaluation", "evaluate_perplexity"),
-        "renyi.evaluation.preference": (
+        "renyi.evaluation.choice_quality": ("ChoiceEvaluation", "Opinion", "calibration_split", "evaluate_choice"),
+        "renyi.evaluation.text_quality": ("PerplexityEvaluation", "evaluate_perplexity"),
+        "renyi.evaluation.preference_quality": (
             "ContestedAUROC",
             "GroupQuality",
             "PreferenceEvaluation",
             "PreferenceQuality",
             "evaluate_preference",
         ),
-        "renyi.evaluation.refusal": (
+        "renyi.evaluation.refusal_rates": (
             "GroupRefusal",
             "RefusalEvaluation",
             "RefusalRates",
             "evaluate_refusal",
-            "is_refusal",
         ),
-        "renyi.evaluation.sampling": (
+        "renyi.evaluation.refusal_classifier": ("is_refusal",),
+        "renyi.evaluation.sample_quality": (
             "Sample",
             "SamplingEvaluation",
             "SamplingQuality",

@@ -5,7 +5,7 @@ from renyi.inference.continuation import ContinuationScore, score_continuations
 from renyi.inference.diagnose import Diagnosis, diagnose
 from renyi.inference.generate import Answer, Prompt, generate
 from renyi.inference.members import MemberSummary, summarise_members
-from renyi.inference.pairs import PairScore, score_pairs
+from renyi.inference.pair_scores import PairScore, score_pairs
 from renyi.inference.score import Score, score
 from renyi.measures import TokenUncertainty, token_uncertainty
 

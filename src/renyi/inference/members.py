@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from renyi.inference.pairs import PairScore
+from renyi.inference.pair_scores import PairScore
 from renyi.inference.score import Score
 
 

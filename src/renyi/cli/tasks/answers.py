@@ -50,7 +50,7 @@ def read_check(rows: "Dataset", column: str | None, how: str | None, data: str) 
     Raises:
         ConfigError, DataError: there is nothing to check by; an answer is none; a pattern or a function is at fault.
     """
-    from renyi.evaluation.sampling import contains_answer, normalised
+    from renyi.evaluation.sample_quality import contains_answer, normalised
 
     if how is not None and not how.startswith(REGEX) and ":" in how:
         return Check(how, _by_function(how, rows))
@@ -86,7 +86,7 @@ def read_check(rows: "Dataset", column: str | None, how: str | None, data: str) 
 
 def _accepted(rows: "Dataset", column: str, data: str) -> list[list[str]]:
     """The right answers of every row, at least one each."""
-    from renyi.evaluation.sampling import normalised
+    from renyi.evaluation.sample_quality import normalised
 
     found = []
     for number, value in enumerate(column_values(rows, column, "--answer"), start=1):
@@ -123,7 +123,7 @@ def _by_function(name: str, rows: "Dataset") -> Judge:
     """A user's function as a judge; its faults are told with the row that showed them."""
     import numpy as np
 
-    from renyi.evaluation.sampling import normalised
+    from renyi.evaluation.sample_quality import normalised
 
     function = named_function(name, _WHERE, _CALLED_WITH)
 

@@ -18,13 +18,13 @@ from renyi.cli.reading import Loaded, load_ensemble, progress_bar, write_lines
 from renyi.cli.tables import LONGEST_TEXT, WIDEST_TABLE, as_json, figures_table, shortened, titled
 from renyi.cli.tasks.files import baseline_name, file_groups, load_baseline, load_files
 from renyi.errors import ConfigError
+from renyi.inference.abstention import ABSTENTION_FILE, write_abstention
 
 if TYPE_CHECKING:
     from renyi.data import Question
     from renyi.evaluation import ChoiceEvaluation, Opinion, RiskThreshold, Specialisation
     from renyi.evaluation.bootstrap import Estimate
 
-ABSTENTION_FILE = "abstention.json"
 OF_ONE = ("total", "max_probability", "perplexity")  # scores that a single member has, too
 SCORES = (*OF_ONE, "aleatoric", "epistemic", "expected_pairwise_kl", "reverse_mi", "variation_ratio")
 
@@ -218,7 +218,7 @@ def _abstention(opinion: "Opinion", labels: Sequence[int], settings: _Settings, 
             "task": "choice",
             "choice_by": settings.choice_by,
         }
-        write_lines([kept], folder / ABSTENTION_FILE)
+        write_abstention(folder, kept)
     return found
 
 

@@ -1,6 +1,6 @@
 """`--report DIR` of the choice task: which tables, figures and examples its page holds.
 
-It knows what was found and the questions. How a page is written, `renyi.evaluation.report` knows.
+It knows what was found and the questions. How a page is written, `renyi.evaluation.page` knows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from renyi.evaluation import plots
 from renyi.evaluation.bootstrap import Estimate
-from renyi.evaluation.report import ExampleSection, FigureSection, Section, TableSection, write_report
+from renyi.evaluation.page import ExampleSection, FigureSection, Section, TableSection, write_report
 
 if TYPE_CHECKING:
     from renyi.data import Question

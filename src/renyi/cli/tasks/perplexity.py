@@ -87,8 +87,8 @@ def _scores(model: Loaded, prepared_as: Loaded, files: "Sequence[File]", what: s
 
 
 def _write_report(folder: Path, result: dict[str, Any], evaluation: "PerplexityEvaluation", column: str) -> None:
+    from renyi.evaluation.page import FigureSection, Section, TableSection, write_report
     from renyi.evaluation.plots import draw_members_by_groups
-    from renyi.evaluation.report import FigureSection, Section, TableSection, write_report
 
     rows = [
         [s.name, *(f"{x.value:.4f} [{x.low:.4f}, {x.high:.4f}]" for x in (s.nll, s.perplexity))]

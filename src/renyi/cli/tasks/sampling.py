@@ -29,7 +29,7 @@ from renyi.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from renyi.evaluation import Sample, SamplingEvaluation
     from renyi.inference import Prompt
-    from renyi.inference.sampling import Draw
+    from renyi.inference.draws import Draw
 
 BASE = "base"  # what --baseline calls the ensemble's own base
 SHOWN_SAMPLES = 6  # of one prompt
@@ -185,7 +185,7 @@ def _sources(args: argparse.Namespace, settings: _Settings, loaded: Loaded, own:
 
 def _draw(settings: _Settings, source: _Source, prompts: "Sequence[Prompt]", loaded: Loaded) -> "list[list[Draw]]":
     """Samples of every prompt, [P][K]; the tokens are those of the ensemble's tokenizer, whatever is sampled from."""
-    from renyi.inference.sampling import draw_samples
+    from renyi.inference.draws import draw_samples
 
     ensemble = source.model.ensemble
     chosen = nullcontext() if source.members is None else ensemble.using(source.members)
@@ -209,8 +209,8 @@ def _judged(
 ) -> "list[list[Sample]]":
     """The same samples with how likely they are to the base, and whether they are right."""
     from renyi.evaluation import Sample
+    from renyi.inference.draws import base_log_likelihood
     from renyi.inference.generate import prompt_ids
-    from renyi.inference.sampling import base_log_likelihood
 
     contexts = [prompt_ids(prompt, loaded.tokenizer, number) for number, prompt in enumerate(prompts, start=1)]
     at = [row for row, draws in enumerate(of_prompts) for _ in draws]
@@ -265,7 +265,7 @@ def _read_samples(args: argparse.Namespace, prompts: int) -> dict[str, list[list
 
 def _as_draws(of_prompts: list[list[dict[str, Any]]], loaded: Loaded) -> "list[list[Draw]]":
     """Lines as samples. What a line does not say stays unknown; only tokens are then those of its text."""
-    from renyi.inference.sampling import Draw
+    from renyi.inference.draws import Draw
 
     def draw(line: dict[str, Any]) -> "Draw":
         ids = line.get("token_ids")

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from renyi.evaluation.metrics import calibration_error
-from renyi.inference.pairs import PairScore
+from renyi.inference.pair_scores import PairScore
 from renyi.measures import token_uncertainty
 from renyi.objectives import renyi_loss
 
