@@ -51,6 +51,7 @@ def main() -> None:
     # Members differ only in their draws of A; every B is zero, so at step 0 they all agree.
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     ensemble = LoraEnsemble.from_base(base, NUM_MEMBERS, config, seed=0)
+    ensemble.train()
     parameters = [p for p in ensemble.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=STEPS)

@@ -2,6 +2,7 @@
 
 from renyi.ensemble.decode import MIXTURES, Generation
 from renyi.ensemble.ensemble import LoraEnsemble
+from renyi.ensemble.modes import evaluating
 from renyi.ensemble.pool import BaseScore
 from renyi.ensemble.reference import Reference, completion_labels, read_preference, write_preference
 from renyi.ensemble.rows import IGNORED, JointOutput, example_log_likelihood
@@ -15,6 +16,7 @@ __all__ = [
     "LoraEnsemble",
     "Reference",
     "completion_labels",
+    "evaluating",
     "example_log_likelihood",
     "read_preference",
     "write_preference",

@@ -35,6 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from renyi.ensemble.adapters import joint_layers
 from renyi.ensemble.ensemble import LoraEnsemble, Snapshot
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
+from renyi.ensemble.modes import evaluating
 from renyi.ensemble.rows import IGNORED, repeat_rows
 from renyi.errors import ConfigError, DataError
 from renyi.measures import gradient_basis, random_basis
@@ -128,7 +129,7 @@ def per_example_gradients(
     rows = torch.arange(len(batch["input_ids"])).view(rows_per_example, -1).T.flatten()
     grouped = {name: batch[name][rows] for name in ("input_ids", "attention_mask", "labels")}
     stack = space.origin.expand(len(rows) // rows_per_example, -1).clone().requires_grad_()
-    with _evaluating(space.ensemble), torch.enable_grad():
+    with evaluating(space.ensemble), torch.enable_grad():
         hidden, targets, mask = _supervised(space, stack, grouped)
         head = space.ensemble.get_output_embeddings()
         log_probs = token_scores(hidden, head, targets, _transform(space)).log_probs
@@ -193,7 +194,7 @@ def project(
     of_batch = {"fisher": _project_fisher, "hessian": _project_hessian}.get(curvature)
     if of_batch is None:
         raise ConfigError(f"unknown curvature {curvature!r}", where="curvature", hint='Use "fisher" or "hessian".')
-    with _evaluating(space.ensemble), _twice_differentiable(space.ensemble):
+    with evaluating(space.ensemble), _twice_differentiable(space.ensemble):
         of_batches = [of_batch(space, batch, basis, tokens_per_pass) for batch in batches]
     if not of_batches:
         raise DataError("there are no examples to project", where="batches")
@@ -229,7 +230,7 @@ def fisher_product(
 ) -> Tensor:
     """The mean Fisher matrix of sequences times the columns of `vectors` [P, n]: tangents forward, products back."""
     product, examples = torch.zeros_like(vectors), 0
-    with _evaluating(space.ensemble), _twice_differentiable(space.ensemble):
+    with evaluating(space.ensemble), _twice_differentiable(space.ensemble):
         for batch in batches:
             examples += len(batch["input_ids"])
             for columns in _columns_per_pass(batch, vectors.shape[1], tokens_per_pass):
@@ -254,7 +255,7 @@ def hessian_product(
 ) -> Tensor:
     """The mean Hessian of sequences' negative log-likelihood times the columns of `vectors` [P, n]."""
     product, examples = torch.zeros_like(vectors), 0
-    with _evaluating(space.ensemble), _twice_differentiable(space.ensemble), torch.enable_grad():
+    with evaluating(space.ensemble), _twice_differentiable(space.ensemble), torch.enable_grad():
         for batch in batches:
             examples += len(batch["input_ids"])
             for columns in _columns_per_pass(batch, vectors.shape[1], tokens_per_pass):
@@ -392,16 +393,6 @@ def _columns_per_pass(batch: Batch, columns: int, tokens_per_pass: int) -> Itera
 def _repeated(batch: Batch, copies: int) -> dict[str, Tensor]:
     rows = len(batch["input_ids"])
     return {name: repeat_rows(batch[name], copies, rows) for name in ("input_ids", "attention_mask", "labels")}
-
-
-@contextmanager
-def _evaluating(ensemble: LoraEnsemble) -> Iterator[None]:
-    training = ensemble.training
-    ensemble.eval()
-    try:
-        yield
-    finally:
-        ensemble.train(training)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from renyi.ensemble.head import check_head
 from renyi.ensemble.joint import JointModel
 from renyi.ensemble.lora import JointLora, MemberSelection
 from renyi.ensemble.mesh import MemberMesh
+from renyi.ensemble.modes import evaluate, evaluating
 from renyi.errors import ConfigError, EnsembleFormatError
 
 
@@ -72,7 +73,7 @@ class LoraEnsemble(JointModel):
         seed: int = 0,
         mesh: MemberMesh | None = None,
     ) -> "LoraEnsemble":
-        """Draw M fresh members on a base model.
+        """Draw M fresh members on a base model; the ensemble comes in evaluation mode.
 
         Member m is what PEFT draws after `torch.manual_seed(seed + m)`: its A is random and its B zero, so all
         members agree until training breaks the tie.
@@ -94,7 +95,16 @@ class LoraEnsemble(JointModel):
         selection = MemberSelection()
         drawn = mesh.share(num_members) if mesh else range(num_members)
         resolved = adapters.draw_members(base, peft_config, drawn, seed, selection)
-        return cls(base, resolved, selection, num_members, mesh)
+        ensemble = cls(base, resolved, selection, num_members, mesh)
+        evaluate(ensemble)
+        return ensemble
+
+    def train(self, mode: bool = True) -> "LoraEnsemble":
+        """As every module's; evaluation leaves alone what it would change for good, see `modes.py`."""
+        super().train(mode)
+        if not mode:
+            evaluate(self)
+        return self
 
     @classmethod
     def load(
@@ -103,7 +113,7 @@ class LoraEnsemble(JointModel):
         base: PreTrainedModel | str | Path | None = None,
         mesh: MemberMesh | None = None,
     ) -> "LoraEnsemble":
-        """Load an ensemble folder, a hub id, or a list of existing PEFT adapters as an ensemble.
+        """Load an ensemble folder, a hub id, or a list of existing PEFT adapters as an ensemble, in evaluation mode.
 
         Args:
             path: a folder that `save` or a trainer wrote; a hub id; or a list of PEFT LoRA adapter folders of one
@@ -376,12 +386,8 @@ class LoraEnsemble(JointModel):
                 raise ConfigError(f"there is no member {member} of {self.num_members}", where="member")
             with self.using([member]):  # alone it is the mixture
                 return self.generate(input_ids, attention_mask, **how)
-        training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             return decode(self.base, self._active_weights(), input_ids, attention_mask, mixture=mixture, **how)
-        finally:
-            self.train(training)
 
     def _active_weights(self) -> Tensor:
         """Weights of the members that forwards run with, summing to one; the base alone has all of it."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from renyi.ensemble.modes import evaluating
 from renyi.errors import ConfigError
 
 # Whole distributions are handed out in chunks of about this many logits: 16 MiB in float32.
@@ -195,18 +196,12 @@ def check_head(base: PreTrainedModel) -> None:
     targets = torch.linspace(
         0, head.weight.shape[0] - 1, 8, device=base.device
     ).long()  # tokens all over the vocabulary
-    training = base.training
-    base.eval()  # a base with dropout of its own answers differently each time
-    for module in base.modules():
-        if isinstance(module, nn.Linear):
-            module.train()  # on a CPU, bitsandbytes repacks a layer for good in evaluation; it has no gradient then
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(base):  # a base with dropout of its own answers differently each time
         hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         transform = LogitTransform.from_config(base.config)
         rows, row_targets = hidden.repeat_interleave(len(targets), 0), targets.repeat(len(hidden))
         ours = token_scores(rows, head, row_targets, transform).log_probs
         theirs = base(input_ids=ids, use_cache=False).logits[0].to(ours.dtype).log_softmax(-1)[:, targets].flatten()
-    base.train(training)
     if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05):
         raise ConfigError(
             f"{type(base).__name__} does something to its hidden states or logits that this version does not know",

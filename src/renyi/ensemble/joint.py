@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
 from renyi.ensemble.lora import MemberSelection
 from renyi.ensemble.mesh import MemberMesh
+from renyi.ensemble.modes import evaluating
 from renyi.ensemble.rows import IGNORED, JointOutput, repeat_packed, repeat_rows
 
 
@@ -113,7 +114,9 @@ class JointModel(nn.Module):
             # Without them, boundaries follow from `position_ids`, row by row.
             inputs = {k: v for k, v in inputs.items() if not k.startswith(("cu_seq_lens", "max_length"))}
             inputs = {k: repeat_rows(v, num_members, batch) for k, v in inputs.items()}
-        with nullcontext() if self._has_dropout else self._selection.repeating():
+        # Without a gradient nothing is trained, so nothing drops.
+        mode = nullcontext() if torch.is_grad_enabled() else evaluating(self.base)
+        with mode, nullcontext() if self._has_dropout else self._selection.repeating():
             hidden = self.base.base_model(**inputs).last_hidden_state
         return hidden.view(num_members, batch, length, hidden.shape[-1])
 
@@ -157,7 +160,8 @@ class JointModel(nn.Module):
             "input_ids": repeat_rows(input_ids, num_members, len(input_ids)),
             "attention_mask": repeat_rows(attention_mask, num_members, len(input_ids)),
         }
-        logits = self.base(**rows, use_cache=False).logits
+        with nullcontext() if torch.is_grad_enabled() else evaluating(self.base):
+            logits = self.base(**rows, use_cache=False).logits
         return logits.view(num_members, *input_ids.shape, logits.shape[-1])
 
     def next_token_log_probs(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Iterator[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from renyi.data import IGNORED, LETTERS, Question
-from renyi.ensemble import LoraEnsemble
+from renyi.ensemble import LoraEnsemble, evaluating
 from renyi.errors import DataError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.inference.score import score
@@ -67,7 +67,8 @@ def score_choices(
     limit = max_length or getattr(ensemble.config, "max_position_embeddings", None)
     tokenised = [_tokenised(q, tokenizer, by, limit, number) for number, q in enumerate(questions, start=1)]
     if all(question.is_one_token for question in tokenised):  # as letters are: one row a question says it all
-        return _score_next_tokens(ensemble, tokenised, tokens_per_batch, progress)
+        with evaluating(ensemble):
+            return _score_next_tokens(ensemble, tokenised, tokens_per_batch, progress)
     rows = [row for question in tokenised for row in question.rows]
     dataset = Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})
     share = len(questions) / len(rows)
@@ -95,8 +96,7 @@ def _score_next_tokens(
     prompts = [q.rows[0].input_ids[:-1] for q in questions]
     options = padded([[row.input_ids[-1] for row in q.rows] for q in questions], -1)
     ell_MNC = torch.full((ensemble.num_members, *options.shape), -torch.inf, dtype=torch.float64)
-    training, done = ensemble.training, 0
-    ensemble.eval()
+    done = 0
     for rows in batches_by_length([len(ids) for ids in prompts], tokens_per_batch // ensemble.num_members):
         input_ids = padded([prompts[i] for i in rows], 0)
         lengths = torch.tensor([len(prompts[i]) for i in rows])[:, None]
@@ -115,7 +115,6 @@ def _score_next_tokens(
             )
         ell_MNC[:, rows] = log_p_MBC.masked_fill(~there, -torch.inf)
         progress(done := done + len(rows))
-    ensemble.train(training)
     return ChoiceScores(ell_MNC, (options >= 0).long(), sum(q.is_cut for q in questions))
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from renyi.data import IGNORED
-from renyi.ensemble import LoraEnsemble
+from renyi.ensemble import LoraEnsemble, evaluating
 from renyi.inference.batches import batches_by_length, padded
 
 
@@ -43,15 +43,11 @@ def token_confidence(
     columns = dataset.select_columns(["input_ids", "labels"])
     lengths = [len(ids) for batch in columns.iter(1000) for ids in batch["input_ids"]]
     found: list[tuple[Tensor, Tensor]] = []
-    training, done = ensemble.training, 0
-    ensemble.eval()
-    try:
-        with torch.inference_mode():
-            for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
-                found += _of_batch(ensemble, columns[rows])
-                progress(done := done + len(rows))
-    finally:
-        ensemble.train(training)
+    done = 0
+    with evaluating(ensemble), torch.inference_mode():
+        for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
+            found += _of_batch(ensemble, columns[rows])
+            progress(done := done + len(rows))
     return TokenConfidence(*(torch.cat(parts).cpu() for parts in zip(*found, strict=True)))
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from renyi.ensemble import LoraEnsemble
+from renyi.ensemble import LoraEnsemble, evaluating
 from renyi.errors import DataError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length
 
@@ -57,24 +57,19 @@ def score_continuations(
             what = "continuation" if context else "context"
             raise DataError("holds no token", where=f"{what} {number}", hint="Give at least one token of each.")
     found: dict[int, ContinuationScore] = {}
-    training = ensemble.training
-    ensemble.eval()
-    try:
-        with torch.inference_mode():
-            lengths = [len(x) + len(y) - 1 for x, y in zip(contexts, continuations, strict=True)]
-            for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
-                pairs = [([*contexts[i], *continuations[i]], len(continuations[i])) for i in rows]
-                for row, scored in zip(rows, _score_batch(ensemble, pairs), strict=True):
-                    if not torch.tensor(scored.member_log_likelihood).isfinite().all():
-                        raise EnsembleFormatError(
-                            "a member's log-likelihood is no finite number",
-                            where=f"continuation {row + 1}",
-                            hint="Its training diverged, or the base is loaded in a precision too low for it.",
-                        )
-                    found[row] = scored
-                progress(len(found))
-    finally:
-        ensemble.train(training)
+    with evaluating(ensemble), torch.inference_mode():
+        lengths = [len(x) + len(y) - 1 for x, y in zip(contexts, continuations, strict=True)]
+        for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
+            pairs = [([*contexts[i], *continuations[i]], len(continuations[i])) for i in rows]
+            for row, scored in zip(rows, _score_batch(ensemble, pairs), strict=True):
+                if not torch.tensor(scored.member_log_likelihood).isfinite().all():
+                    raise EnsembleFormatError(
+                        "a member's log-likelihood is no finite number",
+                        where=f"continuation {row + 1}",
+                        hint="Its training diverged, or the base is loaded in a precision too low for it.",
+                    )
+                found[row] = scored
+            progress(len(found))
     return [found[i] for i in range(len(found))]
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from renyi.data import IGNORED
-from renyi.ensemble import LoraEnsemble
+from renyi.ensemble import LoraEnsemble, evaluating
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.inference.generate import Prompt, end_tokens, generate, prompt_ids
@@ -174,29 +174,22 @@ def base_log_likelihood(
     found = [0.0] * len(contexts)
     filled = [i for i, (_, y) in enumerate(zip(contexts, continuations, strict=True)) if y]
     done = len(found) - len(filled)
-    training = ensemble.training
-    ensemble.eval()
-    try:
-        with torch.inference_mode(), ensemble.using(()):
-            for batch in batches_by_length(
-                [len(contexts[i]) + len(continuations[i]) for i in filled], tokens_per_batch
-            ):
-                rows = [filled[b] for b in batch]
-                pairs = [(contexts[i], continuations[i]) for i in rows]
-                input_ids = padded([[*x, *y] for x, y in pairs], 0)
-                mask = padded([[1] * (len(x) + len(y)) for x, y in pairs], 0)
-                labels = padded([[*[IGNORED] * len(x), *y] for x, y in pairs], IGNORED)
-                (ell_B,) = ensemble.log_likelihood(*(x.to(ensemble.device) for x in (input_ids, mask, labels))).tolist()
-                for row, ell in zip(rows, ell_B, strict=True):
-                    if not math.isfinite(ell):
-                        raise EnsembleFormatError(
-                            "its log-likelihood under the base is no finite number",
-                            where=f"continuation {row + 1}",
-                            hint="The base is loaded in a precision too low for it.",
-                        )
-                    found[row] = ell
-                done += len(rows)
-                progress(done)
-    finally:
-        ensemble.train(training)
+    with evaluating(ensemble), torch.inference_mode(), ensemble.using(()):
+        for batch in batches_by_length([len(contexts[i]) + len(continuations[i]) for i in filled], tokens_per_batch):
+            rows = [filled[b] for b in batch]
+            pairs = [(contexts[i], continuations[i]) for i in rows]
+            input_ids = padded([[*x, *y] for x, y in pairs], 0)
+            mask = padded([[1] * (len(x) + len(y)) for x, y in pairs], 0)
+            labels = padded([[*[IGNORED] * len(x), *y] for x, y in pairs], IGNORED)
+            (ell_B,) = ensemble.log_likelihood(*(x.to(ensemble.device) for x in (input_ids, mask, labels))).tolist()
+            for row, ell in zip(rows, ell_B, strict=True):
+                if not math.isfinite(ell):
+                    raise EnsembleFormatError(
+                        "its log-likelihood under the base is no finite number",
+                        where=f"continuation {row + 1}",
+                        hint="The base is loaded in a precision too low for it.",
+                    )
+                found[row] = ell
+            done += len(rows)
+            progress(done)
     return found

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from renyi.data import IGNORED, Preparation, prepare
-from renyi.ensemble import LoraEnsemble
+from renyi.ensemble import LoraEnsemble, evaluating
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.objectives import example_responsibilities, jensen_gap, renyi_loss
@@ -71,15 +71,10 @@ def score(
         dataset = prepare(dataset, tokenizer, preparation or Preparation())
     lengths = [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
     scores: list[Score] = []
-    training = ensemble.training
-    ensemble.eval()
-    try:
-        with torch.inference_mode():
-            for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
-                scores += _score_batch(ensemble, rows, dataset[rows])
-                progress(len(scores))
-    finally:
-        ensemble.train(training)
+    with evaluating(ensemble), torch.inference_mode():
+        for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
+            scores += _score_batch(ensemble, rows, dataset[rows])
+            progress(len(scores))
     return sorted(scores)
 
 

@@ -6,8 +6,7 @@ those that do are run again, as many at a time as the token budget allows. How m
 gradient itself, of which a member's share is its responsibility. The plan is in `plan.py`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from renyi.ensemble import IGNORED, JointOutput, LoraEnsemble
+from renyi.ensemble import IGNORED, JointOutput, LoraEnsemble, evaluating
 from renyi.routing.plan import SHARE, Batch, RoutingPlan, take_examples
 from renyi.routing.race import race
 from renyi.routing.statistics import AutoRouting, PassStatistics
@@ -76,7 +75,7 @@ class Router:
         draws = self.plan.kind in ("sampled", "raced")
         if draws and alpha == 0 and self.plan.takes(*batch["input_ids"].shape):
             return self._drawn_forward(batch)
-        with torch.no_grad(), _scoring(self.ensemble):
+        with torch.no_grad(), evaluating(self.ensemble):
             output, statistics = self._scored(batch, alpha)
         parameters = [p for p in self.ensemble.parameters() if p.requires_grad]
         device = output.log_probs.device.type
@@ -196,19 +195,6 @@ def _one_of(share_ME: Tensor) -> Tensor:
     """Zero but for one member of each example, drawn by its share, which gets the inverse of it."""
     drawn_E = torch.multinomial(share_ME.T.clamp(min=torch.finfo(share_ME.dtype).tiny), 1).T
     return torch.zeros_like(share_ME).scatter_(0, drawn_E, 1 / share_ME.gather(0, drawn_E).clamp(min=1e-30))
-
-
-@contextmanager
-def _scoring(ensemble: nn.Module) -> Iterator[None]:
-    """Without dropout or checkpoints. Linear layers stay as they are: on a CPU, bitsandbytes repacks evaluated ones."""
-    modules = [m for m in ensemble.modules() if m.training and not isinstance(m, nn.Linear)]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.training = True
 
 
 def _padded(output: JointOutput, length: int) -> JointOutput:

@@ -1,0 +1,89 @@
+"""Who only asks the members gets the same answer each time, and every submodule keeps the mode that it had."""
+
+import pytest
+import torch
+from tiny import lora, padded_batch, scatter_members, tiny_ensemble, tiny_model
+from torch import nn
+
+from renyi import LoraEnsemble
+from renyi.ensemble import evaluating
+from renyi.ensemble.adapters import joint_layers
+
+BASE_DROPOUT = {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3}
+
+
+def dropping_ensemble(lora_dropout: float, **of_base: float) -> LoraEnsemble:
+    """An ensemble on GPT-2 in the mode that `from_base` leaves it in."""
+    config = lora(lora_dropout=lora_dropout, target_modules=["c_attn", "c_fc"])
+    return scatter_members(LoraEnsemble.from_base(tiny_model("gpt2", **of_base), 3, config))
+
+
+@pytest.mark.parametrize(("lora_dropout", "of_base"), [(0.05, {}), (0.0, BASE_DROPOUT)], ids=["lora", "base"])
+def test_two_calls_are_equal_whatever_came_before(tmp_path, lora_dropout, of_base):
+    ids, mask = padded_batch()
+    ensemble = dropping_ensemble(lora_dropout, **of_base)
+    expected = dropping_ensemble(0.0).log_likelihood(ids, mask)
+    first = ensemble.log_likelihood(ids, mask)  # with a gradient: it is the mode that decides
+    torch.testing.assert_close(first, expected)
+    assert torch.equal(ensemble.log_likelihood(ids, mask), first)
+    ensemble.generate(ids, mask, max_new_tokens=2)
+    assert torch.equal(ensemble.log_likelihood(ids, mask), first)
+    ensemble.save(tmp_path)
+    loaded = LoraEnsemble.load(tmp_path, base=tiny_model("gpt2", **of_base))
+    assert torch.equal(loaded.log_likelihood(ids, mask), first)
+    assert not any(module.training for module in (*ensemble.modules(), *loaded.modules()))
+
+
+@pytest.mark.parametrize(("lora_dropout", "of_base"), [(0.5, {}), (0.0, BASE_DROPOUT)], ids=["lora", "base"])
+def test_nothing_drops_without_a_gradient(lora_dropout, of_base):
+    ids, mask = padded_batch()
+    ensemble = dropping_ensemble(lora_dropout, **of_base).train()
+    quiet = dropping_ensemble(0.0)
+    assert not torch.allclose(ensemble.log_likelihood(ids, mask), quiet.log_likelihood(ids, mask), atol=0.1)
+    with torch.no_grad():
+        torch.testing.assert_close(ensemble.log_likelihood(ids, mask), quiet.log_likelihood(ids, mask))
+        torch.testing.assert_close(ensemble.logits(ids), quiet.logits(ids))
+        torch.testing.assert_close(
+            next(ensemble.next_token_log_probs(ids, mask, mask > 0)),
+            next(quiet.next_token_log_probs(ids, mask, mask > 0)),
+        )
+    settings = {"max_new_tokens": 4, "do_sample": True, "seed": 3}
+    assert torch.equal(
+        ensemble.generate(ids, mask, **settings).sequences, quiet.generate(ids, mask, **settings).sequences
+    )
+    assert ensemble.training
+
+
+def test_every_submodule_gets_its_own_mode_back():
+    ensemble = tiny_ensemble().train()
+    for number, module in enumerate(ensemble.modules()):
+        module.training = number % 3 == 0
+    before = [module.training for module in ensemble.modules()]
+    with evaluating(ensemble):
+        assert not any(module.training for module in ensemble.modules())
+    assert [module.training for module in ensemble.modules()] == before
+    with pytest.raises(RuntimeError, match="stop"), evaluating(ensemble):
+        raise RuntimeError("stop")
+    assert [module.training for module in ensemble.modules()] == before
+    ensemble.generate(padded_batch()[0], max_new_tokens=1)
+    assert [module.training for module in ensemble.modules()] == before
+
+
+class Linear4bit(nn.Linear):
+    """Named as bitsandbytes names it, whose own needs a kernel: on a CPU it is rewritten when it is evaluated."""
+
+
+def test_a_layer_that_evaluation_changes_for_good_is_left_alone():
+    base = tiny_model()
+    for name, module in list(base.named_modules()):
+        if name.endswith("q_proj"):
+            module.__class__ = Linear4bit
+    ensemble = LoraEnsemble.from_base(base, 2, lora())
+    layers = [layer.base_layer for layer in joint_layers(ensemble.base).values()]
+    quantised = [layer for layer in layers if isinstance(layer, Linear4bit)]
+    assert len(quantised) == 2
+    for change in (lambda: None, ensemble.eval, ensemble.train, ensemble.eval):
+        change()
+        with evaluating(ensemble):
+            assert [layer.training for layer in layers] == [isinstance(layer, Linear4bit) for layer in layers]
+        assert all(layer.training for layer in quantised)
