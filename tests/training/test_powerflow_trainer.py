@@ -93,6 +93,50 @@ def test_rollouts_are_samples_of_the_policies_that_write_them(tmp_path):
     assert model.generation_config.temperature == 0.4  # which stays as it was
 
 
+def test_in_half_precision_the_policy_that_writes_is_the_one_that_is_trained(tmp_path):
+    """The first update's importance weight is 1; so must be the ratio of what the sampler drew from to what is trained.
+
+    Recomputed from the sampler's own logits. Both passes round some 16 values in a row to bfloat16, each by 2^-9 of its
+    size, so a token's log-ratio is off by about √32 2^-9 of a logit's size, and a rollout's by √tokens times that. What
+    is drawn in float32 is off by more.
+    """
+    policies = scatter_members(LoraEnsemble.from_base(tiny_model(initializer_range=0.3), 2, lora(), seed=7), 0.3)
+    settings = {"num_members": 2, "max_completion_length": 24, "num_generations": 8, "reference": "base"}
+    trainer = powerflow_trainer_of(tmp_path, model=policies, bf16=True, **settings)
+    trainer.state.max_steps = 1
+    trainer.model.train()
+    generate, drawn = trainer.model.base.generate, []
+
+    def watched(**inputs: Tensor) -> Tensor:
+        out = generate(**inputs, return_dict_in_generate=True, output_logits=True)
+        tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+        logits = torch.stack(out.logits, dim=1).float()
+        drawn.append((logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0], logits.std()))
+        return out.sequences
+
+    trainer.model.base.generate = watched
+    seen = Seen(trainer)
+    scored = trainer._generate_and_score_completions(rows_of(prompt_rows(8)["prompt"], 8))
+    (log_prob_of_token, size), tokens = drawn[0], seen.rollouts[0].tokens
+    at = torch.arange(len(tokens))
+    sampled = torch.zeros(len(tokens))
+    for place, row in enumerate(by_member(len(tokens), 2)):
+        sampled[row] = log_prob_of_token[place, : tokens[row]].sum()
+    batch = (scored["input_ids"], scored["attention_mask"], scored["labels"])
+    with torch.no_grad(), trainer.accelerator.autocast():
+        trained_MN = trainer.model(*batch).log_probs.sum(-1)
+    deviation = (trained_MN[at % 2, at] - sampled) / tokens.sqrt()
+    rounding = math.sqrt(32) * 2**-9 * size
+    assert deviation.square().mean().sqrt() < rounding
+    # What the loss divides by is what is trained, to the last bit: the first update weighs every rollout by 1.
+    behaviour = torch.logsumexp(trained_MN, dim=0) - math.log(2)
+    torch.testing.assert_close(scored["log_behaviour"], behaviour, rtol=0, atol=0)
+    with torch.no_grad():
+        in_float32_MN = trainer.model(*batch).log_probs.sum(-1)
+    off = (trained_MN - in_float32_MN)[at % 2, at] / tokens.sqrt()
+    assert off.square().mean().sqrt() > 1.5 * rounding
+
+
 @pytest.mark.parametrize("members", [1, 2, 4])
 def test_every_policy_writes_its_share_of_the_rollouts_of_every_prompt(members):
     order = by_member(24, members)

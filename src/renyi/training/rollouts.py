@@ -38,7 +38,8 @@ class Rollouts(NamedTuple):
         is_truncated: [N] bool, whether it was cut at the longest length.
         prompts: as text; of messages, the last.
         completions: as text.
-        sampled_log_prob: [N], log-likelihood under the engine that sampled, nats; None for transformers, whose is ours.
+        sampled_log_prob: [N], log-likelihood under the engine that sampled, nats. None if transformers sampled: its
+            probabilities are those that we compute.
     """
 
     input_ids: Tensor
@@ -122,7 +123,8 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
         self.model.eval()
         base.generation_config = self.generation_config  # alone: what the model's own config sets would be merged in
         try:
-            written = base.generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
+            with self.accelerator.autocast():  # as they are trained: the policy that writes is the one that is scored
+                written = base.generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
         finally:
             base.generation_config = config
             self.model.train(training)
