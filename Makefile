@@ -7,10 +7,11 @@ READY  := $(VENV)/.ready
 # Two test processes of one thread each are faster on two cores than one process of two threads.
 WORKERS ?= 2
 
-.PHONY: help setup demo test lint format slow bench studies clean
+.PHONY: help setup docs demo test lint format slow bench studies clean
 
 help:
 	@echo "make demo    train the three ensembles of the demo and look at runs/demo/demo.png (minutes)"
+	@echo "make docs    build the documentation site into build/site"
 	@echo "make test    lint, type-check and test"
 	@echo "make lint    ruff, import-linter and mypy alone"
 	@echo "make slow    the tests that take minutes: real data, three seeds of the demo"
@@ -24,6 +25,12 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
+
+# Strict: a broken link or a misspelt word fails. The site is build/site/index.html.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs src examples
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 demo: $(READY)
 	$(BIN)/renyi demo
