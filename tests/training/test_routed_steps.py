@@ -1,12 +1,24 @@
 """Routing through the trainers: runs in parts, and thresholds of nothing, are the plain run."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import dpo_trainer_of, logged, member_distance, powerflow_trainer_of, text_rows, tiny_model, trainer_of
+from tiny import (
+    dpo_trainer_of,
+    logged,
+    member_distance,
+    powerflow_trainer_of,
+    scatter_members,
+    text_rows,
+    tiny_ensemble,
+    tiny_model,
+    trainer_of,
+)
+from torch import Tensor
 
-from renyi import LoraEnsemble
+from renyi import LoraEnsemble, objectives
 from renyi.errors import ConfigError
 
 RUNS = {"sft": trainer_of, "dpo": dpo_trainer_of}
@@ -57,18 +69,76 @@ def test_sparse_that_leaves_nothing_out_is_dense(tmp_path, plain, kind):
     assert set(logged(trainer, "routing/dropped")) == {0.0}
 
 
-@pytest.mark.parametrize("kind", RUNS)
-@pytest.mark.parametrize("routing", ["sparse", "sampled", "auto"])
-def test_routed_runs_log_what_they_trained(tmp_path, kind, routing):
-    trainer = RUNS[kind](tmp_path, routing=routing, routing_threshold=0.3, **SETTINGS)
+@pytest.mark.parametrize(
+    ("kind", "routing"),
+    [("sft", "sparse"), ("sft", "sampled"), ("sft", "raced"), ("dpo", "sparse"), ("dpo", "sampled")],
+)
+def test_routed_runs_log_what_they_trained(tmp_path, monkeypatch, kind, routing):
+    """Recomputed from responsibilities, and counted: every pair with a graph, and nothing else, is `active`."""
+    given = {**SETTINGS, "routing": routing, "routing_threshold": 0.3}
+    given |= {"reference": "base"} if kind == "dpo" else {}  # from which the members differ
+    trainer = RUNS[kind](tmp_path, model=tiny_ensemble(), **given)
+    shares, trained = [], []
+    routed, pairing = trainer.routed, trainer.model.pairing
+    monkeypatch.setattr(trainer, "routed", lambda *given: (found := routed(*given), shares.append(found[1]))[0])
+
+    def counted(pairs):
+        trained[-1] += len(pairs) / trainer.rows_per_example if torch.is_grad_enabled() else 0
+        return pairing(pairs)
+
+    monkeypatch.setattr(trainer.model, "pairing", counted)
+    step = trainer.training_step
+    monkeypatch.setattr(trainer, "training_step", lambda *given: (trained.append(0), step(*given))[1])
     trainer.train()
     active, dropped = logged(trainer, "routing/active"), logged(trainer, "routing/dropped")
-    assert len(active) == 6
-    assert all(1 / 3 - 1e-6 <= a <= 1 for a in active)
-    assert all(0 <= d < 0.6 for d in dropped)
-    if routing == "sampled":
+    assert len(active) == len(trained) == 6
+    assert active == pytest.approx([count / shares[0].numel() for count in trained])
+    if routing == "sparse":
+        if kind == "sft":  # there the share of the gradient is the responsibility
+            assert active == pytest.approx([(r >= 0.3).float().mean().item() for r in shares])
+            assert dropped == pytest.approx([(r * (r < 0.3)).sum().item() / r.shape[1] for r in shares])
+        assert min(active) < 1
+        assert max(dropped) > 0
+    else:
         assert active == pytest.approx([1 / 3] * 6)
+    if routing == "sampled":
         assert set(dropped) == {0.0}
+
+
+@pytest.mark.parametrize(("std", "expected"), [(1.0, "sparse"), (0.0, "dense")])
+def test_auto_is_sparse_where_few_pairs_matter(tmp_path, monkeypatch, std, expected):
+    """A clock on which a scoring pass is as long as a step settles what scoring costs; then the share of pairs decides.
+
+    It follows the batches: a tenth of the way to each batch's share of pairs at or above the threshold.
+    """
+    monkeypatch.setattr("renyi.training.steps.time.perf_counter", iter(range(10**6)).__next__)
+    given = {
+        **SETTINGS,
+        "alpha": 1.0,
+        "max_steps": 12,
+        "routing": "auto",
+        "routing_threshold": 0.1,
+        "learning_rate": 0.0,
+    }
+    trainer = trainer_of(tmp_path, model=scatter_members(tiny_ensemble(), std=std), **given)
+    shares: list[float] = []
+    routed = trainer.routed
+
+    def watched(*given: Any) -> Any:
+        found = routed(*given)
+        shares.append((found[1] >= 0.1).float().mean().item())
+        return found
+
+    monkeypatch.setattr(trainer, "routed", watched)
+    trainer.train()
+    assert trainer.router.auto.scoring_cost == 1.0
+    active = 1.0
+    for share in shares:
+        active += 0.1 * (share - active)
+    assert trainer.router.auto.active == pytest.approx(active)
+    assert active < 0.8 if expected == "sparse" else active == 1.0
+    trainer.router.auto.scoring_cost = 0.1
+    assert trainer.router.plan.kind == expected
 
 
 def test_a_race_scores_less_and_less(tmp_path):
@@ -89,12 +159,44 @@ def test_a_race_scores_less_and_less(tmp_path):
     assert logged(trainer, "nll_mixture")[-1] < logged(trainer, "nll_mixture")[0]
 
 
-def test_nothing_is_scored_to_draw_while_alpha_is_zero(tmp_path):
-    given = {**SETTINGS, "alpha_hold_ratio": 1.0}
-    trainer = trainer_of(tmp_path, routing="raced", **given)
+@pytest.mark.parametrize("routing", ["sampled", "raced"])
+def test_nothing_is_scored_to_draw_while_alpha_is_zero(tmp_path, routing):
+    """Nor in the first step after an evaluation."""
+    given = {**SETTINGS, "alpha_hold_ratio": 1.0, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = trainer_of(tmp_path, routing=routing, eval_dataset=text_rows(4, seed=1), **given)
     trainer.train()
     assert set(logged(trainer, "routing/scored")) == {0.0}
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_a_race_goes_by_the_order_of_its_step(tmp_path, monkeypatch):
+    """At 0 while alpha is held, between in the ramp, and the schedule's in the first step after an evaluation.
+
+    The total variation between the responsibilities that the race went by and those of the schedule.
+    """
+    rows = text_rows(16, shortest=40, longest=60)
+    given = {**SETTINGS, "max_steps": 9, "alpha_hold_ratio": 1 / 3, "alpha_ramp_ratio": 1 / 3, "token_budget": 1}
+    given |= {"eval_strategy": "steps", "eval_steps": 2, "routing": "raced", "routing_threshold": 1e-6}
+    trainer = trainer_of(tmp_path, rows, model=tiny_ensemble(), eval_dataset=rows.select(range(4)), **given)
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def watched(ell_MB: Tensor, *order: Any) -> Tensor:
+        used = objectives.example_responsibilities(ell_MB, *order)
+        found.setdefault(trainer.state.global_step, []).append((ell_MB, used))
+        return used
+
+    monkeypatch.setattr("renyi.routing.race.example_responsibilities", watched)
+    trainer.train()
+    assert sorted(found) == list(range(9))
+
+    def variation(step: int, alpha: float) -> float:
+        return max(0.5 * ((alpha * ell).softmax(0) - used).abs().sum(0).max().item() for ell, used in found[step])
+
+    for step in range(9):
+        scheduled = 0.7 * min(max((step / 9 - 1 / 3) * 3, 0), 1)
+        assert variation(step, scheduled) <= 1e-5
+        if step < 6:
+            assert variation(step, 0.7) > 0.01  # so that the final order would be seen
 
 
 @pytest.mark.parametrize("routing", ["sampled", "raced", "auto"])

@@ -6,7 +6,15 @@ far as they keep up, and `statistics.py` says what was left out.
 
 from renyi.routing.plan import ROUTINGS, SHARE, RoutingPlan, share_of
 from renyi.routing.router import Routed, Router
-from renyi.routing.statistics import AutoRouting, PassStatistics, Sums, member_sums, pair_sums, routing_sums
+from renyi.routing.statistics import (
+    AutoRouting,
+    PassStatistics,
+    Sums,
+    member_shares,
+    member_sums,
+    pair_sums,
+    routing_sums,
+)
 
 __all__ = [
     "ROUTINGS",
@@ -17,6 +25,7 @@ __all__ = [
     "Router",
     "RoutingPlan",
     "Sums",
+    "member_shares",
     "member_sums",
     "pair_sums",
     "routing_sums",

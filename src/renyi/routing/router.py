@@ -3,7 +3,7 @@
 Members are coupled by one number for each member and example: the gradient that arrives at a log-likelihood. So a
 step need not keep a graph of all pairs. It scores them without one. When the backward says how much each pair matters,
 those that do are run again, as many at a time as the token budget allows. How much a pair matters is read off the
-gradient itself, of which a member's share is its responsibility. The plan is in `plan.py`.
+gradient itself (`member_shares` in `statistics.py`). The plan is in `plan.py`.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from renyi.ensemble import IGNORED, JointOutput, LoraEnsemble, evaluating
 from renyi.routing.plan import SHARE, Batch, RoutingPlan, take_examples
 from renyi.routing.race import race
-from renyi.routing.statistics import AutoRouting, PassStatistics
+from renyi.routing.statistics import AutoRouting, PassStatistics, member_shares
 
 
 class Routed(NamedTuple):
@@ -93,17 +93,15 @@ class Router:
         self, plan: RoutingPlan, batch: Batch, upstream_MBT: Tensor, parameters: list[nn.Parameter]
     ) -> list[Tensor]:
         """Gradients by the parameters of Σ upstream · log-probabilities over the pairs that are taken."""
-        size_MB = upstream_MBT.abs().sum(dim=-1)
-        size_ME = size_MB.unflatten(1, (plan.rows_per_example, -1)).sum(dim=1)
-        share_ME = size_ME / size_ME.sum(dim=0).clamp(min=torch.finfo(size_ME.dtype).tiny)
+        share_ME = member_shares(upstream_MBT, plan.rows_per_example)
         if plan.kind == "sparse":
-            weight_ME = (share_ME >= plan.threshold).to(size_ME)
+            weight_ME = (share_ME >= plan.threshold).to(share_ME)
         elif plan.kind == "dense":
-            weight_ME = torch.ones_like(size_ME)
+            weight_ME = torch.ones_like(share_ME)
         else:
             weight_ME = _one_of(share_ME)
         weight_MB = weight_ME.repeat(1, plan.rows_per_example)
-        members, rows = ((weight_MB > 0) & (size_MB > 0)).nonzero(as_tuple=True)
+        members, rows = ((weight_MB > 0) & upstream_MBT.any(dim=-1)).nonzero(as_tuple=True)
         upstream_PT = upstream_MBT[members, rows] * weight_MB[members, rows, None]
         gradients = [torch.zeros_like(p) for p in parameters]
         if not len(rows):

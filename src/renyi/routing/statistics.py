@@ -46,29 +46,47 @@ class AutoRouting:
         cost = self.scoring_cost
         return "sparse" if cost is not None and cost + self.active < 1 - MARGIN else "dense"
 
-    def observe(self, r_ME: Tensor, threshold: float) -> None:
-        """Take note of the responsibilities [M, E] of a training batch."""
-        self.active += 0.1 * ((r_ME >= threshold).float().mean().item() - self.active)
+    def observe(self, share_ME: Tensor, threshold: float) -> None:
+        """Take note of the members' shares [M, E] of a training batch."""
+        self.active += 0.1 * ((share_ME >= threshold).float().mean().item() - self.active)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         return asdict(self)
 
 
-def pair_sums(r_ME: Tensor, plan: RoutingPlan, passed: PassStatistics) -> dict[str, tuple[Tensor, Tensor]]:
-    """What is logged of the pairs of a training batch that was run by `plan`.
+def member_shares(upstream_MBT: Tensor, rows_per_example: int) -> Tensor:
+    """Each member's share of the gradient that arrives at an example's log-probabilities, [M, E].
 
-    A member's gradient changes by at most Σ r ‖∇ℓ‖ over the pairs that are left out, of which `routing/dropped` is
-    Σ r a example.
+    Where the log-probabilities are summed to the log-likelihood ℓ that is routed, this is the responsibility. For
+    preference pairs the gradient by a log-probability has a factor more, which differs between members.
 
     Args:
+        upstream_MBT: gradient by the log-probabilities [M, B, T] of a joint forward.
+        rows_per_example: 2 for pairs, whose rejected rows come after all chosen ones.
+    """
+    size_MB = upstream_MBT.abs().sum(dim=-1)
+    size_ME = size_MB.unflatten(1, (rows_per_example, -1)).sum(dim=1)
+    return size_ME / size_ME.sum(dim=0).clamp(min=torch.finfo(size_ME.dtype).tiny)
+
+
+def pair_sums(
+    share_ME: Tensor, r_ME: Tensor, plan: RoutingPlan, passed: PassStatistics
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What is logged of the pairs of a training batch that was run by `plan`.
+
+    A member's gradient changes by at most Σ r ‖∇ℓ‖ over the pairs that are left out; `routing/dropped` is Σ r of an
+    example.
+
+    Args:
+        share_ME: `member_shares` [M, E], by which pairs are left out.
         r_ME: responsibilities [M, E].
         plan: its kind is not "auto".
         passed: what the forward left out.
     """
     one, examples = torch.ones((), device=r_ME.device), r_ME.new_tensor(r_ME.shape[1])
     if plan.kind in ("dense", "sparse"):
-        left_out = r_ME < (plan.threshold if plan.kind == "sparse" else 0.0)
+        left_out = share_ME < (plan.threshold if plan.kind == "sparse" else 0.0)
         active, dropped = (~left_out).float().mean(), (r_ME * left_out).sum() / examples
     else:
         active, dropped = one / len(r_ME), one * passed.dropped

@@ -30,7 +30,7 @@ from renyi.objectives import (
     completion_log_prob,
     preference_log_likelihood,
 )
-from renyi.routing import PassStatistics, routing_sums, share_of
+from renyi.routing import Sums, routing_sums, share_of
 from renyi.training.card import Method
 from renyi.training.config import EnsembleConfig, require
 from renyi.training.reference import with_reference
@@ -179,7 +179,8 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         reference_S2B = self._reference_log_probs(inputs)
         alpha = self.current_alpha
         rows = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        output, passed = self.joint_forward(model, {**rows, "labels": completion_labels(inputs)}, alpha)
+        routed = self.joint_forward(model, {**rows, "labels": completion_labels(inputs)}, alpha)
+        output = routed.output
         logps_M2B = self.model.gathered(completion_log_prob(output.log_probs, mask[:, 1:], self.args.ld_alpha))
 
         ratios = LogRatios(*(logps_M2B - reference_S2B).chunk(2, dim=1), *mask.sum(dim=1).chunk(2))
@@ -187,7 +188,8 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         tokens_B = output.label_mask.sum(dim=1).view(2, -1).sum(dim=0)
         loss_B, r_MB = self.routed(ell_MB, tokens_B, alpha)
         loss = self.to_minimise(share_of(inputs) * loss_B.mean(), ell_MB, r_MB, inputs, num_items_in_batch)
-        self._watch_pairs(inputs, output, logps_M2B.detach(), ratios, ell_MB.detach(), r_MB, passed)
+        pair_sums = self.pair_sums(loss, routed, r_MB)
+        self._watch_pairs(inputs, output, logps_M2B.detach(), ratios, ell_MB.detach(), r_MB, pair_sums)
         return loss
 
     def _reference_log_probs(self, inputs: dict[str, Any]) -> Tensor:
@@ -205,7 +207,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         ratios: LogRatios,
         ell_MB: Tensor,
         r_MB: Tensor,
-        passed: PassStatistics,
+        pair_sums: Sums,
     ) -> None:
         """Log what TRL logs, of the mixture and of each member.
 
@@ -234,7 +236,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         top1_MBT = output.is_top1[:, : len(chosen_tokens_BT)]
         sums["entropy"] = (mean_of_members(output.entropy), output.label_mask.sum())
         sums["mean_token_accuracy"] = (mean_of_members(top1_MBT), chosen_tokens_BT.sum())
-        sums |= self.pair_sums(r_MB, passed)
+        sums |= pair_sums
         self.watch(routing_sums(ell_MB, r_MB, self.model.weights.log(), pairs) | sums, inputs)
 
     def method_card(self) -> Method:

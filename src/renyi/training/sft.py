@@ -84,7 +84,8 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
     ) -> Tensor:
         """The α-Rényi loss of a TRL batch, in nats per trained token."""
         alpha = self.current_alpha
-        output, passed = self.joint_forward(model, inputs, alpha)
+        routed = self.joint_forward(model, inputs, alpha)
+        output = routed.output
         ell_ME, tokens_E = example_log_likelihood(output, inputs.get("position_ids"))
         ell_ME = self.model.gathered(ell_ME)
         loss_E, r_ME = self.routed(ell_ME, tokens_E, alpha)
@@ -102,7 +103,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
                 **routing_sums(ell_ME.detach(), r_ME, self.model.weights.log(), tokens),
                 "entropy": (mean_of_members(output.entropy), tokens),
                 "mean_token_accuracy": (mean_of_members(output.is_top1), tokens),
-                **self.pair_sums(r_ME, passed),
+                **self.pair_sums(loss, routed, r_ME),
             },
             inputs,
         )

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
-from renyi.routing import PassStatistics, Routed, Router, RoutingPlan, Sums, pair_sums
+from renyi.routing import Routed, Router, RoutingPlan, Sums, member_shares, pair_sums
 
 # A pass of fewer tokens would leave a processor idle, whatever one member's batch is.
 LEAST_BUDGET = 8192
@@ -96,12 +96,22 @@ class RoutedSteps(Trainer):
             torch.cuda.synchronize()
         auto.scoring_cost = (time.perf_counter() - began) / self._seconds
 
-    def pair_sums(self, r_ME: Tensor, passed: PassStatistics) -> Sums:
-        """What is logged of the pairs of a training batch, from responsibilities [M, E]; nothing of a dense run."""
+    def pair_sums(self, loss: Tensor, routed: Routed, r_ME: Tensor) -> Sums:
+        """What is logged of the pairs of a training batch; nothing of a dense run.
+
+        Args:
+            loss: of the batch, before its backward.
+            routed: the forward that the loss was computed from.
+            r_ME: responsibilities [M, E].
+        """
         if self.args.routing == "dense" or not self.model.training:
             return {}
-        self.router.auto.observe(r_ME, self.args.routing_threshold)
-        return pair_sums(r_ME, self.router.plan, passed)
+        # What the backward will bring to the log-probabilities; it stops there, before the model.
+        (upstream_MBT,) = torch.autograd.grad(loss, routed.output.log_probs, retain_graph=True)
+        share_ME = member_shares(upstream_MBT, self.rows_per_example)
+        plan = self.router.plan
+        self.router.auto.observe(share_ME, plan.threshold)
+        return pair_sums(share_ME, r_ME, plan, routed.statistics)
 
     # ---- Memory ----------------------------------------------------------------------------------------------------
 
