@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from tiny import pair_rows, tiny_model, tiny_tokenizer
 
 from renyi import LoraEnsemble
+from renyi.cli.diagnosis import doubts_of
 from renyi.data import Preparation
-from renyi.inference import diagnose, score
+from renyi.inference import Diagnosis, diagnose, score
 
 FEW = ["--num_directions", "4"]
 KEYS = {
@@ -163,6 +164,36 @@ def test_an_untrained_adapter_is_warned_of(base: Path, rows_file: Path, tmp_path
     ended = renyi("diagnose", *asked)
     assert ended.code == 0
     assert "warning: the adapter is untrained" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("changed", "part"),
+    [
+        ({"calibration": 0.79}, "less sure than it is right (calibration 0.79"),
+        ({"calibration": 1.31}, "surer than it is right (calibration 1.31"),
+        ({"mean_share": 0.11}, "11% of the leading direction"),
+        ({"low": 0.6, "high": 1.2}, "from 0.6 to 1.2"),
+    ],
+)
+def test_what_else_it_may_be_is_said(changed: dict[str, float], part: str) -> None:
+    sound = Diagnosis(0.4, 0.3, 0.5, 0.4, [2.5], 0.0, 0.8, 0.7, 2, [], [], [], torch.zeros(1))
+    assert doubts_of(sound, is_trained=True) == []
+    (doubt,) = doubts_of(sound._replace(**changed), is_trained=True)  # type: ignore[arg-type]
+    assert part in doubt.what
+    (doubt,) = doubts_of(sound, is_trained=True, is_fitted_to=True)
+    assert "fitted to" in doubt.what
+
+
+def test_the_routed_quantity_is_the_ensembles_unless_it_is_given(trained: tuple[Path, Ended], rows_file: Path) -> None:
+    """All answers of the rows have as many tokens, so the figures differ by that factor."""
+    whole, normalised = (
+        told(renyi("diagnose", trained[0], rows_file, *FEW, "--json", "--routing_quantity", quantity))
+        for quantity in ("sequence", "length_normalised")
+    )
+    assert told(renyi("diagnose", trained[0], rows_file, *FEW, "--json"))["critical_alpha"] == whole["critical_alpha"]
+    assert normalised["critical_alpha"] == pytest.approx(3 * whole["critical_alpha"], rel=1e-4)
+    refused = renyi("diagnose", trained[0], rows_file, "--json", "--routing_quantity", "token")
+    assert_refused(refused, "--routing_quantity: 'token' is none of sequence, length_normalised")
 
 
 # ---- Pairs -----------------------------------------------------------------------------------------------------------

@@ -92,6 +92,20 @@ def test_critical_alpha_is_that_of_the_closed_form(found: Diagnosis, held_out: D
     assert found.eigenvalues == sorted(found.eigenvalues, reverse=True)
 
 
+def test_length_normalised_routing_has_its_own_closed_form(fitted: LoraEnsemble, held_out: Dataset) -> None:
+    """E[k_c] / E[k_c² / T] of records with k_c contested of T answers. The default is what the ensemble routes."""
+    contested = torch.tensor(held_out["contested"], dtype=torch.float64)
+    length = torch.tensor([len(ids) - 1 for ids in held_out["input_ids"]])
+    formula = (contested.sum() / (contested.square() / length).sum()).item()
+    settings: dict[str, Any] = {"num_directions": 8, "max_examples": 700}
+    found = diagnose(fitted, held_out, routing_quantity="length_normalised", **settings)
+    assert found.critical_alpha == pytest.approx(formula, rel=0.2)
+    assert found.critical_alpha > 1.5 * diagnose(fitted, held_out, **settings).critical_alpha
+    normalised = copy.deepcopy(fitted)
+    normalised.routing_quantity = "length_normalised"
+    assert diagnose(normalised, held_out, **settings)[:4] == found[:4]
+
+
 def test_contested_examples_load_most_and_sources_on_two_sides(found: Diagnosis, held_out: Dataset) -> None:
     rows = held_out.select(found.examples)
     contested = torch.tensor(rows["contested"]) > 0
@@ -175,7 +189,7 @@ def test_an_adapter_that_heard_one_source_only_is_not_fitted(fitted: LoraEnsembl
     fit(one_sided, rows.filter(lambda row: row["source"] == 0), 40)
     found = diagnose(one_sided, held_out, num_directions=8, max_examples=400)
     assert found.calibration is not None
-    assert found.calibration > MODULE.MISCALIBRATED
+    assert found.calibration > MODULE.OVERCONFIDENT
     assert found.mean_share > MODULE.UNFINISHED
 
 
@@ -273,6 +287,8 @@ def test_bad_settings_say_which(fitted: LoraEnsemble, held_out: Dataset) -> None
         diagnose(fitted, held_out.select(range(39)))
     with pytest.raises(ConfigError, match="num_directions"):
         diagnose(fitted, held_out, num_directions=0)
+    with pytest.raises(ConfigError, match=r"routing_quantity.*'tokens'"):
+        diagnose(fitted, held_out, routing_quantity="tokens")
     with pytest.raises(ConfigError, match="no member 1 of 1"):
         diagnose(fitted, held_out, member=1)
     with pytest.raises(ConfigError, match="unknown curvature"):

@@ -87,7 +87,7 @@ def run(argv: Sequence[str]) -> int:
     _check_memory(case, memory)
 
     started = time.perf_counter()
-    settings = {name: getattr(args, name) for name in ("member", "curvature", *_NUMBERS, "seed")}
+    settings = {name: getattr(args, name) for name in ("member", "routing_quantity", "curvature", *_NUMBERS, "seed")}
     with progress_bar(err, "differentiating", len(case.rows)) as progress:
         found = diagnose(ensemble, case.rows, case.pairs, progress=progress, **settings)
     seconds = time.perf_counter() - started
@@ -146,6 +146,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     how.add_argument(
         "--tokens_per_batch", default="4096", metavar="T", help="tokens of one pass; bounds its activations; 4096"
     )
+    how.add_argument(
+        "--routing_quantity",
+        help="what responsibilities are taken of: sequence or length_normalised; by default what the ensemble routes",
+    )
     how.add_argument("--seed", default="0", help="of the draw and of the bootstrap; 0")
     kept = parser.add_argument_group("preparation, by default as in training")
     for name, (_, text) in _PREPARATION.items():
@@ -163,6 +167,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             raise ConfigError(f"is {value}", where=f"--{name}", hint=f"Give a number from {least} on.")
         setattr(args, name, value)
     args.curvature = converted(args.curvature, Literal["fisher", "hessian"], None, "--curvature")
+    if args.routing_quantity is not None:
+        choices = Literal["sequence", "length_normalised"]
+        args.routing_quantity = converted(args.routing_quantity, choices, None, "--routing_quantity")
     args.preparation = {
         name: converted(getattr(args, name), hint, None, f"--{name}")
         for name, (hint, _) in {**_PREPARATION, "beta": (float, "")}.items()

@@ -36,9 +36,15 @@ class Doubt(NamedTuple):
     hint: str
 
 
-def doubts_of(found: "Diagnosis", is_trained: bool) -> list[Doubt]:
-    """Why a low critical alpha might not be the data's doing."""
-    from renyi.inference.diagnose import MISCALIBRATED, UNFINISHED
+def doubts_of(found: "Diagnosis", is_trained: bool, is_fitted_to: bool = False) -> list[Doubt]:
+    """What else than the data could have made the critical alpha what it is.
+
+    Args:
+        found: the diagnosis.
+        is_trained: whether the adapter does anything.
+        is_fitted_to: whether the rows are known to be those that the adapter was fitted to.
+    """
+    from renyi.inference.diagnose import OVERCONFIDENT, UNDERCONFIDENT, UNFINISHED
 
     if not is_trained:
         what = "the adapter is untrained: this is the base against the data, not the data against themselves"
@@ -50,7 +56,14 @@ def doubts_of(found: "Diagnosis", is_trained: bool) -> list[Doubt]:
     if found.mean_share > UNFINISHED:
         what = f"{found.mean_share:.0%} of the leading direction is work that the adapter has not done yet"
         doubts.append(Doubt(what, "Train it longer first: members would part over what one of them could still learn."))
-    if found.calibration is not None and found.calibration > MISCALIBRATED:
+    if is_fitted_to:
+        what = "these are the rows that the adapter was fitted to, and on them it looks better than it is"
+        doubts.append(Doubt(what, "Diagnose rows that training did not see: hold some out with test_split_size."))
+    if found.calibration is not None and found.calibration < UNDERCONFIDENT:
+        what = f"the adapter is less sure than it is right (calibration {found.calibration:.2f}, where 1 is calibrated)"
+        hint = "It is not fitted, or these rows are its own training rows; the critical alpha may be too high."
+        doubts.append(Doubt(what, hint))
+    if found.calibration is not None and found.calibration > OVERCONFIDENT:
         what = f"the adapter is surer than it is right (calibration {found.calibration:.2f}, where 1 is calibrated)"
         hint = "It is not fitted, fits its training data too well, or is too small; the critical alpha may be too low."
         doubts.append(Doubt(what, hint))
@@ -59,7 +72,7 @@ def doubts_of(found: "Diagnosis", is_trained: bool) -> list[Doubt]:
 
 def findings(found: "Diagnosis", kind: str, seconds: float) -> RenderableType:
     """Each figure with what it means; `kind` is what an example is called."""
-    from renyi.inference.diagnose import MISCALIBRATED, UNFINISHED
+    from renyi.inference.diagnose import OVERCONFIDENT, UNDERCONFIDENT, UNFINISHED
 
     table = Table.grid(padding=(0, 3))
     table.add_column(no_wrap=True)
@@ -82,12 +95,12 @@ def findings(found: "Diagnosis", kind: str, seconds: float) -> RenderableType:
     style = "yellow" if found.mean_share > UNFINISHED else ""
     add("unfinished fitting", f"{found.mean_share:.1%}", meaning, style)
     if found.calibration is not None:
-        meaning = f"1: single tokens are as sure as right; above {MISCALIBRATED}: too sure"
-        style = "yellow" if found.calibration > MISCALIBRATED else ""
+        meaning = f"1: as sure as right; above {OVERCONFIDENT}: too sure; below {UNDERCONFIDENT}: not sure enough"
+        style = "" if UNDERCONFIDENT <= found.calibration <= OVERCONFIDENT else "yellow"
         add("calibration", f"{found.calibration:.3g}", meaning, style)
     subtitle = (
         f"{plural(len(found.examples), kind)} along {plural(len(found.eigenvalues), 'direction')} that others chose · "
-        f"{seconds:.1f} s · brackets: 95 % over examples"
+        f"{seconds:.1f} s · brackets: 95 % interval"
     )
     return Group(titled("Diagnosis"), Text(subtitle, "dim"), table)
 

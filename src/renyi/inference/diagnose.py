@@ -1,7 +1,8 @@
 """Do the data contradict the model, and from which alpha on would members part? Asked of one fitted adapter.
 
-The driver of `renyi.measures.stability` and `renyi.ensemble.curvature` over prepared rows: which examples, in which
-batches, and what follows. It knows nothing about files, trainers or the terminal.
+The driver of `renyi.measures.stability` (the figures) and `renyi.ensemble.curvature` (where they come from) over
+prepared rows: which examples, in which batches, and what follows. `renyi.cli.diagnose` is the command, and
+`renyi.runs.auto` lets training ask by itself.
 """
 
 import math
@@ -20,7 +21,7 @@ from renyi.ensemble.curvature import AdapterSpace, Batch, Curvature, Score, diag
 from renyi.errors import ConfigError, DataError, RenyiError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.measures import cross_fitted, stability_spectrum
-from renyi.objectives import LogRatios, PreferenceLoss, completion_log_prob, preference_margin
+from renyi.objectives import QUANTITIES, LogRatios, PreferenceLoss, completion_log_prob, preference_margin, routed_units
 
 _Batches: TypeAlias = Callable[[LoraEnsemble, Dataset, list[int], int, int], Iterator[tuple[list[int], Batch]]]
 
@@ -28,7 +29,9 @@ _Batches: TypeAlias = Callable[[LoraEnsemble, Dataset, list[int], int, int], Ite
 ABOVE_CRITICAL = 0.5
 
 # Above these, what looks like a contradiction may be an adapter that is not fitted, or fitted too well.
-UNFINISHED, MISCALIBRATED = 0.1, 1.3
+UNFINISHED, OVERCONFIDENT = 0.1, 1.3
+# Below this, predictions are less sure than they are right, and a contradiction may be overlooked.
+UNDERCONFIDENT = 0.8
 UNDECIDED = 0.7  # an interval from below this to above 1 says nothing either way
 
 FEWEST_MEASURED = 20  # examples, below which a bootstrap over them says nothing
@@ -38,13 +41,14 @@ class Diagnosis(NamedTuple):
     """What the curvature of one fitted adapter says about a dataset.
 
     Attributes:
-        critical_alpha: the α above which members part, measured along directions that other examples chose.
-        low, high: its 95 % bootstrap interval over examples.
+        critical_alpha: the α above which members part, measured along directions that other examples chose. It is an
+            order of what is routed: with length-normalised routing it is larger, by about the number of tokens.
+        low, high: an interval that holds the subspace's critical alpha 95 % of the time; see `cross_fitted`.
         plug_in: 1/λ_max on the examples that chose the direction; too low on few examples.
         eigenvalues: λ of J v = λ V v, descending; those above 1/α are directions in which members part at α.
         mean_share: how much of the leading direction is unfinished fitting (the mean gradient's share), 0 to 1.
-        calibration: single tokens' second moment over their curvature; 1 where predictions are calibrated, above
-            where the adapter is not fitted or too small. None for pairs and the Hessian.
+        calibration: single tokens' second moment over their curvature: 1 where predictions are calibrated, above 1
+            where the adapter is surer than right, and below 1 where it is less sure. None for pairs and the Hessian.
         alpha: a recommended order.
         members: a recommended number of members: one more than there are directions to part in.
         examples: the rows that were projected, [N].
@@ -93,6 +97,7 @@ def diagnose(
     pairs: Pairs | None = None,
     *,
     member: int = 0,
+    routing_quantity: str | None = None,
     curvature: Curvature = "fisher",
     num_directions: int = 32,
     max_examples: int = 512,
@@ -106,9 +111,12 @@ def diagnose(
 
     Args:
         ensemble: one of whose members was fitted to data like these.
-        rows: prepared, with `input_ids` and `labels`; or as `prepare_pairs` makes them.
+        rows: prepared, with `input_ids` and `labels`; or as `prepare_pairs` makes them. Rows that the member was not
+            fitted to: on those that it was, it errs less and is less sure of what it should be than elsewhere.
         pairs: of preferences; None for sequences.
         member: which.
+        routing_quantity: what responsibilities will be taken of, one of `renyi.objectives.QUANTITIES`; None for what
+            the ensemble routes.
         curvature: V as the "fisher" (Gauss–Newton) matrix, beside which tokens' own second moment is tried and the
             greater critical alpha believed; or as the "hessian".
         num_directions: k of the subspace that gradients span; fewer where gradients span fewer.
@@ -137,18 +145,24 @@ def diagnose(
             hint="Load the base as it was before; half precision is enough.",
         )
     space = AdapterSpace(ensemble, member)
+    quantity = ensemble.routing_quantity if routing_quantity is None else routing_quantity
+    if quantity not in QUANTITIES:
+        raise ConfigError(f"is {quantity!r}", where="routing_quantity", hint=f"Give {' or '.join(QUANTITIES)}.")
     done = [0]
     order: list[int] = []
+    tokens: list[int] = []  # trained ones, of each example in that order
 
-    def counted(batches: Iterator[tuple[list[int], Batch]], order: list[int] | None = None) -> Iterator[Batch]:
+    def counted(batches: Iterator[tuple[list[int], Batch]], is_measured: bool) -> Iterator[Batch]:
         for numbers, batch in batches:
             yield batch
-            if order is not None:
+            if is_measured:
                 order.extend(numbers)
+                of_rows = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+                tokens.extend(of_rows.view(-1, len(numbers)).sum(dim=0).tolist())  # both rows of a pair
             done[0] += len(numbers)
             progress(done[0])
 
-    of_rows = _sequence_batches if pairs is None else _pair_batches(pairs)
+    batches_of = _sequence_batches if pairs is None else _pair_batches(pairs)
     margin = None if pairs is None else _margin(pairs, member)
     k = min(num_directions, len(spanning))
     limits = (tokens_per_batch, k)  # an example's gradient is as large as a direction
@@ -156,8 +170,8 @@ def diagnose(
     with _explained(curvature):
         projected = diagnose_curvature(
             space,
-            counted(of_rows(ensemble, rows, measured, *limits), order),
-            counted(of_rows(ensemble, rows, spanning, *limits)),
+            counted(batches_of(ensemble, rows, measured, *limits), is_measured=True),
+            counted(batches_of(ensemble, rows, spanning, *limits), is_measured=False),
             k,
             curvature=curvature,
             margin=margin,
@@ -167,10 +181,13 @@ def diagnose(
     # Both estimate V at a fitted, calibrated point. The Fisher matrix is too small where predictions are surer than
     # right, and the tokens' own second moment where answers are all but certain: the greater is believed.
     estimates = [projected.curvature] if projected.empirical is None else [projected.curvature, projected.empirical]
+    units_N = routed_units(torch.tensor(tokens), quantity).to(projected.gradients)
     with _explained(curvature):
-        each = [cross_fitted(projected.gradients, V_Nkk, projected.empirical, seed=seed) for V_Nkk in estimates]
+        each = [
+            cross_fitted(projected.gradients, V_Nkk, projected.empirical, units_N, seed=seed) for V_Nkk in estimates
+        ]
     found, V_Nkk = max(zip(each, estimates, strict=True), key=lambda pair: pair[0].critical_alpha)
-    g_Nk, V = projected.gradients.double(), V_Nkk.double().mean(dim=0)
+    g_Nk, V = projected.gradients.double() / units_N.double().sqrt()[:, None], V_Nkk.double().mean(dim=0)
     spectrum = stability_spectrum(V, g_Nk.mT @ g_Nk / len(g_Nk), 0.1 * V.diagonal().mean().item())
     directions = projected.basis.double() @ spectrum.directions
     alpha = recommended_alpha(found.critical_alpha)

@@ -12,6 +12,7 @@ from renyi.objectives.mixture import (
     jensen_gap,
     renyi_loss,
     responsibilities,
+    routed_units,
     running_log_weights,
 )
 from renyi.objectives.power import (
@@ -60,6 +61,7 @@ __all__ = [
     "preference_margin",
     "renyi_loss",
     "responsibilities",
+    "routed_units",
     "running_log_weights",
     "trajectory_balance",
     "trajectory_residual",

@@ -89,7 +89,7 @@ def example_loss(
     Returns:
         The loss in nats, shape [...].
     """
-    units = _units(tokens, quantity)
+    units = routed_units(tokens, quantity)
     return units * renyi_loss(log_likelihood / units, alpha, log_weights)
 
 
@@ -101,11 +101,11 @@ def example_responsibilities(
     quantity: str = "sequence",
 ) -> Tensor:
     """The share [M, ...] of each example that each member learns from under `example_loss`; arguments as there."""
-    return responsibilities(log_likelihood / _units(tokens, quantity), alpha, log_weights)
+    return responsibilities(log_likelihood / routed_units(tokens, quantity), alpha, log_weights)
 
 
-def _units(tokens: Tensor, quantity: str) -> Tensor:
-    """What the log-likelihood of an example is divided by before it is routed."""
+def routed_units(tokens: Tensor, quantity: str) -> Tensor:
+    """What the log-likelihood of an example is divided by before it is routed, in the shape of its trained `tokens`."""
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity is {quantity!r}; it should be one of {QUANTITIES}")
     return tokens.clamp(min=1) if quantity == "length_normalised" else torch.ones_like(tokens)
