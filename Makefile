@@ -7,11 +7,12 @@ READY  := $(VENV)/.ready
 # Two test processes of one thread each are faster on two cores than one process of two threads.
 WORKERS ?= 2
 
-.PHONY: help setup docs demo test lint format slow bench studies clean
+.PHONY: help setup docs dist demo test lint format slow bench studies clean
 
 help:
 	@echo "make demo    train the three ensembles of the demo and look at runs/demo/demo.png (minutes)"
 	@echo "make docs    build the documentation site into build/site"
+	@echo "make dist    build wheel and sdist, check them, and try the wheel in a fresh environment (minutes)"
 	@echo "make test    lint, type-check and test"
 	@echo "make lint    ruff, import-linter and mypy alone"
 	@echo "make slow    the tests that take minutes: real data, three seeds of the demo"
@@ -31,6 +32,17 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs src examples
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Wheel and sdist in dist/, checked: their metadata, what they hold, and that the wheel works where nothing else is.
+dist: $(READY)
+	rm -rf dist build/fresh
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python tests/check_dist.py dist
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build/fresh && bin/renyi demo --quick --output_dir demo
 
 demo: $(READY)
 	$(BIN)/renyi demo

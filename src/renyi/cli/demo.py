@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from renyi.cli.progress import Progress
     from renyi.zoo.measure import Measured
 
+QUICK_STEPS = 40
 _STORY = """
 60 facts about people; two schools agree on half of them and contradict each other on the other half.
 A record is four questions answered by one school, and nobody says which. One adapter alone learns from the records,
@@ -30,12 +31,17 @@ def run(argv: Sequence[str]) -> int:
     parser = StrictParser(prog="renyi demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     parser.add_argument("--seed", type=int, default=0, help="of the world, its records and the training (default: 0)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the steps: shows that all works, not what it does"
+    )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     args = parse_strictly(parser, argv)
 
     from renyi.cli.progress import Progress
     from renyi.zoo.demo import run_demo
     from renyi.zoo.figure import TITLES
+
+    shorter = {"max_steps": QUICK_STEPS} if args.quick else {}
 
     @contextmanager
     def watch(name: str) -> "Iterator[Progress]":
@@ -44,12 +50,12 @@ def run(argv: Sequence[str]) -> int:
             yield progress
 
     if args.json:
-        run_demo(args.output_dir, args.seed)
+        run_demo(args.output_dir, args.seed, **shorter)
         print(json.dumps(json.loads((args.output_dir / "summary.json").read_text(encoding="utf-8"))))
         return 0
     out = stream()
     out.print(_STORY)
-    measured = run_demo(args.output_dir, args.seed, watch)
+    measured = run_demo(args.output_dir, args.seed, watch, **shorter)
     out.print(_table(measured, TITLES))
     renyi = measured["alpha_renyi"]
     out.print(
