@@ -428,7 +428,7 @@ def test_a_quantised_base_stays_quantised(tmp_path, bits):
             alone = PeftModel.from_pretrained(quantised_base(), str(tmp_path / "ensemble" / f"member_{member}")).train()
             logits = alone(input_ids=input_ids, attention_mask=mask).logits
             assert ((joint[member] - logits) * mask[..., None]).abs().max() <= 1e-4
-    # Training goes through the quantised weights, also after scoring: gradients are those over their dequantised values.
+    # Training goes through the quantised weights, also after scoring; gradients are those over dequantised values.
     quantised = ensemble.train()
     dequantised = scatter_members(LoraEnsemble.from_base(quantised_base().dequantize(), 2, lora())).train()
     ell, grads = backward_of(quantised, input_ids, mask)
