@@ -6,12 +6,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_model
 from torch import Tensor, nn
-from transformers import Gemma2Config, GraniteConfig, LlamaConfig
+from transformers import (
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    xLSTMConfig,
+    xLSTMForCausalLM,
+)
 
 from renyi.ensemble import head
-from renyi.ensemble.head import LogitTransform, token_scores
+from renyi.ensemble.head import LogitTransform, check_head, token_scores
+from renyi.errors import ConfigError
 
 VOCABULARY, FEATURES, ROWS = 23, 6, 11
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def naive(
@@ -174,3 +193,69 @@ def test_the_head_on_the_backbone_gives_the_models_probabilities(kind):
         )
         expected = model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).squeeze(1)
     torch.testing.assert_close(scores.log_probs, expected, atol=1e-5, rtol=1e-5)
+
+
+class _Changed(LlamaForCausalLM):
+    """A Llama that does something to its logits which no config declares."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = self.change(output.logits)
+        return output
+
+
+CHANGES = {
+    "times 1.05": lambda z: 1.05 * z,
+    "times 1.0005": lambda z: 1.0005 * z,
+    "capped at 30": lambda z: 30 * torch.tanh(z / 30),
+    "capped at 50": lambda z: 50 * torch.tanh(z / 50),
+    "biased": lambda z: z + 0.01 * torch.arange(z.shape[-1]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.02, 0.9])
+@pytest.mark.parametrize("change", CHANGES)
+def test_logits_that_no_config_declares_are_refused(change, size, dtype):
+    """Whatever the size of the weights, and in half precision, too: rounding is not taken for a model's own rule."""
+    model = tiny_model(initializer_range=size).to(dtype)
+    check_head(model)
+    model.__class__, model.change = _Changed, CHANGES[change]
+    with pytest.raises(ConfigError, match="does something to its hidden states or logits"):
+        check_head(model)
+
+
+def test_hidden_states_that_are_changed_after_the_backbone_are_refused():
+    model = tiny_model()
+    model.lm_head.register_forward_pre_hook(lambda module, given: (1.05 * given[0],))
+    with pytest.raises(ConfigError, match="hidden states"):
+        check_head(model)
+
+
+KNOWN = {
+    "recurrent_gemma": lambda: RecurrentGemmaForCausalLM(
+        RecurrentGemmaConfig(**SMALL, lru_width=32, attention_window_size=16, logits_soft_cap=3.0)
+    ),
+    "xlstm": lambda: xLSTMForCausalLM(
+        xLSTMConfig(
+            vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_heads=2, output_logit_soft_cap=3.0,
+            chunkwise_kernel="chunkwise--native_autograd", sequence_kernel="native_sequence__native",
+            step_kernel="native",
+        )
+    ),
+    "gemma2": lambda: tiny_model("gemma2"),
+    "granite": lambda: tiny_model("granite"),
+    "cohere": lambda: tiny_model("cohere"),
+    "biased": lambda: PhiForCausalLM(PhiConfig(**SMALL)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_heads_that_cap_scale_or_add_a_bias_as_their_config_says_are_known(kind):
+    torch.manual_seed(0)
+    model = KNOWN[kind]().eval()
+    if kind == "biased":
+        nn.init.normal_(model.lm_head.bias)
+    check_head(model)
+    transform = LogitTransform.from_config(model.config)
+    assert kind == "biased" or transform != LogitTransform()

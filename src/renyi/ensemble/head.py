@@ -5,9 +5,11 @@ W[target] − Σ_v p_v W_v, is computed in the forward, and the backward only sc
 operations for N rows, hidden size D and vocabulary V, with no recomputation and no [N, V] kept. Σ_v p_v W_v is
 attention with the head for keys and values, and is computed as flash attention computes that: by blocks of the
 vocabulary, rescaled when a greater logit turns up, so that a block of the head is read once for both products.
-This file knows nothing about members or examples: it sees rows.
+`joint.py` gathers the rows that it is asked for.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,12 @@ from renyi.errors import ConfigError
 
 # Whole distributions are handed out in chunks of about this many logits: 16 MiB in float32.
 LOGITS_PER_CHUNK = 1 << 22
+# Standard deviation of the logits at which a head is checked: caps of 30 show there, and trained models get there.
+CHECKED_LOGITS = 10.0
+# Names in configs: of a factor on logits, of a divisor, and of a cap.
+_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+_DIVISOR = "logits_scaling"
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # Rows and tokens of the block of logits that is at hand: caches of a CPU hold it, and a GPU is busy with it.
 BLOCK_ON_CPU, BLOCK = (1024, 1024), (8192, 8192)
 
@@ -40,18 +48,15 @@ class LogitTransform(NamedTuple):
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> "LogitTransform":
-        """Read the transform off a model config, where Gemma, Cohere, Granite, Falcon-H1 and others declare it."""
+        """Read the transform off a model config, where Gemma, Cohere, Granite, xLSTM and others declare it."""
         config = config.get_text_config()
-        scale = 1.0
-        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-            if getattr(config, name, None) is not None:
-                scale = float(getattr(config, name))
-                break
-        else:
-            divisor = getattr(config, "logits_scaling", None)
-            if divisor is not None:
-                scale = float(divisor) if config.model_type == "hyperclovax" else 1 / float(divisor)
-        return cls(scale, getattr(config, "final_logit_softcapping", None))
+        scale = next((float(v) for name in _FACTORS if (v := getattr(config, name, None)) is not None), None)
+        if scale is None:
+            divisor = getattr(config, _DIVISOR, None)
+            multiplies = config.model_type.startswith("hyperclovax")  # under the same name
+            scale = 1.0 if divisor is None else float(divisor) if multiplies else 1 / float(divisor)
+        cap = next((float(v) for name in _CAPS if (v := getattr(config, name, None)) is not None), None)
+        return cls(scale, cap)
 
     def __call__(self, logits: Tensor) -> Tensor:
         if self.scale != 1:
@@ -186,25 +191,65 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def check_head(base: PreTrainedModel) -> None:
-    """Raise `ConfigError` unless our head, on the backbone's hidden states, gives the model's own probabilities."""
+    """Raise `ConfigError` unless our head, on the backbone's hidden states, gives the model's own probabilities.
+
+    Hidden states are amplified until logits are about as large as a trained model's: a freshly initialised model has
+    logits near 0, where caps do not show. Logits are compared in float32, or the model's own precision if that is
+    better, because bfloat16 would round away a factor of 1.004.
+    """
     head = base.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), Tensor) or base.base_model is base:
         raise ConfigError(f"{type(base).__name__} is not a causal language model with a linear head", where="model")
     if base.device.type == "meta":
         return
     ids = torch.arange(3, device=base.device)[None]
-    targets = torch.linspace(
-        0, head.weight.shape[0] - 1, 8, device=base.device
-    ).long()  # tokens all over the vocabulary
+    vocabulary = len(head.weight)
+    targets = torch.linspace(0, vocabulary - 1, 8, device=base.device).long()  # tokens all over the vocabulary
+    transform = LogitTransform.from_config(base.config)
     with torch.no_grad(), evaluating(base):  # a base with dropout of its own answers differently each time
         hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        transform = LogitTransform.from_config(base.config)
-        rows, row_targets = hidden.repeat_interleave(len(targets), 0), targets.repeat(len(hidden))
+        hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        size = _logits_by_parts(head, hidden).std().clamp(min=torch.finfo(torch.float32).tiny)
+        factor = (CHECKED_LOGITS / size).clamp(min=1.0)
+        rows, row_targets = (factor * hidden).repeat_interleave(len(targets), 0), targets.repeat(len(hidden))
         ours = token_scores(rows, head, row_targets, transform).log_probs
-        theirs = base(input_ids=ids, use_cache=False).logits[0].to(ours.dtype).log_softmax(-1)[:, targets].flatten()
-    if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05):
+        with _amplified(head, factor):
+            logits = base(input_ids=ids, use_cache=False).logits[0]
+        theirs = logits.to(ours.dtype).log_softmax(-1)[:, targets].flatten()
+    # A head of its own kind answers in its own precision.
+    is_exact = type(head) is nn.Linear or logits.dtype.itemsize >= 4
+    tolerance = 1e-4 if is_exact else 0.05
+    if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance):
         raise ConfigError(
             f"{type(base).__name__} does something to its hidden states or logits that this version does not know",
             where="model",
-            hint="Log-likelihoods would be wrong. Please report the architecture.",
+            hint=f"Log-likelihoods would be wrong, here by {float((ours - theirs).abs().max()):.2g} nats. "
+            "Please report the architecture.",
         )
+
+
+@contextmanager
+def _amplified(head: nn.Module, factor: Tensor) -> Iterator[None]:
+    """Multiply what the head is given, and let a plain linear one answer in float32 or better."""
+
+    def answer(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return _logits_by_parts(module, factor * given[0].to(factor.dtype))
+
+    def amplify(module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (given[0] * factor.to(given[0].dtype), *given[1:])
+
+    is_plain = type(head) is nn.Linear
+    hook = head.register_forward_hook(answer) if is_plain else head.register_forward_pre_hook(amplify)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _logits_by_parts(head: Any, hidden: Tensor) -> Tensor:
+    """W h + b in float32 or better, with a copy of a part of W at a time."""
+    precision = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        parts = [hidden.to(precision) @ part.to(precision).T for part in head.weight.split(BLOCK[1])]
+    logits, bias = torch.cat(parts, dim=-1), getattr(head, "bias", None)
+    return logits if bias is None else logits + bias.to(precision)
