@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     from renyi.zoo.demo import run_demo
     from renyi.zoo.figure import TITLES
 
-    shorter = {"max_steps": QUICK_STEPS} if args.quick else {}
+    shorter: dict[str, Any] = {"max_steps": QUICK_STEPS} if args.quick else {}
 
     @contextmanager
     def watch(name: str) -> "Iterator[Progress]":
