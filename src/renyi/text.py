@@ -1,7 +1,7 @@
 """Text that came from users' files, settings or a model, made safe to show on a terminal, in a report or in a log.
 
 Whatever writes such text for a person passes it through `printable`. Files that machines read back (JSON lines, chat
-templates, generated text on request) keep it as it is.
+templates, generated text on request) keep it as it is. Counts are written for a person here, too.
 """
 
 import re
@@ -27,3 +27,16 @@ def printable(text: object, keep: str = "\n\t") -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def number_text(number: float) -> str:
+    """A count as a person reads it: 812, 20,480, 1.24 M."""
+    for size, letter in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.2f} {letter}"
+    return f"{number:,.0f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """A count and what is counted: 1 row, 20,480 rows."""
+    return f"{number_text(number)} {noun}{'' if number == 1 else 's'}"

@@ -326,9 +326,8 @@ def test_the_tables(folder: Path, data: Path, given: Path, tmp_path: Path) -> No
         ({}, ["--resamples", "-1"], ["--resamples: is -1"]),
         ({}, ["--member", "2"], ["--member: there is no member 2 of 2", "0 to 1"]),
         ({}, ["--member", "0", "--samples_from", "x.jsonl"], ["--samples_from: goes without --member"]),
-        ({}, ["--group", "answer"], ["--group"]),
+        ({}, ["--group", "answer"], ["--group: --task sampling has no such flag", "--task choice, perplexity"]),
         ({}, ["--baseline", "base", "--baseline", "base", *map(str, QUICK)], ["--baseline: base is there already"]),
-        ({}, ["--report", "report"], ["--report: there is none of --task sampling"]),
     ],
 )
 def test_rows_and_flags_that_do_not_fit(

@@ -142,7 +142,7 @@ def test_the_report_is_one_page(files: Files, tmp_path: Path) -> None:
     page = (report / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png;base64,") == 4
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)  # it needs nothing else
-    for part in ("How good are the answers?", "What do members disagree on most?", "member 2", "one, temperature"):
+    for part in ("How good are the answers?", "Most contested questions", "member 2", "one, temperature"):
         assert part in page
     kept = json.loads((report / "evaluation.json").read_text(encoding="utf-8"))
     assert kept == json.loads(choice(files.ensemble, files.quiz, "--baseline", files.single, "--json").out)

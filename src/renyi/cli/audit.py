@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from renyi.cli.console import emit_json, number_text, plural, stream
+from renyi.cli.console import emit_json, stream
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import check_output, progress_bar, write_lines
 from renyi.cli.tables import figures_table, shortened, titled
 from renyi.errors import ConfigError
-from renyi.text import printable
+from renyi.text import number_text, plural, printable
 
 if TYPE_CHECKING:
     from renyi.audit import Audit

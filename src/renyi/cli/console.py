@@ -119,21 +119,9 @@ def emit_json(value: dict[str, Any], stderr: bool = False) -> None:
     print(json.dumps(value), file=sys.stderr if stderr else sys.stdout)
 
 
-def number_text(number: float) -> str:
-    """A count as a person reads it: 812, 20,480, 1.24 M."""
-    for size, letter in ((1e9, "B"), (1e6, "M")):
-        if number >= size:
-            return f"{number / size:.2f} {letter}"
-    return f"{number:,.0f}"
-
-
 def bytes_text(size: float) -> str:
     for unit in ("B", "KB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
-
-
-def plural(number: int, noun: str) -> str:
-    return f"{number_text(number)} {noun}{'' if number == 1 else 's'}"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from rich.console import RenderableType
 from rich.text import Text
 
-from renyi.cli.console import bytes_text, emit_json, facts, number_text, plural, quiet_progress_bars, say, stream
+from renyi.cli.console import bytes_text, emit_json, facts, quiet_progress_bars, say, stream
 from renyi.cli.diagnosis import Doubt, LoadedExample, doubts_of, examples_table, findings, text_of
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import (
@@ -33,6 +33,7 @@ from renyi.cli.reading import (
 )
 from renyi.cli.tables import as_json
 from renyi.errors import ConfigError, SaveError
+from renyi.text import number_text, plural
 
 if TYPE_CHECKING:
     from datasets import Dataset

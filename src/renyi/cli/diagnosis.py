@@ -10,8 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from renyi.cli.console import plural
 from renyi.cli.tables import LONGEST_TEXT, shortened, titled
+from renyi.text import plural
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

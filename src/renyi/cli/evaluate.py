@@ -17,260 +17,148 @@ how much they vary, how long they are, and how likely to the base; --baseline ba
 """
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, get_args, get_origin, get_type_hints
 
-from rich.console import Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from renyi.cli.console import emit_json, plural, quiet_progress_bars, stream
+from renyi.cli.console import emit_json, quiet_progress_bars, stream
 from renyi.cli.parser import StrictParser, converted, parse_strictly
-from renyi.cli.reading import add_reading_flags, check_output, load_ensemble, load_rows, progress_bar, write_lines
-from renyi.cli.tables import (
-    LONGEST_TEXT,
-    WIDEST_TABLE,
-    as_json,
-    column_values,
-    figures_table,
-    group_names,
-    shortened,
-    titled,
-)
-from renyi.cli.tasks import choice, perplexity, refusal, sampling
-from renyi.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-
-    from renyi.evaluation import ContestedAUROC, GroupQuality, PreferenceEvaluation
-    from renyi.inference import PairScore
-
-LEAD = 30  # characters shown of what both completions begin with
+from renyi.cli.reading import add_reading_flags, check_output, progress_bar, write_lines
+from renyi.cli.tables import rendered, titled
+from renyi.errors import ConfigError
+from renyi.evaluation.files import load_files
+from renyi.evaluation.task import Models, Settings, Task, evaluate, find_task, load_model, task_names
+from renyi.text import plural
 
 
 def run(argv: Sequence[str]) -> int:
     """Evaluate an ensemble on a dataset."""
-    args = _parse(argv)
-    return TASKS[args.task](args)
+    args, task, given = _parse(argv)
+    out, err = stream(), stream(stderr=True)
+    with _flags_named({*given, *_known(task), "split"}):
+        with err.status("loading"):
+            quiet_progress_bars()
+            files = load_files(args.data, args.split, args.dataset_config)
+        models = Models(
+            args.ensemble,
+            lambda name: load_model(name, args.base, args.device),
+            lambda what, total: progress_bar(err, what, total),
+        )
+        found = evaluate(task, files, models, **given)
+    page = found.write(args.report) if args.report else None
+    if args.output:
+        write_lines(found.lines, args.output)
+    if args.json:
+        emit_json(found.result)
+        return 0
+    out.print(titled(found.report.title))
+    out.print(Text(found.report.subtitle, "dim"))
+    for section in found.report.sections:
+        shown = rendered(section, args.show)
+        if shown is not None:
+            out.print(shown)
+    if page:
+        err.print(f"\nthe report is {page}", soft_wrap=True, markup=False)
+    if args.output:
+        err.print(f"\n{plural(len(found.lines), 'line')} in {args.output}", soft_wrap=True, markup=False)
+    return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+# ---- Flags -----------------------------------------------------------------------------------------------------------
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Task, dict[str, Any]]:
+    """What the command line says: the general flags, the task, and those of its settings that were given."""
+    name = _task_name(argv)
+    tasks = [find_task(n) for n in task_names()] if name is None else [_found(name)]
     parser = StrictParser(
         prog="renyi evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_reading_flags(parser, "write one JSON line a row here", "print one JSON object and no table", several=True)
-    parser.add_argument("--task", required=True, metavar="TASK", help=f"one of: {', '.join(TASKS)}")
-    parser.add_argument("--show", default="5", metavar="N", help="how many of the most contested rows to show; 5")
-    parser.add_argument("--group", metavar="COLUMN", help="column to report groups of rows by")
-    preference = parser.add_argument_group("preference")
-    preference.add_argument(
-        "--contested", metavar="COLUMN", help="true where annotators contradict each other: is that found?"
-    )
-    preference.add_argument(
-        "--reference", default="kept", help="what margins are measured against: kept, as in training, or base; kept"
-    )
-    preference.add_argument("--beta", metavar="FLOAT", help="temperature of the margins; by default as in training")
-    choice.add_flags(parser)
-    refusal.add_flags(parser)
-    sampling.add_flags(parser)
-    args = parse_strictly(parser, argv)
-    args.task = converted(args.task, str, list(TASKS), "--task")
-    args.data, *args.more_data = args.data
-    if args.more_data and args.task not in READS_SEVERAL:
-        raise ConfigError(
-            f"{args.more_data[0]!r} is a second file, and --task {args.task} reads one",
-            where="DATA",
-            hint="Join the files, and tell them apart by a column with --group.",
-        )
+    parser.add_argument("--task", required=True, metavar="TASK", help=f"one of: {', '.join(task_names())}")
+    parser.add_argument("--show", default="5", metavar="N", help="how many examples to show; 5")
+    parser.add_argument("--report", metavar="DIR", help="write evaluation.json, figures and report.html here")
+    for task in tasks:
+        _add_flags(parser, task)
+    args = _checked(parser, argv, tasks[0])
     args.show = converted(args.show, int, None, "--show")
-    args.reference = converted(args.reference, Literal["kept", "base"], None, "--reference")
-    args.beta = converted(args.beta, float | None, None, "--beta")
     if args.show < 0:
         raise ConfigError(f"is {args.show}", where="--show", hint="Give a number of rows, or 0 for none.")
-    if args.beta is not None and not 0 < args.beta < float("inf"):
-        raise ConfigError(f"is {args.beta:g}", where="--beta", hint="Give a number above 0.")
-    if args.report and args.task not in REPORTS:
-        raise ConfigError(
-            f"there is none of --task {args.task}", where="--report", hint=f"There is one of {', '.join(REPORTS)}."
-        )
     check_output(args.output)
+    hints = get_type_hints(tasks[0].Settings)
+    given = {
+        name: converted(getattr(args, name), hints[name], None, f"--{name}")
+        for name in _known(tasks[0])
+        if getattr(args, name, None) is not None
+    }
+    return args, tasks[0], given
+
+
+def _task_name(argv: Sequence[str]) -> str | None:
+    first = StrictParser(prog="renyi evaluate", add_help=False)
+    first.add_argument("--task")
+    name: str | None = first.parse_known_args(list(argv))[0].task
+    return name
+
+
+def _found(name: str) -> Task:
+    with _flags_named({"task"}):
+        return find_task(name)
+
+
+def _known(task: Task) -> list[str]:
+    return [field.name for field in dataclasses.fields(task.Settings)]
+
+
+def _add_flags(parser: StrictParser, task: Task) -> None:
+    """The flags of a task, made from its settings; a flag that another task has brought already is left as it is."""
+    hints = get_type_hints(task.Settings)
+    group = parser.add_argument_group(task.name)
+    for field in dataclasses.fields(task.Settings):
+        if f"--{field.name}" in parser._option_string_actions:
+            continue
+        flag: dict[str, Any] = {"help": _help(task.Settings, field), "default": None}
+        if hints[field.name] is bool:
+            flag["action"] = "store_true"
+        else:
+            flag["metavar"] = field.metadata.get("metavar") or field.name.upper()
+            flag["action"] = "append" if get_origin(hints[field.name]) is list else "store"
+        group.add_argument(f"--{field.name}", **flag)
+
+
+def _help(settings: type[Settings], field: "dataclasses.Field[Any]") -> str:
+    hint, text = get_type_hints(settings)[field.name], str(field.metadata.get("help", ""))
+    if get_origin(hint) is not None and all(isinstance(choice, str) for choice in get_args(hint)):
+        text += f": {', '.join(choice for choice in get_args(hint) if choice not in text)}".rstrip(": ")
+    default = None if field.default is dataclasses.MISSING else field.default
+    return (text if default is None or default is False else f"{text}; {default}").replace("%", "%%")
+
+
+def _checked(parser: StrictParser, argv: Sequence[str], task: Task) -> argparse.Namespace:
+    """Parse; a flag that only another task has is an error that names that task."""
+    try:
+        args: argparse.Namespace = parse_strictly(parser, argv)
+    except ConfigError as error:
+        flag = (error.where or "").removeprefix("--").partition("=")[0]
+        others = [name for name in task_names() if flag and flag in _known(find_task(name))]
+        if others and flag not in _known(task):
+            hint = f"It belongs to --task {', '.join(others)}. Leave it out."
+            raise ConfigError(f"--task {task.name} has no such flag", where=error.where, hint=hint) from error
+        raise
     return args
 
 
-# ---- Preferences -----------------------------------------------------------------------------------------------------
-
-
-def _preference(args: argparse.Namespace) -> int:
-    out, err = stream(), stream(stderr=True)
-    with err.status("loading"):
-        from renyi.data import PairPreparation
-        from renyi.ensemble import Reference, read_preference
-        from renyi.evaluation import evaluate_preference
-        from renyi.inference import score_pairs
-
-        quiet_progress_bars()
-        rows = load_rows(args)
-        groups = group_names(rows, args.group) if args.group else None
-        contested = _contested(rows, args.contested, args.data) if args.contested else None
-        folder, ensemble, tokenizer = load_ensemble(args)
-        preparation = PairPreparation.read(folder)
-        loss, reference = read_preference(folder, ensemble)
-        loss = loss if args.beta is None else replace(loss, beta=args.beta)
-        reference = reference if args.reference == "kept" else Reference(ensemble)
-        pairs = preparation.prepare(rows, tokenizer, args.data)
-
-    with progress_bar(err, "scoring", len(pairs)) as progress:
-        scores = score_pairs(ensemble, pairs, loss, reference, preparation, progress=progress)
-    if args.output:
-        write_lines(({**s._asdict(), "epistemic_share": s.epistemic_share} for s in scores), args.output)
-
-    evaluation = evaluate_preference(scores, ensemble.weights, groups, contested)
-    against = "base" if reference.start is None else "start"
-    settings = {"task": args.task, "loss_type": loss.loss_type, "beta": loss.beta, "reference": against}
-    result = settings | as_json(evaluation)
-    subtitle = (
-        f"{plural(len(scores), 'pair')} · {' + '.join(loss.loss_type)}, beta {loss.beta:g} · margins against "
-        + ("the base" if reference.start is None else "each member as its training began")
-    )
-    if args.report:
-        from renyi.cli.tasks.preference_report import write_preference_report
-
-        texts = [_texts(pair, tokenizer) for pair in pairs]
-        write_preference_report(args.report, subtitle, result, scores, ensemble.weights, texts, groups, args.group)
-    if args.json:
-        emit_json(result)
-        return 0
-    out.print(_qualities(evaluation, ensemble.weights.tolist(), subtitle))
-    if evaluation.groups is not None:
-        out.print(_group_table(evaluation.groups, args.group))
-    if evaluation.contested is not None:
-        out.print(_contested_table(evaluation.contested, evaluation.pairs, args.contested))
-    shown = [scores[i] for i in evaluation.most_contested[: args.show] if scores[i].epistemic > 0]
-    if shown:
-        out.print(_most_contested(shown, [_texts(pairs[s.index], tokenizer) for s in shown]))
-    if args.output:
-        err.print(f"\n{plural(len(scores), 'line')} in {args.output}", soft_wrap=True)
-    if args.report:
-        err.print(f"\nthe report is {args.report / 'report.html'}", soft_wrap=True)
-    return 0
-
-
-TASKS = {
-    "choice": choice.run,
-    "perplexity": perplexity.run,
-    "preference": _preference,
-    "refusal": refusal.run,
-    "sampling": sampling.run,
-}
-READS_SEVERAL = ("choice", "perplexity")
-REPORTS = ("choice", "perplexity", "preference")
-
-
-# ---- Columns ---------------------------------------------------------------------------------------------------------
-
-
-def _contested(rows: "Dataset", name: str, data: str) -> list[bool]:
-    """A column of true and false, or of 1 and 0, in which both occur."""
-    values = column_values(rows, name, "--contested")
-    for number, value in enumerate(values, start=1):
-        if value not in (True, False):
-            raise DataError(
-                f"is {value!r}", where=f"{data}, row {number}, column {name}", hint="Give true or false in every row."
-            )
-    if len(set(values)) == 1:
-        raise DataError(
-            f"is {'true' if values[0] else 'false'} in every row",
-            where=f"{data}, column {name}",
-            hint="Contested pairs are told from others: there must be both.",
-        )
-    return list(map(bool, values))
-
-
-# ---- Tables ----------------------------------------------------------------------------------------------------------
-
-
-def _qualities(evaluation: "PreferenceEvaluation", weights: Sequence[float], subtitle: str) -> RenderableType:
-    """The mixture and every member, and how much of the uncertainty is disagreement."""
-    table = figures_table(["", "weight", "accuracy", "NLL", "Brier", "ECE"])
-    found = [evaluation.mixture, *evaluation.members]
-    names = ["mixture", *(f"member {m}" for m in range(len(weights)))]
-    for name, weight, q in zip(names, [None, *weights], found, strict=True):
-        cells = ["" if weight is None else f"{weight:.3f}", f"{q.accuracy:.1%}", f"{q.nll:.4f}", f"{q.brier:.4f}"]
-        table.add_row(Text(name), *cells, f"{q.ece:.4f}")
-    legend = "accuracy: chosen preferred · NLL in nats a pair; a coin has 0.6931 · ECE in 15 bins"
-    doubt = (
-        f"epistemic uncertainty {evaluation.epistemic:.4f} nats a pair, "
-        f"on average {evaluation.epistemic_share:.1%} of a pair's uncertainty"
-    )
-    return Group(titled("Preferences"), Text(subtitle, "dim"), table, Text(legend, "dim"), Text(), Text(doubt))
-
-
-def _group_table(groups: "Sequence[GroupQuality]", column: str) -> RenderableType:
-    shown = sorted(groups, key=lambda g: -g.pairs)[:WIDEST_TABLE] if len(groups) > WIDEST_TABLE else groups
-    table = figures_table([column, "pairs", "accuracy", "epistemic"])
-    for group in shown:
-        table.add_row(
-            Text(shortened(group.group, 40)), f"{group.pairs:,}", f"{group.accuracy:.1%}", f"{group.epistemic:.4f}"
-        )
-    parts: list[RenderableType] = [titled(f"By {column}"), table]
-    if len(shown) < len(groups):
-        parts.append(Text(f"and {len(groups) - len(shown)} smaller ones; all with --json", "dim"))
-    return Group(*parts)
-
-
-def _contested_table(found: "ContestedAUROC", pairs: int, column: str) -> RenderableType:
-    table = figures_table(["found by", "AUROC"])
-    for name, value in (
-        ("epistemic uncertainty", found.epistemic),
-        ("its share of the total", found.epistemic_share),
-        ("total uncertainty", found.total),
-    ):
-        table.add_row(Text(name), f"{value:.3f}")
-    return Group(titled(f"Finding {column}"), Text(f"true of {found.pairs:,} of {plural(pairs, 'pair')}", "dim"), table)
-
-
-class _Texts(NamedTuple):
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-def _texts(pair: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> _Texts:
-    """A pair as the model sees it, shortened: the end of the prompt, and the completions from where they differ."""
-    prompt, chosen, rejected = (
-        " ".join(str(tokenizer.decode(pair[column], skip_special_tokens=True)).split())
-        for column in ("prompt_ids", "chosen_ids", "rejected_ids")
-    )
-    alike = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
-    start = alike - LEAD if alike > LONGEST_TEXT // 2 else 0
-    return _Texts(
-        prompt if len(prompt) <= LONGEST_TEXT else f"…{prompt[1 - LONGEST_TEXT :]}",
-        *(shortened("…" * (start > 0) + text[start:], LONGEST_TEXT) for text in (chosen, rejected)),
-    )
-
-
-def _most_contested(scores: "Sequence[PairScore]", texts: Sequence[_Texts]) -> RenderableType:
-    import torch
-
-    parts: list[RenderableType] = [
-        titled("Most contested pairs"),
-        Text("P: probability that the chosen completion is preferred · rows counted from 1", "dim"),
-    ]
-    for score, text in zip(scores, texts, strict=True):
-        of_members = torch.tensor(score.margin, dtype=torch.float64).sigmoid().tolist()
-        head = Text.assemble(
-            (f"\nrow {score.index + 1}", "bold"),
-            f"   P {score.preference:.2f}   members {' '.join(f'{p:.2f}' for p in of_members)}   ",
-            (f"epistemic {score.epistemic:.3f} nats, {score.epistemic_share:.0%} of the uncertainty", "dim"),
-        )
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column()
-        for name, value, style in zip(text._fields, text, ("", "green", "red"), strict=True):
-            grid.add_row(name, Text(value, style))
-        parts += [head, Padding(grid, (0, 0, 0, 2), expand=False)]
-    return Group(*parts)
+@contextmanager
+def _flags_named(settings: set[str]) -> Iterator[None]:
+    """An error in a setting is told of the flag that sets it."""
+    try:
+        yield
+    except ConfigError as error:
+        first = re.match(r"\w+", error.where or "")
+        if first and first[0] in settings and not (error.where or "").startswith("--"):
+            raise ConfigError(error.what, where=f"--{error.where}", hint=error.hint) from error
+        raise

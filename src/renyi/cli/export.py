@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from renyi.cli.console import emit_json, plural, quiet_progress_bars, stream
+from renyi.cli.console import emit_json, quiet_progress_bars, stream
 from renyi.cli.parser import StrictParser, parse_strictly
 from renyi.errors import ConfigError
+from renyi.text import plural
 
 if TYPE_CHECKING:
     from renyi.runs.export import Export

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from renyi.cli.console import plural, quiet_progress_bars, say, stream
+from renyi.cli.console import quiet_progress_bars, say, stream
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import Loaded, check_output, load_ensemble, progress_bar, write_lines
 from renyi.errors import ConfigError, DataError
+from renyi.text import plural
 
 if TYPE_CHECKING:
     from renyi.inference import Answer, Prompt

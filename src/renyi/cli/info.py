@@ -11,8 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from renyi.cli.console import bytes_text, emit_json, facts, number_text, stream
+from renyi.cli.console import bytes_text, emit_json, facts, stream
 from renyi.cli.parser import StrictParser, parse_strictly
+from renyi.text import number_text
 
 if TYPE_CHECKING:
     from renyi.ensemble.describe import Description

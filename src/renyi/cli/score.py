@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from renyi.cli.console import emit_json, plural, quiet_progress_bars, stream
+from renyi.cli.console import emit_json, quiet_progress_bars, stream
 from renyi.cli.members import members_table
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import add_reading_flags, check_output, load_ensemble, load_rows, progress_bar, write_lines
+from renyi.text import plural
 
 if TYPE_CHECKING:
     from renyi.inference import MemberSummary, Score

@@ -13,12 +13,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from renyi.cli.console import emit_json, facts, headed, number_text, plural, quiet_progress_bars, say, stream
+from renyi.cli.console import emit_json, facts, headed, quiet_progress_bars, say, stream
 from renyi.cli.dpo import _DPO
 from renyi.cli.parser import ConfigFile, StrictParser, converted, keys, parse, split_config
 from renyi.cli.sft import _SFT
 from renyi.cli.tables import as_json, figures_table, titled
 from renyi.cli.training import TrainingCommand
+from renyi.text import number_text, plural
 
 if TYPE_CHECKING:
     from renyi.evaluation.sweep_choice import Cell, SweepEvaluation

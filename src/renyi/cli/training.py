@@ -11,8 +11,9 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from renyi.cli.console import bytes_text, facts, headed, number_text, plural, quiet_progress_bars, say, stream
+from renyi.cli.console import bytes_text, facts, headed, quiet_progress_bars, say, stream
 from renyi.cli.parser import ConfigFile, keys, parse, split_config
+from renyi.text import number_text, plural
 
 if TYPE_CHECKING:
     from datasets import Dataset

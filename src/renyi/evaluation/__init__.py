@@ -1,15 +1,16 @@
-"""How good what an ensemble says is, and whether it knows where it is not: figures from scores, against labels.
+"""How good what an ensemble says is, and whether it knows where it is not.
 
-Knows scores, weights and labels. Nothing here loads a model or a file.
+`task` runs a task on rows and a model; `tasks` holds one file a task. The other modules are figures from scores and
+labels: `metrics` and `bootstrap` of probabilities, `…_quality` and `refusal_rates` of one kind of answers each.
 """
 
 from typing import TYPE_CHECKING
 
-from renyi.evaluation.specialisation import Specialisation, specialisation  # a module of the same name: not lazy
 from renyi.lazy import lazy_names
 
 if TYPE_CHECKING:
     from renyi.evaluation.choice_quality import ChoiceEvaluation, Opinion, calibration_split, evaluate_choice
+    from renyi.evaluation.member_groups import Specialisation, specialisation
     from renyi.evaluation.preference_quality import (
         ContestedAUROC,
         GroupQuality,
@@ -35,13 +36,26 @@ if TYPE_CHECKING:
         self_bleu,
     )
     from renyi.evaluation.selective import RiskThreshold, risk_threshold
+    from renyi.evaluation.task import (
+        Evaluated,
+        Models,
+        Settings,
+        Task,
+        evaluate,
+        find_task,
+        register,
+        setting,
+        task_names,
+    )
     from renyi.evaluation.text_quality import PerplexityEvaluation, evaluate_perplexity
 
 __all__ = [
     "ChoiceEvaluation",
     "ContestedAUROC",
+    "Evaluated",
     "GroupQuality",
     "GroupRefusal",
+    "Models",
     "Opinion",
     "PerplexityEvaluation",
     "PreferenceEvaluation",
@@ -52,25 +66,44 @@ __all__ = [
     "Sample",
     "SamplingEvaluation",
     "SamplingQuality",
+    "Settings",
     "Specialisation",
+    "Task",
     "calibration_split",
     "distinct_n",
+    "evaluate",
     "evaluate_choice",
     "evaluate_perplexity",
     "evaluate_preference",
     "evaluate_refusal",
     "evaluate_sampling",
+    "find_task",
     "is_refusal",
     "majority_accuracy",
     "pass_at_k",
+    "register",
     "risk_threshold",
     "self_bleu",
+    "setting",
     "specialisation",
+    "task_names",
 ]
 
 __getattr__ = lazy_names(
     __name__,
     {
+        "renyi.evaluation.member_groups": ("Specialisation", "specialisation"),
+        "renyi.evaluation.task": (
+            "Evaluated",
+            "Models",
+            "Settings",
+            "Task",
+            "evaluate",
+            "find_task",
+            "register",
+            "setting",
+            "task_names",
+        ),
         "renyi.evaluation.choice_quality": ("ChoiceEvaluation", "Opinion", "calibration_split", "evaluate_choice"),
         "renyi.evaluation.text_quality": ("PerplexityEvaluation", "evaluate_perplexity"),
         "renyi.evaluation.preference_quality": (

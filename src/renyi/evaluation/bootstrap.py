@@ -5,12 +5,12 @@ A draw is how often each of N examples was drawn: counts [R, N] of R draws. Each
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from renyi.evaluation import metrics
+from renyi.evaluation.estimate import Estimate
 from renyi.evaluation.metrics import Array
 
 Statistic = Callable[[Array], Array]  # of counts [R, N], to [R]
@@ -18,14 +18,6 @@ Statistic = Callable[[Array], Array]  # of counts [R, N], to [R]
 RESAMPLES = 1000
 LEVEL = 0.95
 _ENTRIES = 2_000_000  # counts held at once
-
-
-class Estimate(NamedTuple):
-    """A figure, and the interval that holds 95 % of its values on resampled examples; NaN where it is undefined."""
-
-    value: float
-    low: float
-    high: float
 
 
 def intervals(
@@ -63,7 +55,7 @@ def _draws(examples: int, resamples: int, seed: int) -> Iterator[Array]:
 def _percentiles(blocks: list[Array]) -> tuple[float, float]:
     values = np.concatenate(blocks) if blocks else np.empty(0)
     values = values[np.isfinite(values)]
-    if not len(values):
+    if not len(values) or np.ptp(values) == 0:  # one value tells nothing of how others would fall
         return np.nan, np.nan
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from renyi.evaluation import bootstrap, metrics
 from renyi.evaluation.bootstrap import RESAMPLES, Estimate, Statistic, intervals
+from renyi.evaluation.member_groups import Specialisation, specialisation
 from renyi.evaluation.metrics import Array, ReliabilityBin
-from renyi.evaluation.specialisation import Specialisation, specialisation
 from renyi.measures import token_uncertainty
 from renyi.objectives import renyi_loss
 

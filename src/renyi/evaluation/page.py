@@ -1,6 +1,6 @@
-"""The report of an evaluation: evaluation.json, figures as PNG files, and one page of HTML that holds everything.
+"""A report on disk: evaluation.json, charts as PNG files, and one page of HTML that holds everything.
 
-Knows tables, figures and examples. It does not know tasks or how anything was found.
+What a report consists of is in `sections`; tasks build it.
 """
 
 import base64
@@ -8,108 +8,147 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from renyi.errors import SaveError
-
-
-class TableSection(NamedTuple):
-    """A titled table, names in the first column and figures in the others, and a line below it; or the line alone."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-
-class FigureSection(NamedTuple):
-    """A titled figure: the PNG's file name without ending, its bytes, and a line below it."""
-
-    title: str
-    name: str
-    png: bytes
-    note: str = ""
-
-
-class ExampleSection(NamedTuple):
-    """One example: where it stands, its text, and every member's view of it as a table; `marked` rows stand out."""
-
-    title: str
-    text: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    marked: frozenset[int] = frozenset()
-
-
-Section = TableSection | FigureSection | ExampleSection
+from renyi.evaluation.sections import (
+    Chart,
+    Example,
+    Examples,
+    Note,
+    Report,
+    Section,
+    Table,
+    best_cells,
+    cell_text,
+    note_of,
+)
+from renyi.text import printable
 
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1d2733; background: #fff; max-width: 62rem;
-  margin: 2.5rem auto 5rem; padding: 0 1.25rem; }
+  margin: 2.5rem auto 5rem; padding: 0 1.25rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.7rem; margin: 0 0 .2rem; } h2 { font-size: 1.2rem; margin: 2.6rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.8rem 0 .3rem; } p { margin: .3rem 0 .6rem; } .dim { color: #66717e; font-size: .9rem; }
-.wide { overflow-x: auto; } img { max-width: 100%; height: auto; display: block; }
+.wide { overflow-x: auto; max-width: 100%; } img { max-width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .4rem 0; }
-th { text-align: right; font-weight: 600; color: #66717e; border-bottom: 1px solid #cfd6dd; }
+th { text-align: right; font-weight: 600; color: #66717e; border-bottom: 1px solid #cfd6dd; white-space: nowrap; }
 td { text-align: right; border-bottom: 1px solid #eef1f4; white-space: nowrap; } th, td { padding: .25rem .8rem; }
-th:first-child, td:first-child { text-align: left; padding-left: .2rem; white-space: normal; max-width: 26rem; }
-tr.first td { font-weight: 600; } tr.marked td { color: #23723a; font-weight: 600; }
+th:first-child, td:first-child { text-align: left; padding-left: .2rem; white-space: normal; min-width: 6rem; }
+table.text td { text-align: left; white-space: normal; vertical-align: top; }
+table.text td:first-child { color: #66717e; min-width: 5rem; }
+td.best { font-weight: 700; } tr.good td { color: #23723a; } tr.bad td { color: #a83a2a; }
 """
 
 
-def write_report(
-    folder: Path, title: str, subtitle: str, result: Mapping[str, Any], sections: Sequence[Section]
-) -> None:
-    """Write evaluation.json, a PNG for every figure, and report.html, which needs none of the others.
+def write_report(folder: Path, report: Report, result: Mapping[str, Any]) -> Path:
+    """Write evaluation.json, then a PNG for every chart, then report.html, which needs none of the others.
+
+    A chart that cannot be drawn is named on the page, and loses nothing else.
+
+    Returns:
+        The page's path.
 
     Raises:
         SaveError: something could not be written. The folder is then as it was but for what was written already.
     """
-    files = {"evaluation.json": (json.dumps(result, indent=1) + "\n").encode()}
-    files |= {f"{s.name}.png": s.png for s in sections if isinstance(s, FigureSection)}
-    files["report.html"] = _page(title, subtitle, sections).encode()
+    page = folder / "report.html"
+    _write(folder, "evaluation.json", (json.dumps(result, indent=1) + "\n").encode())
+    sections = [*report.sections, *report.page_only()]
+    drawn = [_drawn(section) if isinstance(section, Chart) else b"" for section in sections]
+    for section, png in zip(sections, drawn, strict=True):
+        if isinstance(section, Chart) and isinstance(png, bytes):
+            _write(folder, f"{section.name}.png", png)
+    body = "\n".join(_html(section, png) for section, png in zip(sections, drawn, strict=True))
+    _write(folder, page.name, _page(report.title, report.subtitle, body).encode())
+    return page
+
+
+def _write(folder: Path, name: str, content: bytes) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            partial = folder / f".{name}.partial"
-            partial.write_bytes(content)
-            partial.replace(folder / name)
+        partial = folder / f".{name}.partial"
+        partial.write_bytes(content)
+        partial.replace(folder / name)
     except OSError as error:
         raise SaveError(f"could not be written ({error})", where=str(folder), hint="Free some space.") from error
 
 
-def _page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    body = "\n".join(_html(section) for section in sections)
+def _drawn(chart: Chart) -> bytes | str:
+    """The chart's PNG, or why there is none."""
+    try:
+        return chart.draw()
+    except Exception as error:  # a drawing library's fault must not lose the evaluation
+        return f"This chart could not be drawn ({type(error).__name__}: {error})."
+
+
+def _page(title: str, subtitle: str, body: str) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f'<body><h1>{escape(title)}</h1><p class="dim">{escape(subtitle)}</p>\n{body}\n</body></html>\n'
+        f"<title>{_text(title)}</title><style>{_STYLE}</style></head>\n"
+        f'<body><h1>{_text(title)}</h1><p class="dim">{_text(subtitle)}</p>\n{body}\n</body></html>\n'
     )
 
 
-def _html(section: Section) -> str:
+def _text(text: str) -> str:
+    """Any text on the page goes through here: no markup of its own, and no character that hides another."""
+    return escape(printable(text))
+
+
+def _html(section: Section, png: bytes | str) -> str:
     match section:
-        case TableSection(title, columns, rows, note):
-            table = _table(columns, rows) if columns else ""
-            return f"<h2>{escape(title)}</h2>\n{table}{_note(note)}"
-        case FigureSection(title, _, png, note):
+        case Table():
+            return f"{_title(section.title)}{_figures(section)}{_dim(note_of(section))}"
+        case Chart(title, _, _, note):
+            if isinstance(png, str):
+                return f"{_title(title)}{_dim(png)}"
             source = base64.b64encode(png).decode()
-            image = f'<img alt="{escape(title)}" src="data:image/png;base64,{source}">'
-            return f"<h2>{escape(title)}</h2>\n{image}{_note(note)}"
-        case ExampleSection(title, text, columns, rows, marked):
-            return f"<h3>{escape(title)}</h3>\n<p>{escape(text)}</p>\n{_table(columns, rows, marked)}"
+            return f'{_title(title)}<img alt="{_text(title)}" src="data:image/png;base64,{source}">{_dim(note)}'
+        case Examples(title, note, examples):
+            return f"{_title(title)}{_dim(note)}" + "\n".join(map(_example, examples))
+        case Note(title, text):
+            return f"{_title(title)}<p>{_text(text)}</p>"
 
 
-def _note(text: str) -> str:
-    return f'<p class="dim">{escape(text)}</p>' if text else ""
+def _title(text: str) -> str:
+    return f"<h2>{_text(text)}</h2>\n" if text else ""
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], marked: frozenset[int] | None = None) -> str:
-    head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-    lines = []
-    for i, row in enumerate(rows):
-        style = ' class="first"' if marked is None and i == 0 else ' class="marked"' if marked and i in marked else ""
-        lines.append(f"<tr{style}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>")
-    return f'<div class="wide"><table><tr>{head}</tr>\n' + "\n".join(lines) + "</table></div>"
+def _dim(text: str) -> str:
+    return f'<p class="dim">{_text(text)}</p>' if text else ""
+
+
+def _example(example: Example) -> str:
+    text = f"<p>{_text(example.text)}</p>\n" if example.text else ""
+    cells = [[_text(cell) for cell in row] for row in example.rows]
+    classes = [example.marks.get(i, "") for i in range(len(cells))]
+    head = f'<h3>{_text(example.title)} <span class="dim">{_text(example.aside)}</span></h3>\n'
+    return head + text + _table(example.columns, [[("", cell) for cell in row] for row in cells], classes)
+
+
+def _figures(table: Table) -> str:
+    best = best_cells(table)
+    rows = [
+        [
+            ("best" if (r, c) in best else "", _text(cell_text(cell, column, table.has_intervals, brackets=True)))
+            for c, (cell, column) in enumerate(zip(row, table.columns, strict=True))
+        ]
+        for r, row in enumerate(table.rows)
+    ]
+    return _table([c if isinstance(c, str) else c.name for c in table.columns], rows, [""] * len(rows))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]], classes: Sequence[str]) -> str:
+    """A table that scrolls sideways where it is wider than the page; of each cell its class and its text."""
+    head = f"<tr>{''.join(f'<th>{_text(c)}</th>' for c in columns)}</tr>\n" if columns else ""
+    lines = [
+        f"<tr{_class(kind)}>{''.join(f'<td{_class(of_cell)}>{text}</td>' for of_cell, text in row)}</tr>"
+        for row, kind in zip(rows, classes, strict=True)
+    ]
+    return f'<div class="wide"><table{_class("" if columns else "text")}>{head}' + "\n".join(lines) + "</table></div>"
+
+
+def _class(name: str) -> str:
+    return f' class="{name}"' if name else ""

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from renyi.evaluation.metrics import ReliabilityBin
+from renyi.evaluation.sections import shortened
+from renyi.text import printable
 
 MIXTURE, ACCENT, OTHERS = "#1f4e79", "#c8553d", "#9aa5b1"
 _BASELINES = ("#c8553d", "#3a7d44", "#8e5ea2", "#c9a227", "#3c8dad")
@@ -29,7 +31,7 @@ def draw_reliability(systems: Mapping[str, Sequence[ReliabilityBin]]) -> bytes:
         panel.scatter(confidence, right, s=[12 + 500 * b.examples / total for b in bins], color=MIXTURE, alpha=0.85)
         panel.set(xlim=(0, 1.02), ylim=(-0.03, 1.05), xlabel="confidence")
         panel.set_box_aspect(1)
-        panel.set_title(name, fontsize=10)
+        panel.set_title(plain(name), fontsize=10)
         _bare(panel)
     panels[0].set_ylabel("share right")
     return _png(figure)
@@ -45,7 +47,7 @@ def draw_risk_coverage(risks: Mapping[str, Sequence[float]], target: float | Non
         coverage = np.arange(1, len(risk) + 1) / len(risk)
         is_member = i > 0 and name.startswith("member ") and name[7:].isdecimal()
         style = {"color": OTHERS, "lw": 0.9} if is_member else {"color": next(colours), "lw": 1.6}
-        label = None if is_member and labelled_members else "members alone" if is_member else name
+        label = None if is_member and labelled_members else "members alone" if is_member else plain(name)
         labelled_members |= is_member
         if i == 0:
             style = {"color": MIXTURE, "lw": 2.4, "zorder": 5}
@@ -71,7 +73,7 @@ def draw_members_by_groups(led: Sequence[Sequence[float]], groups: Sequence[str]
     for (g, m), share in np.ndenumerate(shares_GM):
         axes.text(m, g, f"{share:.0%}", ha="center", va="center", fontsize=8, color="white" if share > 0.6 else "black")
     axes.set_xticks(range(shares_GM.shape[1]), [str(m) for m in range(shares_GM.shape[1])])
-    axes.set_yticks(range(len(shares_GM)), [g if len(g) <= 28 else f"{g[:27]}…" for g in groups[:most]])
+    axes.set_yticks(range(len(shares_GM)), [plain(shortened(g, 28)) for g in groups[:most]])
     axes.set_xlabel("member")
     axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
@@ -93,6 +95,11 @@ def draw_disagreement(epistemic: ArrayLike, correct: ArrayLike) -> bytes:
     axes.legend(frameon=False, fontsize=9)
     _bare(axes)
     return _png(figure)
+
+
+def plain(label: str) -> str:
+    """A label from data as matplotlib draws it letter by letter: a `$` opens no formula, and nothing is invisible."""
+    return printable(label, keep="").replace("$", r"\$")
 
 
 def _bare(axes: Axes) -> None:

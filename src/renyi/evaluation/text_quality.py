@@ -3,7 +3,7 @@
 Knows scores, weights and names of groups. It does not know what the examples say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from renyi.evaluation import bootstrap
 from renyi.evaluation.bootstrap import RESAMPLES, Estimate
-from renyi.evaluation.specialisation import Specialisation, specialisation
+from renyi.evaluation.member_groups import Specialisation, specialisation
 from renyi.inference import Score
 
 
@@ -61,7 +61,7 @@ def evaluate_perplexity(
     scores: Sequence[Score],
     weights: Tensor,
     *,
-    baselines: dict[str, Sequence[Score]] | None = None,
+    baselines: Mapping[str, Sequence[Score]] | None = None,
     groups: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,

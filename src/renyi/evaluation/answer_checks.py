@@ -1,14 +1,14 @@
 """Whether a sample is right: compared with a column of answers, or by a user's own function.
 
-It knows texts and rows, and neither models nor who sampled.
+Texts are compared as `renyi.evaluation.sample_quality` normalises them. `read_check` is where to begin.
 """
 
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from renyi.cli.tables import column_values
 from renyi.errors import ConfigError, DataError
+from renyi.evaluation.files import column_values
 from renyi.named import named_function
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ ANSWER = "answer"
 REGEX = "regex:"
 CHECKS = "exact, contains, regex:PATTERN or package.module:function"
 _CALLED_WITH = "a prompt, a sample and the row, and returns true or false"
-_WHERE = "--check"
+_WHERE = "check"
 
 
 class Verdict(NamedTuple):
@@ -89,7 +89,7 @@ def _accepted(rows: "Dataset", column: str, data: str) -> list[list[str]]:
     from renyi.evaluation.sample_quality import normalised
 
     found = []
-    for number, value in enumerate(column_values(rows, column, "--answer"), start=1):
+    for number, value in enumerate(column_values(rows, column, "answer"), start=1):
         answers = [_as_text(one) for one in (value if isinstance(value, list) else [value])]
         if not answers or not all(answer is not None and normalised(answer) for answer in answers):
             raise DataError(
