@@ -31,7 +31,8 @@ from renyi.cli.reading import add_reading_flags, check_output, progress_bar, wri
 from renyi.cli.tables import rendered, titled
 from renyi.errors import ConfigError
 from renyi.evaluation.files import load_files
-from renyi.evaluation.task import Models, Settings, Task, evaluate, find_task, load_model, task_names
+from renyi.evaluation.running import evaluate, find_task, task_names
+from renyi.evaluation.task import Models, Settings, Task, load_model
 from renyi.text import plural
 
 

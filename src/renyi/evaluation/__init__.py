@@ -1,6 +1,6 @@
 """How good what an ensemble says is, and whether it knows where it is not.
 
-`task` runs a task on rows and a model; `tasks` holds one file a task. The other modules are figures from scores and
+`running` runs a task on rows and a model; `tasks` holds one file a task. The other modules are figures from scores and
 labels: `metrics` and `bootstrap` of probabilities, `…_quality` and `refusal_rates` of one kind of answers each.
 """
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         RefusalRates,
         evaluate_refusal,
     )
+    from renyi.evaluation.running import evaluate, find_task, register, task_names
     from renyi.evaluation.sample_quality import (
         Sample,
         SamplingEvaluation,
@@ -36,17 +37,7 @@ if TYPE_CHECKING:
         self_bleu,
     )
     from renyi.evaluation.selective import RiskThreshold, risk_threshold
-    from renyi.evaluation.task import (
-        Evaluated,
-        Models,
-        Settings,
-        Task,
-        evaluate,
-        find_task,
-        register,
-        setting,
-        task_names,
-    )
+    from renyi.evaluation.task import Evaluated, Models, Settings, Task, setting
     from renyi.evaluation.text_quality import PerplexityEvaluation, evaluate_perplexity
 
 __all__ = [
@@ -93,17 +84,8 @@ __getattr__ = lazy_names(
     __name__,
     {
         "renyi.evaluation.member_groups": ("Specialisation", "specialisation"),
-        "renyi.evaluation.task": (
-            "Evaluated",
-            "Models",
-            "Settings",
-            "Task",
-            "evaluate",
-            "find_task",
-            "register",
-            "setting",
-            "task_names",
-        ),
+        "renyi.evaluation.running": ("evaluate", "find_task", "register", "task_names"),
+        "renyi.evaluation.task": ("Evaluated", "Models", "Settings", "Task", "setting"),
         "renyi.evaluation.choice_quality": ("ChoiceEvaluation", "Opinion", "calibration_split", "evaluate_choice"),
         "renyi.evaluation.text_quality": ("PerplexityEvaluation", "evaluate_perplexity"),
         "renyi.evaluation.preference_quality": (
