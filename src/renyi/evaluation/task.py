@@ -209,6 +209,40 @@ class Task(ABC):
         """What the ensemble and its baselines say to that."""
 
     @abstractmethod
+    def evaluate(self, data: Any, answers: Any, settings: Any) -> Any:
+        """The figures, as a named tuple."""
+
+    @abstractmethod
+    def report(self, data: Any, answers: Any, found: Any, settings: Any) -> Report:
+        """What a person sees of it."""
+
+    def result(self, data: Any, answers: Any, found: Any, settings: Any) -> dict[str, Any]:
+        """What a machine reads: JSON-able, with the task's name."""
+        return {"task": self.name, **as_json(found)}
+
+    def lines(self, data: Any, answers: Any, found: Any, settings: Any) -> Iterable[dict[str, Any]]:
+        """What is said of each row, in their order."""
+        return []
+
+
+class Evaluated(NamedTuple):
+    """What `evaluate` finds.
+
+    Attributes:
+        result: the figures, as the command's `--json` prints them.
+        lines: what is said of each row, as the command's `--output` writes them.
+        report: tables, charts and examples.
+    """
+
+    result: dict[str, Any]
+    lines: list[dict[str, Any]]
+    report: Report
+
+    def write(self, folder: str | Path) -> Path:
+        """Write evaluation.json, figures and report.html to a folder, as `--report` does; returns the page's path."""
+        from renyi.evaluation.page import write_report
+
+        return write_report(Path(folder), self.report, self.result)
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
