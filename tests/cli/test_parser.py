@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from renyi.cli.parser import ConfigFile, keys, parse, read_config, split_config
+from renyi.cli.parser import ConfigFile, given_keys, keys, read_config, split_config
 from renyi.errors import ConfigError
+from renyi.keys import filled
 
 
 class Speed(Enum):
@@ -45,7 +46,8 @@ def walk(yaml: str | None = None, *flags: str, folder: Path | None = None) -> Wa
         assert folder is not None
         (folder / "walk.yaml").write_text(yaml, encoding="utf-8")
         config = read_config(str(folder / "walk.yaml"))
-    (made,) = parse((Walk,), list(flags), config, "walk").filled
+    given = given_keys((Walk,), list(flags), config, "walk")
+    (made,) = filled((Walk,), given.values, given.where)
     return made
 
 
@@ -63,8 +65,8 @@ def test_default_then_yaml_then_flag(tmp_path: Path) -> None:
 def test_given_are_the_keys_of_the_file_and_the_flags(tmp_path: Path) -> None:
     (tmp_path / "walk.yaml").write_text("steps: 10\npace: 2\n", encoding="utf-8")
     config = read_config(str(tmp_path / "walk.yaml"))
-    parsed = parse((Walk,), ["--pace", "3", "--no_rests"], config, "walk")
-    assert parsed.given == {"steps", "pace", "rests"}  # steps, too, though it is as by default
+    given = given_keys((Walk,), ["--pace", "3", "--no_rests"], config, "walk")
+    assert set(given.values) == {"steps", "pace", "rests"}  # steps, too, though it is as by default
 
 
 def test_a_help_page_shows_defaults_of_any_kind() -> None:

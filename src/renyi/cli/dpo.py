@@ -16,18 +16,17 @@ from renyi.text import number_text, plural
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from renyi.runs.single import Run
-    from renyi.training.trainer import EnsembleTrainer
+    from renyi.runs.build import Run
 
 SNIPPET = 24  # characters shown of either side of a pair
 
 
 def run(argv: Sequence[str]) -> int:
-    return run_training(_DPO(), argv)
+    return run_training(DPO(), argv)
 
 
-class _DPO(TrainingCommand):
-    prog = "renyi dpo"
+class DPO(TrainingCommand):
+    method = "dpo"
     trl_config = "DPOConfig"
     keys: ClassVar = {
         "Preference": "beta loss_type loss_weights label_smoothing f_divergence_type ld_alpha reference "
@@ -37,22 +36,6 @@ class _DPO(TrainingCommand):
     }
     example = "pair"
     row = "pair"
-
-    def trainer(self) -> "type[EnsembleTrainer]":
-        from renyi.training import RenyiDPOTrainer
-
-        return RenyiDPOTrainer
-
-    def settings(self) -> Sequence[type]:
-        from trl import ScriptArguments
-
-        from renyi.runs.single import MemberConfig, RunArguments, TokenizerArguments
-        from renyi.training import RenyiDPOConfig
-
-        return ScriptArguments, RenyiDPOConfig, MemberConfig, RunArguments, TokenizerArguments
-
-    def ahead(self, args: Any) -> str:
-        return ", and computing the reference" if args.precompute_ref_log_probs else ""
 
     def plan(self, ready: "Run") -> dict[str, str]:
         trainer: Any = ready.trainer

@@ -1,24 +1,23 @@
 """Settings of a command: a dataclass's default, then a YAML file, then a flag.
 
-Whatever does not fit says which key, which value, what was expected and where it stands. It knows no command and no
-setting by name.
+Whatever does not fit says which key, which value, what was expected and where it stands. What keys become is said in
+`renyi.keys`.
 """
 
 import dataclasses
-import difflib
-import json
 import os
 import re
-import types
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, NoReturn
 
 import yaml
 
 from renyi.errors import ConfigError
+from renyi.keys import Where, checked, unknown_key
+from renyi.keys import converted as converted  # for commands that read columns
 
 
 class ConfigFile(NamedTuple):
@@ -109,47 +108,35 @@ _Loader.add_implicit_resolver(
 )
 
 
-class Parsed(NamedTuple):
-    """Settings: one object a dataclass, and the keys that were given rather than left at their defaults."""
+class Given(NamedTuple):
+    """The keys that a file and flags set, in the types of their fields, and where each was set."""
 
-    filled: tuple[Any, ...]
-    given: frozenset[str]
+    values: dict[str, Any]
+    where: Where
 
 
-def parse(dataclass_types: Sequence[type], argv: Sequence[str], config: ConfigFile, prog: str) -> Parsed:
-    """Fill dataclasses from a config file and flags.
+def given_keys(dataclass_types: Sequence[type], argv: Sequence[str], config: ConfigFile, prog: str) -> Given:
+    """What a config file and flags set of the fields of some dataclasses.
 
     Args:
-        dataclass_types: as for transformers' HfArgumentParser; no two have a field of one name.
+        dataclass_types: no two have a field of one name.
         argv: flags, which override `config`.
         config: what a YAML file sets.
         prog: the command, for messages.
 
     Raises:
-        ConfigError: a key is unknown, a value has the wrong type, or a dataclass refuses its values.
+        ConfigError: a key is unknown, or a value has the wrong type.
     """
-    hints = {name: hint for cls in dataclass_types for name, hint in get_type_hints(cls).items()}
-    fields = {f.name: f for cls in dataclass_types for f in dataclasses.fields(cls) if f.init}
+    known = [f.name for cls in dataclass_types for f in dataclasses.fields(cls) if f.init]
     for key in config.values:
-        if key not in fields:
-            raise unknown_key(key, fields, config.where(key))
-    given = dict(config.values)
-    flags = _flags(dataclass_types, argv, fields, prog)
-    given.update(flags)
-    for key, value in given.items():
-        where = f"--{key}" if key in flags else config.where(key)
-        given[key] = converted(value, hints[key], fields[key].metadata.get("choices"), where)
-    filled = []
-    for cls in dataclass_types:
-        try:
-            filled.append(cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}))
-        except ConfigError as error:
-            key = error.where or ""
-            where = f"--{key}" if key in flags else config.where(key)
-            raise ConfigError(error.what, where=where or None, hint=error.hint) from error
-        except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-            raise ConfigError(str(error).strip(), where=config.path or "settings") from error
-    return Parsed(tuple(filled), frozenset(given))
+        if key not in known:
+            raise unknown_key(key, known, config.where(key))
+    flags = _flags(dataclass_types, argv, known, prog)
+
+    def where(key: str) -> str:
+        return f"--{key}" if key in flags else config.where(key)
+
+    return Given(checked(dataclass_types, {**config.values, **flags}, where), where)
 
 
 def _flags(dataclass_types: Sequence[type], argv: Sequence[str], known: Iterable[str], prog: str) -> dict[str, Any]:
@@ -161,7 +148,7 @@ def _flags(dataclass_types: Sequence[type], argv: Sequence[str], known: Iterable
 
     parser = Parser(dataclass_types, prog=prog, add_help=False)
     for action in parser._actions:
-        # Defaults and types are the dataclasses' and `converted`'s, so that YAML and flags obey one rule.
+        # Defaults and types are those of the dataclasses and of `checked`, so that YAML and flags obey one rule.
         action.default, action.type, action.choices, action.required = SUPPRESS, None, None, False
     return vars(parse_strictly(parser, argv, known))
 
@@ -180,7 +167,10 @@ class StrictParser(ArgumentParser):
 
 def parse_strictly(parser: ArgumentParser, argv: Sequence[str], known: Iterable[str] | None = None) -> Any:
     """`parser.parse_args`, but what is left over is an error that names the nearest known flag."""
-    namespace, left_over = parser.parse_known_args(list(argv))
+    has_arguments = any(not action.option_strings for action in parser._actions)
+    # An argument may stand behind an option, as in `renyi generate ENSEMBLE --max_new_tokens 5 "text"`.
+    parse = parser.parse_known_intermixed_args if has_arguments else parser.parse_known_args
+    namespace, left_over = parse(list(argv))
     if left_over:
         flag = next((arg for arg in left_over if arg.startswith("--")), None)
         if flag is None:
@@ -192,109 +182,6 @@ def parse_strictly(parser: ArgumentParser, argv: Sequence[str], known: Iterable[
         ]
         raise unknown_key(flag.partition("=")[0][2:].replace("-", "_"), known or flags, flag)
     return namespace
-
-
-def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
-    """The error for a key that nobody knows, naming the nearest one that is known."""
-    alike = [k for k in known if key and (k.startswith(key) or key.startswith(k))]
-    (nearest,) = difflib.get_close_matches(key, alike or known, n=1, cutoff=0.0)
-    return ConfigError("there is no such key", where=where, hint=f"The nearest known one is {nearest}.")
-
-
-# ---- Types -----------------------------------------------------------------------------------------------------------
-
-
-def converted(value: Any, hint: Any, choices: Sequence[Any] | None, where: str) -> Any:
-    """A value from YAML (anything) or a flag (text) as the type that a dataclass's field wants.
-
-    Raises:
-        ConfigError: it does not fit.
-    """
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    literals = [arg for option in options if get_origin(option) is Literal for arg in get_args(option)]
-    enums = [option for option in options if isinstance(option, type) and issubclass(option, Enum)]
-    choices = choices or literals or [member.value for enum in enums for member in enum]
-    if type(None) in options and (value is None or _is_null_text(value, options)):
-        return None
-    if choices:
-        value = next((choice for choice in choices if value == choice or str(value) == str(choice)), value)
-        if value not in choices:
-            near = difflib.get_close_matches(str(value), map(str, choices), n=1)
-            raise ConfigError(
-                f"{_shown(value)} is none of {', '.join(map(str, choices))}",
-                where=where,
-                hint=f"Did you mean {near[0]}?" if near else None,
-            )
-        return value
-    for option in sorted(options, key=_narrowest_first):
-        fits, result = _as_type(value, option)
-        if fits:
-            return result
-    expected = " or ".join(dict.fromkeys(_described(o) for o in options if o is not type(None)))
-    nothing = ", or null" if type(None) in options else ""
-    raise ConfigError(f"{_shown(value)} is not {expected}", where=where, hint=f"Give {expected}{nothing}.")
-
-
-def _is_null_text(value: Any, options: Sequence[Any]) -> bool:
-    return str not in options and isinstance(value, str) and value.lower() in ("none", "null")
-
-
-_ORDER = (bool, int, float, dict, str, list)
-_DESCRIBED = {bool: "true or false", int: "an integer", float: "a number", dict: "a mapping", str: "text"}
-_TRUTH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-
-
-def _narrowest_first(option: Any) -> int:
-    kind = get_origin(option) or option
-    return _ORDER.index(kind) if kind in _ORDER else len(_ORDER)
-
-
-def _described(option: Any) -> str:
-    kind = get_origin(option) or option
-    if kind is list:
-        (item,) = get_args(option) or (str,)
-        return {str: "a list of names", int: "a list of integers", float: "a list of numbers"}.get(item, "a list")
-    return _DESCRIBED.get(kind, str(getattr(kind, "__name__", kind)))
-
-
-def _as_type(value: Any, option: Any) -> tuple[bool, Any]:
-    """Whether a value fits a type, and the value in that type."""
-    kind = get_origin(option) or option
-    if kind is bool:
-        truth = value if isinstance(value, bool) else _TRUTH.get(str(value).lower()) if _is_plain(value) else None
-        return truth is not None, truth
-    if kind in (int, float) and _is_plain(value) and not isinstance(value, bool):
-        try:
-            if kind is float:
-                return True, float(value)
-            if re.fullmatch(r"[-+]?\d+", str(value)):
-                return True, int(value)
-            return float(value).is_integer(), int(float(value))  # 1e3 is an integer, too
-        except (ValueError, OverflowError):
-            return False, None
-    if kind is dict:
-        if isinstance(value, str) and value.lstrip().startswith("{"):
-            try:
-                value = json.loads(value)
-            except ValueError:
-                return False, None
-        return isinstance(value, dict), value
-    if kind is list:
-        (item,) = get_args(option) or (Any,)
-        items = value if isinstance(value, list) else [value]
-        results = [(True, i) if item is Any else _as_type(i, item) for i in items]
-        return all(fits for fits, _ in results) and not isinstance(value, dict), [result for _, result in results]
-    if kind is str:
-        return _is_plain(value) and not isinstance(value, bool), str(value)
-    return kind is Any, value
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float)
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else repr(value)
 
 
 # ---- Help ------------------------------------------------------------------------------------------------------------

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from renyi.inference.policies import PolicySummary
-    from renyi.runs.single import Run
-    from renyi.training.trainer import EnsembleTrainer
+    from renyi.runs.build import Run
 
 ROLLOUTS = 8  # of each prompt, to say what a policy learned
 SHOWN = 3  # prompts of which a rollout is shown
@@ -28,11 +27,11 @@ LONGEST = 200  # characters shown of a prompt or a rollout
 
 
 def run(argv: Sequence[str]) -> int:
-    return run_training(_PowerFlow(), argv)
+    return run_training(PowerFlow(), argv)
 
 
-class _PowerFlow(TrainingCommand):
-    prog = "renyi powerflow"
+class PowerFlow(TrainingCommand):
+    method = "powerflow"
     trl_config = "GRPOConfig"
     about = "Tune a policy toward a power of the base distribution, without labels or rewards."
     keys: ClassVar = {
@@ -47,19 +46,6 @@ class _PowerFlow(TrainingCommand):
     member = "policy"
     members = "policies"
     sampled = 8
-
-    def trainer(self) -> "type[EnsembleTrainer]":
-        from renyi.training import PowerFlowTrainer
-
-        return PowerFlowTrainer
-
-    def settings(self) -> Sequence[type]:
-        from trl import ScriptArguments
-
-        from renyi.runs.single import PolicyConfig, PolicyTokenizerArguments, RunArguments
-        from renyi.training import PowerFlowConfig
-
-        return ScriptArguments, PowerFlowConfig, PolicyConfig, RunArguments, PolicyTokenizerArguments
 
     def plan(self, ready: "Run") -> dict[str, str]:
         from renyi.training.target import target_in_words

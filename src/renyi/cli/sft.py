@@ -16,16 +16,15 @@ from renyi.text import number_text, plural
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from renyi.runs.single import Run
-    from renyi.training.trainer import EnsembleTrainer
+    from renyi.runs.build import Run
 
 
 def run(argv: Sequence[str]) -> int:
-    return run_training(_SFT(), argv)
+    return run_training(SFT(), argv)
 
 
-class _SFT(TrainingCommand):
-    prog = "renyi sft"
+class SFT(TrainingCommand):
+    method = "sft"
     trl_config = "SFTConfig"
     keys: ClassVar = {
         "Data": "max_length completion_only_loss assistant_only_loss packing dataset_text_field dataset_train_split "
@@ -33,19 +32,6 @@ class _SFT(TrainingCommand):
     }
     example = "example"
     row = "row"
-
-    def trainer(self) -> "type[EnsembleTrainer]":
-        from renyi.training import RenyiSFTTrainer
-
-        return RenyiSFTTrainer
-
-    def settings(self) -> Sequence[type]:
-        from trl import ScriptArguments
-
-        from renyi.runs.single import MemberConfig, RunArguments
-        from renyi.training import RenyiSFTConfig
-
-        return ScriptArguments, RenyiSFTConfig, MemberConfig, RunArguments
 
     def sizes(self, ready: "Run", prepared: "Dataset") -> str:
         from renyi.data import count_tokens

@@ -1,32 +1,30 @@
 """What every command that trains an ensemble does: say what it understood, train, and say what came out.
 
-What only one method knows, its `TrainingCommand` says; what training does stands in `renyi.runs.single`.
+What only one method says, its `TrainingCommand` does; `watch.py` shows how a run goes, and `renyi.runs` runs it.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from renyi.cli.console import bytes_text, facts, headed, quiet_progress_bars, say, stream
-from renyi.cli.parser import ConfigFile, keys, parse, split_config
-from renyi.text import number_text, plural
+from renyi.cli.console import headed, quiet_progress_bars, say, stream
+from renyi.cli.parser import given_keys, keys, split_config
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from renyi.runs.single import Rows, Run
-    from renyi.training.trainer import EnsembleTrainer
+    from renyi.runs.build import Run
 
 
 class TrainingCommand(ABC):
     """What one method of training says in its own way.
 
     Attributes:
-        prog: the command.
+        method: one of `renyi.runs.settings.METHODS`.
         trl_config: TRL's config, every key of which works.
         keys: those of its own that the help page shows, by group; `_BEFORE` and `_AFTER` are shown for all methods.
         example: what it calls an example of the data.
@@ -36,7 +34,7 @@ class TrainingCommand(ABC):
         sampled: how many examples are asked of members in the end, to say what each learned.
     """
 
-    prog: ClassVar[str]
+    method: ClassVar[str]
     trl_config: ClassVar[str]
     keys: ClassVar[Mapping[str, str]]
     example: ClassVar[str]
@@ -46,17 +44,9 @@ class TrainingCommand(ABC):
     members: ClassVar[str] = "members"
     sampled: ClassVar[int] = 256
 
-    @abstractmethod
-    def trainer(self) -> "type[EnsembleTrainer]":
-        """The trainer's class."""
-
-    @abstractmethod
-    def settings(self) -> Sequence[type]:
-        """The dataclasses of TRL's script, the method, the members and the run, and of the tokenizer if needed."""
-
-    def ahead(self, args: Any) -> str:
-        """What else takes time before the plan can be shown, as the end of a sentence."""
-        return ""
+    @property
+    def prog(self) -> str:
+        return f"renyi {self.method}"
 
     def plan(self, ready: "Run") -> Mapping[str, str]:
         """Lines of the plan that only this method has."""
@@ -91,257 +81,28 @@ def run_training(command: TrainingCommand, argv: Sequence[str]) -> int:
     config, flags = split_config(argv, command.prog)  # before the imports: its `env:` may be meant for them
     out, err = stream(), stream(stderr=True)
     with err.status("loading"):
+        from renyi.cli.watch import TrainingWatch
         from renyi.runs.output import no_empty_folder
-        from renyi.runs.single import build
-        from renyi.training.config import AUTO
+        from renyi.runs.settings import METHODS, Settings
+        from renyi.runs.single import prepare, run
 
         quiet_progress_bars()
-        settings = _settings(command, flags, config)
-        script, args, model, own, *of_tokenizer = settings
+        given = given_keys(METHODS[command.method].dataclasses, flags, config, command.prog)
+        settings = Settings(command.method, given.values, given.where)
+        settings.parts()  # which refuses what does not fit together
 
-    from renyi.cli.progress import Progress
-
-    with no_empty_folder(args.output_dir):
-        auto = args.alpha == AUTO
-        if auto and own.dry_run:
-            args.alpha = 0.0
-        elif auto:
-            _choose_alpha(out, err, command, settings, _settings(command, flags, config))
-        progress = Progress()
-        with err.status(f"loading the data and the base model{command.ahead(args)}"):
-            ready = build(command.trainer(), script, args, model, own, [progress], *of_tokenizer)
-        _show_plan(out, command, ready, script.dataset_name, auto and own.dry_run)
-        out.print(command.first(ready, _prepared(ready, ready.train_rows, 1), out.is_terminal))
-        if own.dry_run:
-            _show_memory(out, err, ready)
-            out.print("\nA dry run: nothing was written. Without --dry_run this trains.")
-            return 0
-        return _train(out, err, command, ready, progress, script.dataset_name)
-
-
-def _settings(command: TrainingCommand, flags: Sequence[str], config: ConfigFile) -> Sequence[Any]:
-    """Settings as given, in objects of their own: building a run changes them."""
-    parsed = parse(command.settings(), flags, config, command.prog)
-    parsed.filled[3].given = parsed.given
-    return parsed.filled
-
-
-def _choose_alpha(
-    out: Console, err: Console, command: TrainingCommand, settings: Sequence[Any], of_fit: Sequence[Any]
-) -> None:
-    """Do what `alpha: auto` does ahead of training, say what it found, and set what it chose in `settings`."""
-    from renyi.cli.progress import Progress
-    from renyi.runs.auto import fit_and_spread, go_on_with
-
-    script, args, model, own, *of_tokenizer = of_fit
-    progress = Progress()
-    with progress:
-        chosen = fit_and_spread(command.trainer(), script, args, model, own, [progress], *of_tokenizer)
-    _, args, model, own, *_ = settings
-    calibration = "" if chosen.calibration is None else f" · calibration {chosen.calibration:.2f}"
-    rows = {
-        "one adapter": f"fitted for {plural(chosen.fit_steps, 'step')}",
-        "critical alpha": f"{chosen.critical_alpha:.2f} [{chosen.low:.2f}, {chosen.high:.2f}]; "
-        f"above it {command.members} part",
-        "alpha": f"{chosen.alpha:g} · {args.num_members} {command.members} start apart along the directions found; "
-        f"the diagnosis would take {chosen.members}",
-        "how sure": f"{chosen.mean_share:.0%} of the leading direction is unfinished fitting{calibration}",
-    }
-    out.print(facts("alpha: auto", {name: Text(value) for name, value in rows.items()}))
-    go_on_with(chosen, args, model, own)
-
-
-def _train(out: Console, err: Console, command: TrainingCommand, ready: "Run", progress: Any, dataset_name: str) -> int:
-    from renyi.runs.single import save, train
-    from renyi.training.checkpoints import find_checkpoints
-
-    out.print()
-    _show_resuming(out, ready)
+    watch = TrainingWatch(command, out, err)
+    if settings.values.get("dry_run"):
+        with no_empty_folder(settings.values.get("output_dir")):
+            watch.show(prepare(settings, watch), is_dry=True)
+        out.print("\nA dry run: nothing was written. Without --dry_run this trains.")
+        return 0
     try:
-        with progress:
-            train(ready)
+        run(settings, watch)
     except KeyboardInterrupt:
-        newest = find_checkpoints(ready.output_dir).newest
-        then = f"goes on from {newest.name}" if newest else "starts again: there is no checkpoint yet"
-        say("interrupted", "bold yellow", f"the same command {then}")
+        say("interrupted", "bold yellow", watch.after_interruption())
         return 130
-    _show_end(out, command, ready)
-    with err.status("saving"):
-        save(ready, dataset_name)
-    with err.status(f"asking every {command.member} what it learned"):  # in every process: preparing waits for all
-        learned = _what_members_learned(command, ready)
-    out.print(learned)
-    _show_files(out, command, ready, dataset_name)
-    ready.trainer.end()
     return 0
-
-
-def _prepared(ready: "Run", rows: "Rows", size: int) -> "Dataset":
-    """At most `size` rows as training sees them."""
-    from renyi.data import sample
-
-    return ready.preparation.prepare(sample(rows, size), ready.tokenizer)
-
-
-# ---- Before ----------------------------------------------------------------------------------------------------------
-
-
-def _show_plan(out: Console, command: TrainingCommand, ready: "Run", dataset_name: str, undecided: bool) -> None:
-    """What was understood of the settings, the base and the data."""
-    trainer, args, ensemble = ready.trainer, ready.trainer.args, ready.ensemble
-    config, steps = ensemble.peft_config, ready.trainer.num_steps
-    a_member = sum(p.numel() for p in trainer.trained_parameters()) / len(ensemble.members)
-    trained = a_member * ensemble.num_members
-    base = ensemble.base.num_parameters() - sum(p.numel() for p in ensemble.base.parameters() if p.requires_grad)
-    targets = config.target_modules
-    targets = ", ".join(sorted({t.rpartition(".")[2] for t in targets})) if isinstance(targets, set | list) else targets
-    mixed = "bf16" if args.bf16 else "fp16" if args.fp16 else ""
-    precision = f"{str(ensemble.dtype).removeprefix('torch.')}{f', {mixed} autocast' if mixed else ''}"
-    further = f", going on from {ready.start}" if ready.start else ""
-    further += f", split over {args.member_parallel} processes" if args.member_parallel > 1 else ""
-    rows = {
-        "base": f"{ensemble.base_model_name} · {number_text(base)} parameters · {precision} on {args.device}",
-        command.members: f"{ensemble.num_members} × LoRA rank {config.r}, lora_alpha {config.lora_alpha}, on {targets}"
-        f"{further}",
-        "trainable": f"{number_text(a_member)} parameters a {command.member}, "
-        f"{number_text(trained)} in all ({trained / base:.1%} of the base)",
-        **(
-            {
-                "alpha": "auto: decided by one adapter, which is fitted first"
-                if undecided
-                else _schedule(command, args, steps)
-            }
-            if ensemble.num_members > 1 or args.alpha > 0
-            else {}
-        ),
-        **command.plan(ready),
-        "data": f"{dataset_name} · {ready.form}",
-        "train": _sizes(command, ready, trainer.train_dataset, ready.train_rows),
-        "held out": _sizes(command, ready, trainer.eval_dataset, ready.eval_rows),
-        "steps": _steps(command, args, steps),
-        "output": f"{ready.output_dir}",
-    }
-    out.print(facts(command.prog, {name: Text(value) for name, value in rows.items()}))
-
-
-def _show_memory(out: Console, err: Console, ready: "Run") -> None:
-    """What the largest step takes, by taking it."""
-    from datasets import Dataset
-
-    trainer = ready.trainer
-    if not trainer.splits_batches or not isinstance(trainer.train_dataset, Dataset):
-        return
-    if getattr(trainer.args, "precompute_ref_log_probs", False):  # and a dry run does not
-        return
-    with err.status("taking the largest step"):
-        peak = trainer.rehearse()
-    out.print(
-        f"\nA step on the longest examples, optimizer state included, peaks at {_memory(trainer.args.device, peak)}."
-    )
-
-
-def _memory(device: Any, peak: int) -> str:
-    return f"{bytes_text(peak)} of {'the GPU' if device.type == 'cuda' else 'memory, this program included'}"
-
-
-def _schedule(command: TrainingCommand, args: Any, steps: int) -> str:
-    routed = "" if args.routing_quantity == "sequence" else f", routed by {args.routing_quantity} log-likelihood"
-    weights = "" if args.mixture_weights == "uniform" else f", {args.mixture_weights} mixture weights"
-    hold, ramp = args.alpha_hold_ratio, args.alpha_ramp_ratio
-    if args.num_members == 1:
-        return f"without effect: there is one {command.member}"
-    if args.alpha == 0:
-        return f"0: every {command.member} fits everything{weights}"
-    if hold + ramp == 0:
-        return f"{args.alpha:g} from the first step{routed}{weights}"
-    there = round((hold + ramp) * steps)
-    if hold == 0:
-        return f"rising to {args.alpha:g} at step {there}{routed}{weights}"
-    return f"0 until step {round(hold * steps)}, then rising to {args.alpha:g} at step {there}{routed}{weights}"
-
-
-def _sizes(command: TrainingCommand, ready: "Run", prepared: Any, rows: "Rows | None") -> str:
-    """How much a dataset holds, prepared or, if the trainer has no use for it, as rows."""
-    from datasets import Dataset
-
-    if rows is None:
-        return "none"
-    if not isinstance(rows, Dataset):
-        return "streamed"
-    return command.sizes(ready, prepared) if isinstance(prepared, Dataset) else plural(len(rows), command.example)
-
-
-def _steps(command: TrainingCommand, args: Any, steps: int) -> str:
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.data_processes
-    parts = [plural(args.train_batch_size, command.row)]
-    parts += [f"{args.gradient_accumulation_steps} accumulated"] if args.gradient_accumulation_steps > 1 else []
-    parts += [f"{args.data_processes} processes"] if args.data_processes > 1 else []
-    epochs = "" if args.max_steps > 0 else f" ({args.num_train_epochs:g} epochs)"
-    product = f" ({' × '.join(parts)})" if len(parts) > 1 else ""
-    return f"{number_text(steps)}{epochs}, {plural(batch, command.row)} each{product}"
-
-
-def _show_resuming(out: Console, ready: "Run") -> None:
-    newest, half_written = ready.checkpoints
-    if newest is None and not half_written:
-        return
-    ignoring = ", ".join(c.name for c in half_written)
-    ignoring = f"; ignoring half-written {ignoring}" if ignoring else ""
-    if newest is None:
-        out.print(f"no complete checkpoint: training from the start{ignoring}")
-    elif ready.finished:
-        out.print(f"already finished: {newest.name} is the last of this run, nothing is left to train{ignoring}")
-    else:
-        out.print(f"resuming from {newest.name} of {ready.trainer.num_steps}{ignoring}")
-
-
-# ---- After -----------------------------------------------------------------------------------------------------------
-
-
-def _show_end(out: Console, command: TrainingCommand, ready: "Run") -> None:
-    """Where training ended, if not at its last step, and which members were kept, if not the last ones."""
-    from renyi.training.steps import peak_memory
-
-    state, trainer = ready.trainer.state, ready.trainer
-    if not ready.finished:
-        out.print(f"\npeak memory: {_memory(trainer.args.device, peak_memory(trainer.args.device))}", style="dim")
-    if state.global_step < state.max_steps:
-        out.print(f"\nstopped early, at step {state.global_step} of {state.max_steps}")
-    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-        best = state.best_model_checkpoint.rpartition("/")[2]
-        out.print(f"the {command.members} are those of {best}, the best by {trainer.args.metric_for_best_model}")
-
-
-def _what_members_learned(command: TrainingCommand, ready: "Run") -> RenderableType:
-    held_out = ready.eval_rows is not None
-    prepared = _prepared(ready, ready.eval_rows if ready.eval_rows is not None else ready.train_rows, command.sampled)
-    of = f"{len(prepared)} {'held-out' if held_out else 'training'} {command.example}s"
-    with ready.trainer.accelerator.autocast():
-        return command.learned(ready, prepared, of)
-
-
-def _show_files(out: Console, command: TrainingCommand, ready: "Run", dataset_name: str) -> None:
-    from renyi.training.report import FIGURE_FILE, METRICS_FILE
-
-    folder = str(ready.output_dir)
-    last = ready.ensemble.num_members - 1
-    files = {
-        "ensemble.json": "the ensemble: base, members, weights, alpha",
-        f"member_0{f' … member_{last}' if last else ''}": "ordinary PEFT adapters",
-        **command.files(ready),
-        f"{METRICS_FILE}, {FIGURE_FILE}": "every logged step, and the curves",
-        "README.md": "model card",
-    }
-    table = Table.grid(padding=(0, 3))
-    for name, what in files.items():
-        table.add_row(f"  {name}", Text(what, "dim"))
-    out.print(headed("Saved in", folder), soft_wrap=True)
-    out.print(table)
-    out.print(headed("Next"))
-    for line in command.next(folder, dataset_name):
-        out.print(f"  {line}", soft_wrap=True)
-    in_python = f'  from renyi import LoraEnsemble; LoraEnsemble.load("{folder}")'
-    out.print(Text.assemble(in_python, ("   in Python", "dim")), soft_wrap=True)
 
 
 # ---- Help ------------------------------------------------------------------------------------------------------------
@@ -370,7 +131,9 @@ _OUR_HELP = {
 
 
 def _help(command: TrainingCommand) -> None:
-    out = stream()
+    from renyi.runs.settings import METHODS
+
+    out, dataclasses = stream(), METHODS[command.method].dataclasses
     out.print(Text.assemble((command.prog, "bold"), " --config FILE.yaml [--key value …]\n"))
     out.print(f"{command.about} A flag overrides the file, the file overrides the default.")
     table = Table.grid(padding=(0, 2))
@@ -379,7 +142,7 @@ def _help(command: TrainingCommand) -> None:
     table.add_column()
     for group, names in {**_BEFORE, **command.keys, **_AFTER}.items():
         table.add_row(headed(command.members.capitalize() if group == "Members" else group))
-        for key in keys(command.settings(), names.split()):
+        for key in keys(dataclasses, names.split()):
             table.add_row(f"  {key.name}", Text(key.default), Text(_OUR_HELP.get(key.name, key.help)))
     out.print(table)
     out.print(f"\nEvery other key of TRL's {command.trl_config}, ModelConfig and ScriptArguments works, too.")

@@ -1,8 +1,8 @@
 """`alpha: auto`: fit one adapter, ask its curvature from which alpha on members part, and let them start apart.
 
-What a training command does ahead of the training itself; that then goes on from members that stand spread along the
+What a run does ahead of the training itself (`build.py`), which then goes on from members that stand spread along the
 directions in which the data contradict the adapter. The tie is broken where it matters instead of by chance. Every
-stage is kept in the run's folder, so that a killed run goes on where it was. It prints nothing.
+stage is kept in the run's folder, so that a killed run goes on where it was.
 
     OUT/auto/fit           the one adapter, its checkpoints and curves
     OUT/auto/start         the members as training begins: an ensemble's folder
@@ -10,21 +10,18 @@ stage is kept in the run's folder, so that a killed run goes on where it was. It
 """
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from transformers import TrainerCallback
-from trl import ScriptArguments
 
 from renyi import data
 from renyi.ensemble.curvature import AdapterSpace
 from renyi.ensemble.storage import MANIFEST_FILE
 from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.inference.diagnose import Diagnosis, Pairs, diagnose, spread
-from renyi.runs.single import MemberConfig, RunArguments, build, save, train
+from renyi.runs.build import Watch, build, save, train
+from renyi.runs.record import Record, defaults, write_whole
+from renyi.runs.settings import Settings
 from renyi.training import RenyiDPOTrainer
-from renyi.training.trainer import EnsembleTrainer
 
 FOLDER, CHOSEN_FILE = "auto", "chosen.json"
 # Enough to see a contradiction in data that have one, at a tenth of the cost of a short training run.
@@ -54,81 +51,77 @@ class Chosen(NamedTuple):
     steps: int
 
 
-def fit_and_spread(
-    trainer_class: type[EnsembleTrainer],
-    script: ScriptArguments,
-    args: Any,
-    model: MemberConfig,
-    own: RunArguments,
-    callbacks: Sequence[TrainerCallback],
-    of_tokenizer: Any = None,
-    watch: Callable[[str], object] = lambda what: None,
-) -> Chosen:
+def with_chosen_alpha(settings: Settings, watch: Watch) -> Settings:
     """Fit one adapter, diagnose it, and write the members' start; or read what an earlier call chose.
 
     Args:
-        trainer_class, script, args, model, own, of_tokenizer: as for `renyi.runs.single.build`, which changes them.
-        callbacks: of the one adapter's training.
-        watch: called with what is done next.
+        settings: of a run with `alpha: auto`.
+        watch: is told how it goes, and what was chosen.
+
+    Returns:
+        The settings of the members' own training.
 
     Raises:
         RenyiError: as `build`; or the run starts from an ensemble, or in several processes.
     """
-    if (Path(model.model_name_or_path or "") / MANIFEST_FILE).is_file():
+    parts = settings.parts()
+    args, where = parts.args, settings.where("alpha")
+    if (Path(parts.members.model_name_or_path or "") / MANIFEST_FILE).is_file():
         raise ConfigError(
             "auto starts from one fresh adapter, and model_name_or_path is an ensemble",
-            where="alpha",
+            where=where,
             hint="Give a number, such as what `renyi diagnose` says of this ensemble.",
         )
     if args.world_size > 1:
         raise ConfigError(
             f"auto is for one process, and there are {args.world_size}",
-            where="alpha",
+            where=where,
             hint="Run `renyi diagnose` on a fitted adapter and give the number that it recommends.",
         )
-    num_members, folder = args.num_members, Path(args.output_dir) / FOLDER
+    folder = Path(args.output_dir) / FOLDER
     if (folder / CHOSEN_FILE).is_file():
-        return _read(folder / CHOSEN_FILE)
+        Record.of(settings).check(folder.parent)
+        chosen = _read(folder / CHOSEN_FILE)
+    else:
+        chosen = _fit_and_spread(settings, args, folder, watch)
+    watch.chosen(chosen, settings)
+    start: dict[str, Any] = {"model_name_or_path": folder / "start", "lora_target_modules": ...}  # the start has them
+    if "reference" in defaults(settings.method):
+        start["reference"] = "base"  # what the one adapter was compared with
+    return settings.replaced(alpha=chosen.alpha, alpha_hold_ratio=0.0, max_steps=chosen.steps, **start)
 
-    watch("fitting one adapter")
+
+def _fit_and_spread(settings: Settings, args: Any, folder: Path, watch: Watch) -> Chosen:
     hold, ramp = args.alpha_hold_ratio, args.alpha_ramp_ratio
-    args.alpha, args.num_members, args.output_dir = 0.0, 1, str(folder / "fit")
-    args.eval_strategy, args.load_best_model_at_end = "no", False
-    run = build(trainer_class, script, args, model, own, list(callbacks), of_tokenizer)
+    early = {"early_stopping_patience": ..., "metric_for_best_model": ..., "load_best_model_at_end": False}
+    one = {"alpha": 0.0, "num_members": 1, "output_dir": folder / "fit", "eval_strategy": "no", "push_to_hub": False}
+    with watch.doing("loading the data and the base model"):
+        run = build(settings.replaced(**one, **early))
+    Record.of(settings, run.trainer.args, run.train_rows, None, run.tokenizer).write(folder.parent)
     total = run.trainer.num_steps
     # One adapter costs a member's share: it may train as long as members otherwise take to be apart.
     fit_steps = max(1, round((hold + ramp) * total))
     run.trainer.args.max_steps = fit_steps
-    train(run)
-    save(run, None)
+    with watch.training() as callbacks:
+        train(run, callbacks)
+    save(run)
 
-    watch("diagnosing it")
-    rows = run.preparation.prepare(data.sample(run.train_rows, MAX_EXAMPLES), run.tokenizer)
-    pairs = None
-    if isinstance(run.trainer, RenyiDPOTrainer):
-        preparation: Any = run.preparation
-        pairs = Pairs(run.trainer.args.preference_loss, run.trainer.reference, preparation)
-    found = diagnose(
-        run.ensemble, rows, pairs, num_directions=NUM_DIRECTIONS, max_examples=MAX_EXAMPLES, seed=args.seed
-    )
-    start = AdapterSpace(run.ensemble).displaced(spread(found, num_members))
-    with run.ensemble.acting_as(start):
-        run.ensemble.save(folder / "start")
-    run.tokenizer.save_pretrained(folder / "start")
+    with watch.doing("diagnosing the one adapter"):
+        rows = run.preparation.prepare(data.sample(run.train_rows, MAX_EXAMPLES), run.tokenizer)
+        pairs = None
+        if isinstance(run.trainer, RenyiDPOTrainer):
+            preparation: Any = run.preparation
+            pairs = Pairs(run.trainer.args.preference_loss, run.trainer.reference, preparation)
+        found = diagnose(
+            run.ensemble, rows, pairs, num_directions=NUM_DIRECTIONS, max_examples=MAX_EXAMPLES, seed=args.seed
+        )
+        start = AdapterSpace(run.ensemble).displaced(spread(found, args.num_members))
+        with run.ensemble.acting_as(start):
+            run.ensemble.save(folder / "start")
+        run.tokenizer.save_pretrained(folder / "start")
     chosen = _chosen(found, fit_steps, max(1, total - round(hold * total)))
-    part = folder / f"{CHOSEN_FILE}.partial"
-    part.write_text(json.dumps(chosen._asdict(), indent=2) + "\n", encoding="utf-8")
-    part.replace(folder / CHOSEN_FILE)
+    write_whole(folder / CHOSEN_FILE, (json.dumps(chosen._asdict(), indent=2) + "\n").encode())
     return chosen
-
-
-def go_on_with(chosen: Chosen, args: Any, model: MemberConfig, own: RunArguments) -> None:
-    """Set what the members' own training needs, in settings that asked for `auto`."""
-    args.alpha, args.alpha_hold_ratio, args.max_steps = chosen.alpha, 0.0, chosen.steps
-    model.model_name_or_path = str(Path(args.output_dir) / FOLDER / "start")
-    own.given -= {"lora_target_modules"}  # the start has them
-    if hasattr(args, "reference"):
-        args.reference = "base"  # what the one adapter was compared with
 
 
 def _chosen(found: Diagnosis, fit_steps: int, steps: int) -> Chosen:

@@ -1,15 +1,13 @@
 """A sweep over alpha and the number of members: every cell is one run, measured on the same held-out examples.
 
-The steps that a command line calls for every cell, as `renyi.runs.single` has them for one run. It prints nothing, and
-knows neither flags nor files of settings.
+`sweep` does all of it. A cell is a run of `single.py`; what its figures mean, and which cell to choose, stands in
+`renyi.evaluation.sweep_choice`.
 """
 
 import gc
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,69 +15,21 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import logsigmoid
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import ScriptArguments
 
-from renyi.errors import ConfigError, EnsembleFormatError, SaveError, TrainingDivergedError
-from renyi.evaluation.sweep_choice import Cell, HeldOut
+from renyi.errors import ConfigError, EnsembleFormatError, TrainingDivergedError
+from renyi.evaluation.sweep_choice import Cell, HeldOut, SweepEvaluation, evaluate_sweep, why
+from renyi.evaluation.task import as_json
 from renyi.inference import score, score_pairs
 from renyi.inference.confidence import token_confidence
-from renyi.runs.single import MemberConfig, Run, RunArguments, build, save, train
+from renyi.runs.build import Run, Watch, save, train
+from renyi.runs.output import no_empty_folder
+from renyi.runs.record import HARMLESS, given_and_deciding, write_whole
+from renyi.runs.settings import SweepSettings
+from renyi.runs.single import prepare
 from renyi.training import RenyiDPOTrainer
-from renyi.training.config import EnsembleConfig, require
-from renyi.training.trainer import EnsembleTrainer
 
 RESULT_FILE, FIGURE_FILE = "sweep.json", "sweep.png"
 SECONDS_FILE, FAILED_FILE = "seconds.json", "failed.json"
-# Settings that cannot change what a cell becomes: a sweep may go on with others.
-_HARMLESS = frozenset(
-    {"dry_run", "output_dir", "logging_dir", "logging_steps", "logging_strategy", "report_to", "run_name", "save_steps"}
-    | {"save_total_limit", "per_device_eval_batch_size", "dataset_num_proc", "dataloader_num_workers"}
-)
-
-
-@dataclass
-class SweepArguments:
-    """What a sweep adds to the settings of one run."""
-
-    alphas: list[float] = field(
-        default_factory=lambda: [0.0, 0.3, 0.5, 0.8, 1.0], metadata={"help": "Values of alpha to try."}
-    )
-    members: list[int] = field(
-        default_factory=lambda: [1, 4],
-        metadata={"help": "Numbers of members to try; 1 is a single adapter, trained once whatever alphas are."},
-    )
-    method: str = field(
-        default="sft", metadata={"help": "What trains the cells: sft or dpo.", "choices": ["sft", "dpo"]}
-    )
-    json: bool = field(default=False, metadata={"help": "Print the result as one JSON object."})
-
-    def __post_init__(self) -> None:
-        for key, values in (("alphas", self.alphas), ("members", self.members)):
-            twice = [f"{v:g}" for i, v in enumerate(values) if f"{v:g}" in [f"{w:g}" for w in values[:i]]]
-            if twice:
-                raise ConfigError(f"{twice[0]} is given twice", where=key, hint="Give every value once.")
-            require(key, values, bool(values), "at least one value")
-        for alpha in self.alphas:
-            require("alphas", alpha, 0 <= alpha <= 1, "numbers between 0 and 1")
-        for number in self.members:
-            require("members", number, number >= 1, "numbers of at least 1")
-
-    @property
-    def cells(self) -> list[Cell]:
-        """Every pair, by members and then alpha; one member once."""
-        found = {Cell(m, 0.0 if m == 1 else alpha) for m in self.members for alpha in self.alphas}
-        return sorted(found)
-
-
-class Settings(NamedTuple):
-    """What `renyi.runs.single.build` takes for one cell; `of_tokenizer` holds its last argument if there is one."""
-
-    trainer: type[EnsembleTrainer]
-    script: ScriptArguments
-    args: EnsembleConfig
-    model: MemberConfig
-    own: RunArguments
-    of_tokenizer: Sequence[Any] = ()
 
 
 class Outcome(NamedTuple):
@@ -90,48 +40,86 @@ class Outcome(NamedTuple):
     seconds: float | None
 
 
-def folder_name(cell: Cell) -> str:
-    return "members_1" if cell.members == 1 else f"alpha_{cell.alpha:g}_members_{cell.members}"
-
-
 # ---- The sweep as a whole --------------------------------------------------------------------------------------------
 
 
-def refuse_what_a_sweep_decides(args: Any, given: frozenset[str]) -> None:
-    """Raise `ConfigError` for a setting that a sweep sets itself, or that makes no sense for several runs."""
-    for key, instead in (("alpha", "alphas"), ("num_members", "members")):
-        if key in given:
-            raise ConfigError(
-                f"was given, and a sweep tries several: give {instead}",
-                where=key,
-                hint=f"Remove {key} and write {instead}: [{getattr(args, key)}, …] or --{instead} "
-                f"{getattr(args, key)} ….",
-            )
-    if args.output_dir in (None, "", "trainer_output"):  # the last is transformers' placeholder
-        raise ConfigError("is not set", where="output_dir", hint="Give a folder for the cells: --output_dir ….")
-    if args.resume_from_checkpoint:
-        raise ConfigError(
-            "was given, and a sweep has many runs", where="resume_from_checkpoint",
-            hint="Leave it out: every cell goes on from its own newest complete checkpoint.",
-        )  # fmt: skip
-    if args.push_to_hub:
-        raise ConfigError("true is not allowed", where="push_to_hub", hint="Push the chosen ensemble afterwards.")
-    strategy = getattr(args.save_strategy, "value", args.save_strategy)
-    require("save_strategy", strategy, strategy != "no", "steps or epoch: a finished cell is known by its checkpoint")
-    if args.world_size > 1:
-        raise ConfigError(
-            f"there are {args.world_size} processes, and a sweep is one",
-            hint="Train cells by `torchrun … -m renyi sft --output_dir OUT/alpha_0.3_members_4 …` with the sweep's own "
-            "settings; the sweep then finds them finished.",
-        )
+class SweepWatch(Watch):
+    """What happens in a sweep: what happens in the run of each cell, and between them."""
+
+    def cell(self, number: int, of: int, cell: Cell, run: Run) -> None:
+        """A cell is loaded and checked; its training begins. `number` counts from 1."""
+
+    def failed(self, number: int, of: int, cell: Cell, reason: str, before: bool) -> None:
+        """A cell failed, now or when this sweep ran before."""
 
 
-def recorded(settings: Settings, method: str, given: frozenset[str]) -> dict[str, str]:
-    """The settings that were given and decide what a cell becomes, as `sweep.json` keeps them."""
-    parts = (settings.script, settings.args, settings.model, settings.own, *settings.of_tokenizer)
-    decides = given - _HARMLESS - {f.name for f in fields(SweepArguments)}
-    values = {key: next(getattr(part, key) for part in parts if hasattr(part, key)) for key in decides}
-    return {"method": method} | {key: str(getattr(value, "value", value)) for key, value in sorted(values.items())}
+class Sweep(NamedTuple):
+    """A finished sweep.
+
+    Attributes:
+        outcomes: of every cell.
+        found: figures of the cells that did not fail, and the choice.
+        result: what `sweep.json` holds.
+    """
+
+    outcomes: dict[Cell, Outcome]
+    found: SweepEvaluation
+    result: dict[str, Any]
+
+
+def sweep(settings: SweepSettings, watch: SweepWatch | None = None) -> Sweep:
+    """Train every cell, measure them on the same held-out examples, choose one: what `renyi sweep` does.
+
+    Finished cells are measured again and not trained; half-done ones go on.
+
+    Args:
+        settings: such as `SweepSettings.of("sft", alphas=[0.0, 0.8], members=[1, 4], test_split_size=0.1, …)`.
+        watch: is told how it goes.
+
+    Raises:
+        RenyiError: whatever is wrong with settings, data or folder, before anything is trained.
+        TrainingDivergedError: every cell failed.
+    """
+    watch = watch or SweepWatch()
+    kept = {"method": settings.run.method, **given_and_deciding(settings.run)}
+    folder = folder_of(settings)
+    check_same_sweep(folder, kept)
+    outcomes = {}
+    for number, cell in enumerate(settings.cells, start=1):
+        place = folder / folder_name(cell)
+        outcome = failed_before(place)
+        before = outcome is not None
+        if outcome is None:
+            with no_empty_folder(place):
+                ready = prepare_cell(settings, cell, watch)
+                if not (folder / RESULT_FILE).exists():
+                    write_result(folder, {"settings": kept, "cells": [], "chosen": None})
+                watch.cell(number, len(settings.cells), cell, ready)
+                outcome = run_cell(ready, watch)
+                del ready  # its base, before the next one is loaded
+        if outcome.failed:
+            watch.failed(number, len(settings.cells), cell, outcome.failed, before)
+        outcomes[cell] = outcome
+    held_out = {cell: o.held_out for cell, o in outcomes.items() if o.held_out is not None}
+    if not held_out:
+        reasons = {o.failed for o in outcomes.values()}
+        raise TrainingDivergedError("every cell failed", where=str(folder), hint="; ".join(map(str, reasons)))
+    with watch.doing("evaluating"):
+        from renyi.evaluation.sweep_figure import draw_sweep
+
+        unit = settings.run.trainer.unit
+        found = evaluate_sweep(held_out)
+        result = _result(settings, kept, outcomes, found)
+        write_result(folder, result, draw_sweep(found.cells, found.chosen, unit))
+    return Sweep(outcomes, found, result)
+
+
+def folder_of(settings: SweepSettings) -> Path:
+    return Path(settings.run.values["output_dir"])
+
+
+def folder_name(cell: Cell) -> str:
+    return "members_1" if cell.members == 1 else f"alpha_{cell.alpha:g}_members_{cell.members}"
 
 
 def check_same_sweep(folder: Path, settings: Mapping[str, str]) -> None:
@@ -143,6 +131,7 @@ def check_same_sweep(folder: Path, settings: Mapping[str, str]) -> None:
         there = dict(json.loads(file.read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError("is not the result of a sweep", where=str(file), hint="Choose another output_dir.") from error
+    there = {key: value for key, value in there.items() if key not in HARMLESS}
     for key in sorted(there.keys() | settings.keys()):
         if there.get(key) != settings.get(key):
             old, new = (repr(s[key]) if key in s else "its default" for s in (there, settings))
@@ -161,24 +150,46 @@ def write_result(folder: Path, result: Mapping[str, Any], figure: bytes | None =
     """
     files = {RESULT_FILE: (json.dumps(result, indent=1) + "\n").encode()} | ({FIGURE_FILE: figure} if figure else {})
     for name, content in files.items():
-        _write(folder / name, content)
+        write_whole(folder / name, content)
 
 
-def _write(file: Path, content: bytes) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise SaveError(f"could not be written ({error})", where=str(file), hint="Free some space.") from error
+def _result(
+    settings: SweepSettings, kept: Mapping[str, str], outcomes: Mapping[Cell, Outcome], found: SweepEvaluation
+) -> dict[str, Any]:
+    """The object of `sweep.json` and `renyi sweep --json`."""
+    cells = []
+    for cell, outcome in sorted(outcomes.items()):
+        quality = found.cells.get(cell)
+        cells.append(
+            {
+                "folder": folder_name(cell),
+                "members": cell.members,
+                "alpha": None if cell.members == 1 else cell.alpha,
+                "failed": outcome.failed,
+                "seconds": outcome.seconds,
+                **(as_json(quality) if quality else {}),
+            }
+        )
+    units = next(o.held_out.units for o in outcomes.values() if o.held_out is not None)
+    unit = settings.run.trainer.unit
+    return {
+        "settings": dict(kept),
+        "examples": len(units),
+        "unit": unit,
+        "units": int(units.sum()),
+        "cells": cells,
+        "best": folder_name(found.best),
+        "chosen": folder_name(found.chosen),
+        "runner_up": folder_name(found.runner_up) if found.runner_up else None,
+        "why": why(found, unit),
+        "figure": str(folder_of(settings) / FIGURE_FILE),
+    }
 
 
 # ---- A cell ----------------------------------------------------------------------------------------------------------
 
 
-def prepare_cell(settings: Settings, callbacks: Sequence[TrainerCallback]) -> Run:
+def prepare_cell(settings: SweepSettings, cell: Cell, watch: Watch | None = None) -> Run:
     """Everything of a cell up to its training.
 
     Raises:
@@ -188,55 +199,45 @@ def prepare_cell(settings: Settings, callbacks: Sequence[TrainerCallback]) -> Ru
     gc.collect()  # a trainer is in circles with its callbacks: the cell before still holds its base
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    args: Any = settings.args
-    run = build(*settings[:-1], [*callbacks, _Clock(Path(args.output_dir))], *settings.of_tokenizer)
+    place = folder_of(settings) / folder_name(cell)
+    run = prepare(settings.run.replaced(num_members=cell.members, alpha=cell.alpha, output_dir=place), watch)
+    where = settings.run.where
     if run.eval_rows is None:
         raise ConfigError(
             "nothing is held out to measure the cells on",
-            where="test_split_size",
+            where=where("test_split_size"),
             hint="Hold out a share with --test_split_size 0.1, or set --eval_strategy epoch where the data have a test "
             "split.",
         )
     if not isinstance(run.eval_rows, Dataset):
         raise ConfigError(
             "the held-out rows are streamed, and every cell is measured on all of them",
-            where="dataset_streaming",
+            where=where("dataset_streaming"),
             hint="Load the dataset whole.",
         )
     return run
 
 
-def run_cell(
-    run: Run,
-    dataset_name: str | None,
-    training: AbstractContextManager[Any],
-    measuring: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Outcome:
+def run_cell(run: Run, watch: Watch | None = None) -> Outcome:
     """Train a cell, or go on with it, save its ensemble and measure it.
 
     A loss that is no number, members that give none, and a lack of memory on the device are failures of this cell. They
     are kept in its folder, so that it is not tried again until the folder is removed.
 
-    Args:
-        run: as `prepare_cell` made it.
-        dataset_name: for the model card.
-        training: a context that training runs in.
-        measuring: gives a context that saving and measuring run in.
-
     Raises:
         SaveError: something could not be written; the same sweep goes on from there.
     """
-    folder = run.output_dir
+    watch, folder = watch or Watch(), run.output_dir
     try:
-        with training:
-            train(run)
-        with measuring():
-            save(run, dataset_name)
+        with watch.training() as callbacks:
+            train(run, [*callbacks, _Clock(folder)])
+        with watch.doing("measuring"):
+            save(run)
             held_out = _measure(run)
     except (TrainingDivergedError, torch.OutOfMemoryError) as error:
         is_ours = isinstance(error, TrainingDivergedError)
         reason = str(error).splitlines()[0] if is_ours else "the device has too little memory for it"
-        _write(folder / FAILED_FILE, (json.dumps({"reason": reason}) + "\n").encode())
+        write_whole(folder / FAILED_FILE, (json.dumps({"reason": reason}) + "\n").encode())
         return Outcome(None, reason, _read_seconds(folder))
     finally:
         run.trainer.end()
@@ -304,7 +305,7 @@ class _Clock(TrainerCallback):
 
     def _keep(self) -> None:
         seconds = self._before + time.perf_counter() - self._since
-        _write(self._folder / SECONDS_FILE, f"{seconds:.3f}\n".encode())
+        write_whole(self._folder / SECONDS_FILE, f"{seconds:.3f}\n".encode())
 
 
 def _read_seconds(folder: Path) -> float | None:

@@ -1,6 +1,6 @@
 """The output folder of a run: whether what it holds belongs to this run, and leaving none behind that is empty.
 
-It knows checkpoints and ensembles as files, and the settings that must agree with them.
+What a checkpoint or an ensemble tells of itself is compared here; `record.py` compares what `run.json` tells.
 """
 
 from collections.abc import Iterator
@@ -15,6 +15,7 @@ from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.adapters import read_adapter
 from renyi.ensemble.storage import MANIFEST_FILE, read_manifest
 from renyi.errors import ConfigError
+from renyi.keys import Where
 from renyi.training.checkpoints import Checkpoints, find_checkpoints
 from renyi.training.config import EnsembleConfig
 
@@ -46,6 +47,17 @@ def check_targets(output_dir: Path, ensemble: LoraEnsemble) -> None:
     kinds = [{name.rpartition(".")[2] for name in names} for names in (there, wanted)]
     first, second = kinds if kinds[0] != kinds[1] else (there, wanted)
     _same("lora_target_modules", ", ".join(sorted(first)), ", ".join(sorted(second)), folder)
+
+
+def check_length(newest: Path | None, num_steps: int, where: Where = str) -> None:
+    """Raise `ConfigError` if a run is to be shorter than what its newest checkpoint has taken already."""
+    taken = int(newest.name.rpartition("-")[2]) if newest and newest.name.rpartition("-")[2].isdigit() else 0
+    if taken > num_steps:
+        raise ConfigError(
+            f"this run has {num_steps} steps, and {newest} has taken {taken}",
+            where=where("max_steps"),
+            hint="Choose another output_dir, or as many steps or more.",
+        )
 
 
 def _ensemble_in(output_dir: Path) -> Path | None:

@@ -31,7 +31,7 @@ from renyi.training.card import Method
 from renyi.training.config import AUTO, EnsembleConfig, require
 from renyi.training.form import Form, form_of
 from renyi.training.partition import LearnedPartition
-from renyi.training.report import draw_powerflow
+from renyi.training.report import FIGURE_FILE, draw_powerflow
 from renyi.training.rollouts import UNTOUCHED, Rollouts, RolloutTrainer, no_reward
 from renyi.training.start import as_ensemble
 from renyi.training.target import card_of
@@ -330,8 +330,10 @@ class PowerFlowTrainer(RolloutTrainer):
     def derived(self, means: dict[str, float]) -> dict[str, float]:
         return balance_figures(means)
 
-    def draw(self, file: Path) -> None:
-        draw_powerflow(self.state.log_history, self.output_dir.name, file, self.args.power)
+    def draw(self, file: Path | None = None) -> None:
+        if self.is_world_process_zero():
+            file = file or self.output_dir / FIGURE_FILE
+            draw_powerflow(self.state.log_history, self.output_dir.name, file, self.args.power)
 
     # ---- A learned partition ---------------------------------------------------------------------------------------
 

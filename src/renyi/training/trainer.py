@@ -39,7 +39,7 @@ from renyi.training.checkpoints import SEAL_FILE, find_checkpoints, seal
 from renyi.training.config import AUTO
 from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
 from renyi.training.parallel import MemberAccelerator, gather_state, own_state
-from renyi.training.report import draw_training
+from renyi.training.report import FIGURE_FILE, MetricsFile, draw_training
 from renyi.training.schedule import scheduled_alpha
 from renyi.training.start import as_ensemble
 from renyi.training.statistics import LearnMixtureWeights, RunningMeans
@@ -73,7 +73,7 @@ class EnsembleTrainer(RoutedSteps):
     ):
         if args.alpha == AUTO:
             raise ConfigError(
-                "auto is decided ahead of training, by `renyi sft` and `renyi dpo`",
+                "auto is decided ahead of training, by `renyi.runs.run`, `renyi sft` and `renyi dpo`",
                 where="alpha",
                 hint="Give a number here; `renyi.inference.diagnose` recommends one.",
             )
@@ -87,8 +87,9 @@ class EnsembleTrainer(RoutedSteps):
             kwargs["eval_dataset"] = {k: readable(v, f"{k} dataset") for k, v in held_out.items()}
         elif held_out is not None:
             kwargs["eval_dataset"] = readable(held_out, "eval dataset")
+        callbacks = [MetricsFile(), *(callbacks or [])]
         if args.early_stopping_patience is not None:
-            callbacks = [*(callbacks or []), EarlyStoppingCallback(args.early_stopping_patience)]
+            callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping_patience)]
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
         ensemble.alpha, ensemble.routing_quantity = args.alpha, args.routing_quantity
         if args.compile_blocks is not None:
@@ -306,6 +307,13 @@ class EnsembleTrainer(RoutedSteps):
                 use_mtime=True,
             )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, and beside the ensemble its model card and the curves of its training."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:  # which a checkpoint is
+            self.create_model_card(folder=output_dir)
+            self.draw(Path(output_dir or self.output_dir) / FIGURE_FILE)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.output_dir)
         if self.args.should_save or self.model.mesh:
@@ -378,9 +386,11 @@ class EnsembleTrainer(RoutedSteps):
         """What is logged, from the means of what was watched."""
         return means
 
-    def draw(self, file: Path) -> None:
-        """Draw the curves of the run, as far as it is logged."""
-        draw_training(self.state.log_history, self.output_dir.name, file, self.unit)
+    def draw(self, file: Path | None = None) -> None:
+        """Draw the curves of the run, as far as it is logged, into a file; that of the output folder if None."""
+        if self.is_world_process_zero():
+            file = file or self.output_dir / FIGURE_FILE
+            draw_training(self.state.log_history, self.output_dir.name, file, self.unit)
 
     def watch(self, batch: Sums, inputs: dict[str, Any]) -> None:
         """Add what is logged of a batch, and in training the tokens of its inputs."""
@@ -459,12 +469,13 @@ class EnsembleTrainer(RoutedSteps):
         model_name: str | None = None,
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
+        folder: str | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write `README.md` into the output folder."""
+        """Write `README.md` into a folder; the output folder if None."""
         if self.is_world_process_zero():
             card.write_model_card(
-                self.output_dir,
+                Path(folder) if folder else self.output_dir,
                 ensemble=self.model,
                 args=self.args,
                 log_history=self.state.log_history,

@@ -1,0 +1,355 @@
+"""The stages of a training run: `build` reads the data and makes the trainer, `train` trains, `save` leaves the folder.
+
+`single.py` does all of them in one call. `Settings` are in `settings.py`, what a folder remembers of them in
+`record.py`. Nothing is printed here: a `Watch` is told how a run goes, and the command line shows it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+from trl import ScriptArguments, get_peft_config, get_quantization_config
+
+from renyi import data
+from renyi.ensemble import LoraEnsemble
+from renyi.ensemble.adapters import read_adapter
+from renyi.ensemble.storage import MANIFEST_FILE, Manifest, read_manifest
+from renyi.errors import ConfigError, DataError, RenyiError, SaveError
+from renyi.keys import explained
+from renyi.runs.output import check_length, check_output_dir, check_targets, checkpoints_of
+from renyi.runs.record import Record, defaults
+from renyi.runs.settings import MemberConfig, PolicyConfig, RunArguments, Settings
+from renyi.training.checkpoints import Checkpoints
+from renyi.training.config import EnsembleConfig
+from renyi.training.trainer import EnsembleTrainer
+
+Rows: TypeAlias = Dataset | IterableDataset
+
+
+class Run(NamedTuple):
+    """A run that is ready to start.
+
+    Attributes:
+        settings: what it was built from.
+        record: what `run.json` keeps of it.
+        trainer: holds the ensemble and the prepared datasets.
+        start: folder of the ensemble that is trained further; None if members are fresh.
+        tokenizer: as the trainer uses it.
+        preparation: how rows become tokens.
+        form: of the rows, or "streamed".
+        train_rows: as loaded.
+        eval_rows: as loaded; None if nothing is held out.
+        checkpoints: what the output folder holds already.
+        finished: whether the newest checkpoint is the last one of this run.
+    """
+
+    settings: Settings
+    record: Record
+    trainer: EnsembleTrainer
+    start: Path | None
+    tokenizer: PreTrainedTokenizerBase
+    preparation: data.RowPreparation
+    form: str
+    train_rows: Rows
+    eval_rows: Rows | None
+    checkpoints: Checkpoints
+    finished: bool
+
+    @property
+    def ensemble(self) -> LoraEnsemble:
+        return self.trainer.model
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.trainer.args.output_dir or "")
+
+
+class Watch:
+    """What happens in a run, told to whoever shows it. None of these needs to do anything; override what you want."""
+
+    def doing(self, what: str) -> AbstractContextManager[Any]:
+        """Around what takes a while, such as "loading the data and the base model"."""
+        return nullcontext()
+
+    def training(self) -> AbstractContextManager[Sequence[TrainerCallback]]:
+        """Around the training of an adapter or an ensemble; gives callbacks for the trainer."""
+        return nullcontext(())
+
+    def chosen(self, chosen: Any, settings: Settings) -> None:
+        """`alpha: auto` has chosen for a run of these settings: a `renyi.runs.auto.Chosen`."""
+
+    def ready(self, run: Run) -> None:
+        """Everything is loaded and checked; training begins."""
+
+    def trained(self, run: Run) -> None:
+        """Training has ended; saving begins."""
+
+    def saved(self, run: Run) -> None:
+        """The folder is complete."""
+
+
+def build(settings: Settings, asked: Settings | None = None) -> Run:
+    """Load the data and the base model, check both and the output folder, and build the trainer.
+
+    Args:
+        settings: of the run; they stay as they are.
+        asked: what the user asked for, which the folder's record keeps; `settings` if None.
+
+    Raises:
+        RenyiError: whatever is wrong with settings, data, tokenizer or output folder, before anything is written.
+    """
+    script, args, model, own, of_tokenizer = settings.parts()
+    where = settings.where
+    dataset_name = _given(script.dataset_name, "dataset_name", "a json, jsonl, csv or parquet file, or a hub id")
+    name = _given(model.model_name_or_path, "model_name_or_path", "a folder or a hub id")
+    # transformers writes its placeholder where nothing was given; two runs that share it would resume each other.
+    _given("" if args.output_dir == "trainer_output" else args.output_dir, "output_dir", "a folder for the ensemble")
+    _check_base_exists(name)
+    is_ensemble = (Path(name) / MANIFEST_FILE).is_file()
+    start = _take_from_ensemble(Path(name), args, model, settings.values) if is_ensemble else None
+    output_dir = Path(args.output_dir or "")
+    check_output_dir(output_dir, start.base_model if start else name, args, model)
+    checkpoints = checkpoints_of(args)
+
+    tokenizer = _tokenizer(name, start, args, model, of_tokenizer)
+    preparation = settings.trainer._preparation.of(args)
+    form, train_rows, eval_rows = _load_rows(script, args, own, preparation, dataset_name)
+    record = Record.of(asked or settings, args, train_rows, eval_rows, tokenizer)
+    record.check(output_dir)
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs if isinstance(args.model_init_kwargs, dict) else {}),
+    }
+    with _explained(dataset_name, settings), _nothing_ahead(args, own.dry_run):
+        trainer = settings.trainer(
+            name,
+            args,
+            train_rows,
+            peft_config=None if start else get_peft_config(model),
+            quantization_config=get_quantization_config(model),
+            eval_dataset=eval_rows if args.eval_strategy != "no" else None,
+            processing_class=tokenizer,
+        )
+    for noisy in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(noisy)
+    check_targets(output_dir, trainer.model)
+    check_length(checkpoints.newest, trainer.num_steps, where)
+
+    finished = checkpoints.newest is not None and trainer.state_at_end(checkpoints.newest) is not None
+    return Run(
+        settings,
+        record,
+        trainer,
+        Path(name) if start else None,
+        tokenizer,
+        preparation,
+        form,
+        train_rows,
+        eval_rows,
+        checkpoints,
+        finished,
+    )
+
+
+def _take_from_ensemble(folder: Path, args: Any, model: MemberConfig, given: Mapping[str, Any]) -> Manifest:
+    """Settings of the members, which an ensemble that is trained further brings along.
+
+    Raises:
+        ConfigError: another value was given for one of them.
+    """
+    manifest = read_manifest(folder)
+    config = read_adapter(folder / manifest.members[0]).config
+    brought = {name: getattr(config, name) for name in ("lora_alpha", "use_rslora")}
+    brought |= {"num_members": len(manifest.members), "lora_r": config.r}
+    if not isinstance(model, PolicyConfig):
+        brought["lora_dropout"] = config.lora_dropout
+    for key, value in brought.items():
+        settings = args if key == "num_members" else model
+        if key in given and getattr(settings, key) != value:
+            raise ConfigError(
+                f"{getattr(settings, key)} was given, and the ensemble to start from has {value}",
+                where=key,
+                hint=f"Leave it out: members keep their shape ({folder}).",
+            )
+        setattr(settings, key, value)
+    if "lora_target_modules" in given:
+        raise ConfigError(
+            "was given, and the ensemble to start from adapts its own layers", where="lora_target_modules",
+            hint="Leave it out.",
+        )  # fmt: skip
+    return manifest
+
+
+def _given(value: str | None, key: str, what: str) -> str:
+    if not value:
+        raise ConfigError("is not set", where=key, hint=f"Give {what}: --{key} …, or {key}: … in the config file.")
+    return value
+
+
+def _check_base_exists(name: str) -> None:
+    looks_local = name.startswith((".", "/", "~")) or (name.count("/") != 1 and "/" in name)
+    if looks_local and not Path(name).is_dir():
+        raise ConfigError(
+            f"there is no folder {name}", where="model_name_or_path", hint="Give a model folder, or a hub id."
+        )
+
+
+@contextmanager
+def _nothing_ahead(args: EnsembleConfig, dry_run: bool) -> Iterator[None]:
+    """Keep the trainer of a dry run from computing, and keeping, what a run may compute before it trains."""
+    asked = getattr(args, "precompute_ref_log_probs", False)
+    if asked and dry_run:
+        args.precompute_ref_log_probs = False
+    try:
+        yield
+    finally:
+        if asked:
+            args.precompute_ref_log_probs = True
+
+
+# ---- The data --------------------------------------------------------------------------------------------------------
+
+
+def _tokenizer(
+    name: str, start: Manifest | None, args: Any, model: MemberConfig, settings: Any
+) -> PreTrainedTokenizerBase:
+    if start and not (Path(name) / "tokenizer_config.json").is_file():
+        name = start.base_model
+    padding = args if hasattr(args, "pad_token") else settings
+    tokenizer = data.load_tokenizer(
+        name, padding.pad_token, revision=model.model_revision, trust_remote_code=args.trust_remote_code
+    )
+    padding.pad_token = None  # settled; TRL would warn
+    if settings.chat_template_path:
+        data.load_chat_template(tokenizer, settings.chat_template_path)
+        settings.chat_template_path = None
+    if settings.eos_token is not None and settings.eos_token not in tokenizer.get_vocab():
+        raise ConfigError(f"{settings.eos_token!r} is not in the vocabulary", where="eos_token")
+    tokenizer.eos_token = settings.eos_token or tokenizer.eos_token
+    if getattr(args, "assistant_only_loss", False):
+        data.training_template(tokenizer)
+    return tokenizer
+
+
+def _load_rows(
+    script: ScriptArguments,
+    args: EnsembleConfig,
+    own: RunArguments,
+    preparation: data.RowPreparation,
+    name: str,
+) -> tuple[str, Rows, Rows | None]:
+    """The form of the rows, the rows to train on, and the rows held out."""
+    splits = data.load_splits(name, script.dataset_config, script.dataset_streaming)
+    train = data.choose_split(splits, script.dataset_train_split, name, "dataset_train_split")
+    test_split = script.dataset_test_split
+    evaluates = args.eval_strategy != "no"
+    if own.test_split_size is not None and test_split in splits:
+        raise ConfigError(
+            f"{name} has a split {test_split!r} already",
+            where="test_split_size",
+            hint="Leave test_split_size out, or point dataset_test_split elsewhere.",
+        )
+    test = None
+    if isinstance(train, Dataset):
+        form = preparation.check(train, name)
+        train = data.number_rows(train)
+        if own.test_split_size is not None:
+            train, test = _held_out(train, own.test_split_size, args.seed, name)
+    else:
+        form = "streamed"
+        if args.max_steps <= 0:
+            raise ConfigError("is not set, and the dataset is streamed", where="max_steps", hint="Give --max_steps.")
+    if evaluates and test is None:
+        if test_split not in splits:
+            raise ConfigError(
+                f"eval_strategy is set, and {name} has no split {test_split!r}",
+                where="dataset_test_split",
+                hint="Hold out a share with --test_split_size 0.05, name another split, or set eval_strategy to no.",
+            )
+        test = data.choose_split(splits, test_split, name, "dataset_test_split")
+        if isinstance(test, Dataset):
+            preparation.check(test, f"{name}, {test_split} split")
+    return form, train, test
+
+
+def _held_out(rows: Dataset, share: float, seed: int, name: str) -> tuple[Dataset, Dataset]:
+    held_out = round(share * len(rows))
+    if not 0 < held_out < len(rows):
+        raise ConfigError(
+            f"{share} of {len(rows)} rows is {held_out} rows",
+            where="test_split_size",
+            hint=f"{name} needs at least one row on either side.",
+        )
+    parts = rows.train_test_split(test_size=held_out, seed=seed)
+    return parts["train"], parts["test"]
+
+
+@contextmanager
+def _explained(dataset_name: str, settings: Settings) -> Iterator[None]:
+    """Say whose rows are meant, and turn what the libraries raise about settings into our error."""
+    try:
+        yield
+    except DataError as error:
+        where = f"{dataset_name}, {error.where}" if error.where and "row" in error.where else error.where
+        raise DataError(error.what, where=where, hint=error.hint) from error
+    except RenyiError:
+        raise
+    except (ValueError, TypeError, RuntimeError, OSError, ImportError, AttributeError, KeyError) as error:
+        known = set(defaults(settings.method))
+        raise explained(error, known, settings.values, settings.where) from error
+
+
+# ---- Training ------------------------------------------------------------------------------------------------------
+
+
+def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> None:
+    """Train from the newest complete checkpoint, or from the start; draw the curves if it ends early.
+
+    A finished run only gets back the members it ended with.
+
+    Args:
+        run: as `build` made it.
+        callbacks: for the trainer, besides its own.
+
+    Raises:
+        SaveError: a checkpoint could not be written; earlier ones are untouched.
+        TrainingDivergedError: the loss is no number any more.
+    """
+    trainer, newest = run.trainer, run.checkpoints.newest
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    if trainer.is_world_process_zero():
+        run.record.write(run.output_dir)
+    try:
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+    except BaseException:
+        with suppress(Exception):  # the disk may be full; what went wrong first is what counts
+            trainer.draw()
+        raise
+
+
+def save(run: Run) -> None:
+    """Write the ensemble, its tokenizer, its model card and its curves into the output folder.
+
+    Raises:
+        SaveError: something could not be written; checkpoints are untouched.
+    """
+    trainer, name = run.trainer, run.settings.values["dataset_name"]
+    try:
+        trainer.save_model(trainer.args.output_dir)
+        trainer.create_model_card(dataset_name=name)
+    except SaveError:
+        raise
+    except OSError as error:
+        raise SaveError(
+            f"could not be written ({error})",
+            where=str(run.output_dir),
+            hint="Free some space and run the same command.",
+        ) from error
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub(dataset_name=name)
