@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.console import RenderableType
 from rich.text import Text
 
+from renyi.cli.command import TrainingCommand
 from renyi.cli.members import members_table
-from renyi.cli.training import TrainingCommand, run_training
+from renyi.cli.training import run_training
 from renyi.text import number_text, plural
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from renyi.cli.command import TrainingCommand
 from renyi.cli.tables import figures_table, shortened, titled
-from renyi.cli.training import TrainingCommand, run_training
+from renyi.cli.training import run_training
 from renyi.text import number_text, plural
 
 if TYPE_CHECKING:

@@ -13,12 +13,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from renyi.cli.command import TrainingCommand
 from renyi.cli.console import emit_json, headed, quiet_progress_bars, say, stream
 from renyi.cli.dpo import DPO
 from renyi.cli.parser import ConfigFile, StrictParser, given_keys, keys, split_config
 from renyi.cli.sft import SFT
 from renyi.cli.tables import figures_table, titled
-from renyi.cli.training import TrainingCommand
 from renyi.keys import converted
 from renyi.text import plural
 

@@ -8,9 +8,9 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 from transformers import TrainerCallback
 
+from renyi.cli.command import TrainingCommand
 from renyi.cli.console import facts, headed, say
 from renyi.cli.progress import Progress
-from renyi.cli.training import TrainingCommand
 from renyi.evaluation.sweep_choice import Cell
 from renyi.runs.build import Run
 from renyi.runs.grid import SweepWatch, folder_name, folder_of, prepare_cell

@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
+from renyi.cli.command import TrainingCommand
 from renyi.cli.console import bytes_text, facts, headed
 from renyi.cli.progress import Progress
-from renyi.cli.training import TrainingCommand
 from renyi.data import sample
 from renyi.runs.auto import Chosen
 from renyi.runs.build import Rows, Run, Watch

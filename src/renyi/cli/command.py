@@ -1,0 +1,69 @@
+"""What one method of training says in its own way on the command line.
+
+`sft.py`, `dpo.py` and `powerflow.py` fill it in,
+`training.py` runs such a command, and `watch.py` shows how it goes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from rich.console import RenderableType
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from renyi.runs.build import Run
+
+
+class TrainingCommand(ABC):
+    """What one method of training says in its own way.
+
+    Attributes:
+        method: one of `renyi.runs.settings.METHODS`.
+        trl_config: TRL's config, every key of which works.
+        keys: those of its own that the help page shows, by group; `_BEFORE` and `_AFTER` are shown for all methods.
+        example: what it calls an example of the data.
+        row: what it calls a row of a batch.
+        about: what it does, for the help page.
+        member, members: what it calls a member, and several.
+        sampled: how many examples are asked of members in the end, to say what each learned.
+    """
+
+    method: ClassVar[str]
+    trl_config: ClassVar[str]
+    keys: ClassVar[Mapping[str, str]]
+    example: ClassVar[str]
+    row: ClassVar[str]
+    about: ClassVar[str] = "Train an α-Rényi LoRA ensemble."
+    member: ClassVar[str] = "member"
+    members: ClassVar[str] = "members"
+    sampled: ClassVar[int] = 256
+
+    @property
+    def prog(self) -> str:
+        return f"renyi {self.method}"
+
+    def plan(self, ready: "Run") -> Mapping[str, str]:
+        """Lines of the plan that only this method has."""
+        return {}
+
+    @abstractmethod
+    def sizes(self, ready: "Run", prepared: "Dataset") -> str:
+        """How much a prepared dataset holds."""
+
+    @abstractmethod
+    def first(self, ready: "Run", prepared: "Dataset", coloured: bool) -> RenderableType:
+        """The first example as the model sees it."""
+
+    @abstractmethod
+    def learned(self, ready: "Run", prepared: "Dataset", of: str) -> RenderableType:
+        """What each member learned, from examples that are called `of`."""
+
+    def files(self, ready: "Run") -> Mapping[str, str]:
+        """What only this method leaves in an ensemble's folder, and what that is."""
+        return {}
+
+    @abstractmethod
+    def next(self, folder: str, dataset_name: str) -> Sequence[str]:
+        """Commands that a person may want next."""
