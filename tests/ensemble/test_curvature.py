@@ -10,7 +10,6 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader
 
 from renyi import LoraEnsemble
-from renyi.ensemble.adapters import joint_layers
 from renyi.ensemble.curvature import (
     AdapterSpace,
     Batch,
@@ -23,6 +22,7 @@ from renyi.ensemble.curvature import (
 )
 from renyi.errors import ConfigError, DataError
 from renyi.measures import critical_directions, cross_fitted, stability_spectrum
+from renyi.members.adapters import joint_layers
 from renyi.zoo.demo import held_out_seed, train
 from renyi.zoo.world import World
 
@@ -52,7 +52,7 @@ def token_log_probs(space: AdapterSpace, theta: Tensor, batch: Batch) -> tuple[T
     matrices = space.unflatten(theta).values()
     swapped = {}
     for name, (A, B) in zip(names, matrices, strict=True):
-        swapped |= {f"{name}.lora_A": A[None], f"{name}.lora_B": B[None]}
+        swapped |= {f"{name}.members.lora_A": A[None], f"{name}.members.lora_B": B[None]}
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     log_p = functional_call(base, swapped, kwargs=inputs).logits[:, :-1].log_softmax(-1)
     labels = batch["labels"][:, 1:]

@@ -13,8 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from renyi import LoraEnsemble
 from renyi.ensemble import Generation, decode
-from renyi.ensemble.adapters import joint_layers
 from renyi.errors import ConfigError
+from renyi.members.adapters import joint_layers
 
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2])
 LENGTH, VOCABULARY = 4, 5
@@ -331,9 +331,9 @@ def opposed(members: int) -> LoraEnsemble:
     ensemble = LoraEnsemble.from_base(base, members, lora(target_modules=["down_proj"]), seed=0)
     *_, last = joint_layers(ensemble.base).values()
     with torch.no_grad():
-        last.lora_A.fill_(1.0)
+        last.members.lora_A.fill_(1.0)
         for m in range(members):
-            last.lora_B[m, 10 + m] = 1.0
+            last.members.lora_B[m, 10 + m] = 1.0
     return ensemble
 
 

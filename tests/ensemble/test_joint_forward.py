@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from renyi import LoraEnsemble
 from renyi.ensemble import head
-from renyi.ensemble.adapters import joint_layers
-from renyi.ensemble.lora import _JointLinear
+from renyi.members.adapters import joint_layers
+from renyi.members.layer import _JointLinear
 
 KINDS = ["llama", "qwen2", "gpt2", "neox", "gemma2", "cohere", "granite"]
 TARGETS = {
@@ -169,7 +169,8 @@ def test_dropout_is_drawn_apart_for_every_member():
     """Members with equal weights answer equally in evaluation and differently under dropout."""
     ensemble = tiny_ensemble(2, lora_dropout=0.5)
     for layer in joint_layers(ensemble.base).values():
-        layer.lora_A.data[1], layer.lora_B.data[1] = layer.lora_A.data[0], layer.lora_B.data[0]
+        for stacked in layer.members.parameters():
+            stacked.data[1] = stacked.data[0]
     input_ids, mask = padded_batch()
     first, second = ensemble.log_likelihood(input_ids, mask)
     torch.testing.assert_close(first, second)

@@ -7,7 +7,7 @@ from torch import nn
 
 from renyi import LoraEnsemble
 from renyi.ensemble import evaluating
-from renyi.ensemble.adapters import joint_layers
+from renyi.members.adapters import joint_layers
 
 BASE_DROPOUT = {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3}
 

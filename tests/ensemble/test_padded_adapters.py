@@ -9,8 +9,8 @@ from peft import PeftModel
 from tiny import padded_batch, tiny_ensemble, tiny_model
 
 from renyi import LoraEnsemble
-from renyi.ensemble.adapters import Adapter, layer_scaling, read_adapter, write_adapter
 from renyi.errors import ConfigError
+from renyi.members.adapters import Adapter, layer_scaling, read_adapter, write_adapter
 from renyi.runs.export import VLLM_RANKS, export_adapters, padded, vllm_rank
 
 
@@ -49,7 +49,7 @@ def test_padding_changes_no_update(config: dict[str, Any], tmp_path: Path) -> No
     """Of every layer by its scaling as PEFT computes it, and of the whole model as PEFT loads it."""
     folder = saved(tmp_path / "ensemble", **config)
     before = read_adapter(folder / "member_1")
-    write_adapter(tmp_path / "padded", *(after := padded(before, 16)))
+    write_adapter(tmp_path / "padded", after := padded(before, 16))
     assert {(len(A), B.shape[1]) for A, B in after.weights.values()} == {(16, 16)}
     old, new = updates(before), updates(read_adapter(tmp_path / "padded"))
     for layer, update in old.items():

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from renyi import LoraEnsemble
-from renyi.ensemble import adapters, storage
+from renyi.ensemble import storage
 from renyi.errors import ConfigError, EnsembleFormatError, RenyiError, SaveError
+from renyi.members import adapters
 
 
 def scores(ensemble: LoraEnsemble) -> Tensor:
@@ -110,14 +111,13 @@ def test_a_hub_id_is_downloaded(saved, monkeypatch):
 
 def test_restore_brings_back_members_weights_and_alpha(saved):
     ensemble = tiny_ensemble(3, scattered=False)
-    layers = adapters.joint_layers(ensemble.base)
-    parameters = [layer.lora_A for layer in layers.values()]
+    parameters = ensemble.stack.parameters()
     ensemble.restore(saved)
     assert torch.equal(scores(ensemble), scores(tiny_ensemble(3)))
     assert torch.equal(ensemble.weights, torch.tensor([0.5, 0.3, 0.2]))
     assert ensemble.alpha == 0.7
     # In place, so that an optimizer goes on with the same parameters.
-    assert all(p is layer.lora_A for p, layer in zip(parameters, layers.values(), strict=True))
+    assert all(before is after for before, after in zip(parameters, ensemble.stack.parameters(), strict=True))
 
 
 def test_restore_refuses_another_number_of_members(saved):
@@ -135,9 +135,7 @@ def test_an_added_member_comes_last_with_a_fair_weight(saved):
     assert ensemble.num_members == 3
     torch.testing.assert_close(ensemble.weights, torch.tensor([0.5, 1 / 6, 1 / 3]))
     torch.testing.assert_close(scores(ensemble), scores(tiny_ensemble(3))[[2, 0, 1]])
-    assert all(
-        p.requires_grad for layer in adapters.joint_layers(ensemble.base).values() for p in layer.parameters(False)
-    )
+    assert all(p.requires_grad for p in ensemble.stack.parameters())
 
 
 def test_a_dropped_member_leaves_the_others_and_their_ratios(saved, tmp_path):
@@ -426,10 +424,10 @@ def test_a_save_that_fails_leaves_the_earlier_ensemble(saved, monkeypatch, fails
     ensemble = scatter_members(LoraEnsemble.load(saved, base=tiny_model()), seed=5)
     write = adapters.write_adapter
 
-    def full(folder, config, weights):
+    def full(folder, adapter):
         if folder.name == f"member_{fails_at}":
             raise OSError(28, "No space left on device")
-        write(folder, config, weights)
+        write(folder, adapter)
 
     monkeypatch.setattr(adapters, "write_adapter", full)
     with pytest.raises(SaveError) as caught:

@@ -39,8 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_tokenizer().save_pretrained(root / "base")
     ensemble = LoraEnsemble.from_base(str(root / "base"), 2, tiny_ensemble(1).peft_config)
     other = tiny_ensemble(2)
-    for layer, drawn in zip(ensemble._layers(), other._layers(), strict=True):
-        layer.lora_A.data, layer.lora_B.data = drawn.lora_A.data, drawn.lora_B.data
+    for layer, drawn in zip(ensemble.stack.layers.values(), other.stack.layers.values(), strict=True):
+        layer.members.load_state_dict(drawn.members.state_dict())
     ensemble.weights.copy_(torch.tensor([0.7, 0.3]))
     ensemble.save(root / "ensemble")
     return root / "ensemble"

@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from renyi import LoraEnsemble, RenyiSFTTrainer
-from renyi.ensemble import adapters
 from renyi.errors import ConfigError, SaveError, TrainingDivergedError
+from renyi.members import adapters
 from renyi.training import trainer as training
 from renyi.training.checkpoints import find_checkpoints
 from renyi.training.schedule import scheduled_alpha
@@ -93,8 +93,8 @@ def competent(tmp_path_factory) -> Path:
 def with_useless_members(folder: Path, *useless: int) -> LoraEnsemble:
     """The competent ensemble, in which some members answer at random."""
     ensemble = LoraEnsemble.load(folder, base=tiny_model())
-    for layer in adapters.joint_layers(ensemble.base).values():
-        layer.lora_B.data[list(useless)] = torch.randn(len(useless), *layer.lora_B.shape[1:])
+    for layer in ensemble.stack.layers.values():
+        layer.members.lora_B.data[list(useless)] = torch.randn(len(useless), *layer.members.lora_B.shape[1:])
     return ensemble
 
 

@@ -221,11 +221,11 @@ def _load(args: argparse.Namespace) -> Loaded:
 
     from renyi import LoraEnsemble
     from renyi.data import load_tokenizer_of
-    from renyi.ensemble.adapters import CONFIG_FILE
-    from renyi.ensemble.storage import MANIFEST_FILE, resolve_folder
+    from renyi.ensemble.storage import resolve_folder
+    from renyi.layout import ADAPTER_CONFIG_FILE, MANIFEST_FILE
 
     folder = resolve_folder(args.ensemble)
-    if (folder / MANIFEST_FILE).is_file() or not (args.adapter or (folder / CONFIG_FILE).is_file()):
+    if (folder / MANIFEST_FILE).is_file() or not (args.adapter or (folder / ADAPTER_CONFIG_FILE).is_file()):
         return load_ensemble(args)
     ensemble = LoraEnsemble.load([folder], base=args.base)
     tokenizer = load_tokenizer_of(folder, ensemble.base_model_name)
@@ -236,8 +236,9 @@ def _load(args: argparse.Namespace) -> Loaded:
 def _prepared(args: argparse.Namespace, loaded: Loaded, rows: "Dataset") -> "tuple[Dataset, Pairs | None]":
     """Rows as tokens, and what they are compared by if they are pairs."""
     from renyi.data import PairPreparation, Preparation
-    from renyi.ensemble.reference import PREFERENCE_FILE, read_preference
+    from renyi.ensemble.reference import read_preference
     from renyi.inference.diagnose import Pairs
+    from renyi.layout import PREFERENCE_FILE
 
     given, folder = dict(args.preparation), loaded.folder
     are_pairs = {"chosen", "rejected"} <= set(rows.column_names) or (folder / PREFERENCE_FILE).is_file()

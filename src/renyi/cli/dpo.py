@@ -95,7 +95,7 @@ class DPO(TrainingCommand):
         )
 
     def files(self, ready: "Run") -> dict[str, str]:
-        from renyi.ensemble.reference import PREFERENCE_FILE, REFERENCE_FOLDER
+        from renyi.layout import PREFERENCE_FILE, REFERENCE_FOLDER
 
         trainer: Any = ready.trainer
         files = {PREFERENCE_FILE: "the loss, and what margins are measured against"}

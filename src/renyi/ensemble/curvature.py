@@ -29,10 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from renyi.ensemble.adapters import joint_layers
 from renyi.ensemble.ensemble import LoraEnsemble, Snapshot
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
 from renyi.ensemble.modes import evaluating
@@ -361,13 +359,11 @@ def _supervised(space: AdapterSpace, stack: Tensor, batch: Batch) -> tuple[Tenso
     Also the tokens [n], and where they are: [rows, T − 1].
     """
     backbone = space.ensemble.base.base_model
-    layers = joint_layers(backbone)
-    if any(layer.selection.members is not None for layer in layers.values()):
+    if space.ensemble.stack.selection.members is not None:
         raise ConfigError("curvature is of one adapter by itself", hint="Leave `using(...)` first.")
-    pairs = zip(layers, space.unflatten(stack).values(), strict=True)
-    swapped = {f"{name}.lora_{x}": matrix for name, pair in pairs for x, matrix in zip("AB", pair, strict=True)}
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    hidden = functional_call(backbone, swapped, kwargs=inputs).last_hidden_state
+    with space.ensemble.stack.acting_as(list(space.unflatten(stack).values())):
+        hidden = backbone(**inputs).last_hidden_state
     targets = batch["labels"][:, 1:]
     mask = targets != IGNORED
     return hidden[:, :-1][mask], targets[mask], mask

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from renyi.ensemble.adapters import Adapter, layer_scaling, read_adapter
 from renyi.ensemble.storage import Manifest, read_manifest, resolve_folder
 from renyi.errors import EnsembleFormatError
+from renyi.members.adapters import Adapter, layer_scaling, read_adapter
 
 
 class Description(NamedTuple):
@@ -57,7 +57,7 @@ def describe(path: str | Path) -> Description:
     manifest = read_manifest(folder)
     members = [read_adapter(folder / name) for name in manifest.members]
     _check_same_layers(folder, manifest, members)
-    config, weights = members[0]
+    config, weights, _ = members[0]
     gram = update_gram(members)
     norms = gram.diagonal().clamp(min=0).sqrt()
     square_distances = norms.square()[:, None] + norms.square()[None, :] - 2 * gram
@@ -86,7 +86,7 @@ def update_gram(members: Sequence[Adapter]) -> Tensor:
     gram = torch.zeros(len(members), len(members), dtype=torch.float64)
     for layer in members[0].weights:
         scaled = []
-        for config, weights in members:
+        for config, weights, _ in members:
             A, B = (matrix.double() for matrix in weights[layer])
             scaled.append((A, B * layer_scaling(config, layer, rank=len(A))))
         for m, (A_m, B_m) in enumerate(scaled):
@@ -96,7 +96,7 @@ def update_gram(members: Sequence[Adapter]) -> Tensor:
 
 
 def _check_same_layers(folder: Path, manifest: Manifest, members: Sequence[Adapter]) -> None:
-    shapes = [{n: (A.shape[1], len(B)) for n, (A, B) in weights.items()} for _, weights in members]
+    shapes = [{n: (A.shape[1], len(B)) for n, (A, B) in weights.items()} for _, weights, _ in members]
     for name, shape in zip(manifest.members, shapes, strict=True):
         if shape != shapes[0]:
             odd = next(iter(dict(shape.items() ^ shapes[0].items())))

@@ -3,29 +3,29 @@
 How they run at once stands in `joint.py`. This file knows nothing about objectives or trainers.
 """
 
-import copy
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from renyi import __version__
-from renyi.ensemble import adapters, storage
+from renyi.ensemble import storage
 from renyi.ensemble.decode import Generation, OnToken, decode
+from renyi.ensemble.facade import TrainableModel
 from renyi.ensemble.head import check_head
 from renyi.ensemble.joint import JointModel
-from renyi.ensemble.lora import JointLora, MemberSelection
 from renyi.ensemble.mesh import MemberMesh
 from renyi.ensemble.modes import evaluate, evaluating
 from renyi.errors import ConfigError, EnsembleFormatError
+from renyi.layout import member_name
+from renyi.members import MemberSelection, MemberStack, adapters, kind_of
 
 
 class Snapshot(NamedTuple):
@@ -35,13 +35,14 @@ class Snapshot(NamedTuple):
     layers: list[tuple[Tensor, Tensor]]
 
 
-class LoraEnsemble(JointModel):
+class LoraEnsemble(TrainableModel, JointModel):
     """A distribution over LoRA adapters: M members with mixture weights on one frozen base.
 
     Make one with `from_base` or `load`.
 
     Attributes:
         base: the transformers model, with joint layers in the places of its target layers; frozen but for them.
+        stack: what the members consist of, layer by layer.
         peft_config: the LoRA config shared by all members.
         weights: mixture weights [M], float32, summing to one.
         alpha: Rényi order the ensemble was trained with.
@@ -60,6 +61,7 @@ class LoraEnsemble(JointModel):
         mesh: MemberMesh | None = None,
     ):
         super().__init__(base, selection, num_members, mesh)
+        self.stack = MemberStack(base, selection)
         self.peft_config = peft_config
         self.alpha = 1.0
         self.routing_quantity = "sequence"
@@ -72,6 +74,7 @@ class LoraEnsemble(JointModel):
         peft_config: PeftConfig,
         seed: int = 0,
         mesh: MemberMesh | None = None,
+        member_kind: str = "point",
     ) -> "LoraEnsemble":
         """Draw M fresh members on a base model; the ensemble comes in evaluation mode.
 
@@ -84,9 +87,10 @@ class LoraEnsemble(JointModel):
             peft_config: rank, alpha, rsLoRA, dropout and targets of every member, as for PEFT.
             seed: of member 0.
             mesh: the processes to split members over; each draws its own.
+            member_kind: what a member is: "point", or another kind that is registered in `renyi.members`.
 
         Raises:
-            ConfigError: `peft_config` or `num_members` cannot make an ensemble on this model.
+            ConfigError: `peft_config`, `num_members` or `member_kind` cannot make an ensemble on this model.
         """
         base = adapters.load_base(model) if isinstance(model, str | Path) else model
         if adapters.joint_layers(base):
@@ -94,7 +98,7 @@ class LoraEnsemble(JointModel):
         check_head(base)
         selection = MemberSelection()
         drawn = mesh.share(num_members) if mesh else range(num_members)
-        resolved = adapters.draw_members(base, peft_config, drawn, seed, selection)
+        resolved = adapters.draw_members(base, peft_config, drawn, seed, selection, kind_of(member_kind))
         ensemble = cls(base, resolved, selection, num_members, mesh)
         evaluate(ensemble)
         return ensemble
@@ -141,10 +145,10 @@ class LoraEnsemble(JointModel):
             if not named:
                 raise EnsembleFormatError("the base model is not named", where=str(folders[0]), hint="Give `base`.")
             base = named
-        ensemble = cls.from_base(base, len(folders), read[0].config, mesh=mesh)
-        layers = adapters.joint_layers(ensemble.base)
+        kind = manifest.member_kind if manifest else "point"
+        ensemble = cls.from_base(base, len(folders), read[0].config, mesh=mesh, member_kind=kind)
         for place, member in enumerate(ensemble.members):
-            adapters.fill_member(layers, place, read[member], str(folders[member]))
+            ensemble.stack.read(place, read[member], str(folders[member]))
         if manifest:
             ensemble.weights.copy_(torch.tensor(manifest.weights))
             ensemble.alpha, ensemble.routing_quantity = manifest.alpha, manifest.routing_quantity
@@ -156,59 +160,55 @@ class LoraEnsemble(JointModel):
         Raises:
             SaveError: something could not be written; what was there before is untouched.
         """
-        layers = {
-            name: (self._whole(layer.lora_A), self._whole(layer.lora_B))
-            for name, layer in adapters.joint_layers(self.base).items()
-        }
+        written = self.stack.adapters(self.peft_config, self._whole)
         if self.mesh is not None and not self.mesh.is_first:
             return
         manifest = storage.Manifest(
             base_model=self.base_model_name,
-            members=[storage.member_name(m) for m in range(self.num_members)],
+            members=[member_name(m) for m in range(self.num_members)],
             weights=self.weights.tolist(),
             alpha=self.alpha,
             routing_quantity=self.routing_quantity,
+            member_kind=self.stack.kind,
             renyi_version=__version__,
         )
-        storage.write_folder(
-            Path(path),
-            manifest,
-            lambda m, folder: adapters.write_adapter(
-                folder, self.peft_config, {name: (A[m], B[m]) for name, (A, B) in layers.items()}
-            ),
-        )
+        storage.write_folder(Path(path), manifest, lambda m, folder: adapters.write_adapter(folder, written(m)))
 
     def restore(self, path: str | Path) -> None:
         """Read members, weights and alpha back from a folder that this very ensemble was saved to.
 
         Raises:
-            EnsembleFormatError: the folder is damaged, or holds another number or shape of members.
+            EnsembleFormatError: the folder is damaged, or holds another number, kind or shape of members.
         """
-        manifest = storage.read_manifest(Path(path))
-        self._read_members(Path(path), manifest)
+        folder, manifest = Path(path), storage.read_manifest(Path(path))
+        for what, there, here in (
+            ("members", len(manifest.members), self.num_members),
+            ("kind of member", manifest.member_kind, self.stack.kind),
+        ):
+            if there != here:
+                raise EnsembleFormatError(
+                    f"holds {there} {what}, not {here}",
+                    where=str(folder),
+                    hint="Resume with the same settings, or choose another output_dir.",
+                )
+        for place, member in enumerate(self.members):
+            name = manifest.members[member]
+            self.stack.read(place, self._fitting(folder / name), str(folder / name))
         self.weights.copy_(torch.tensor(manifest.weights))
         self.alpha, self.routing_quantity = manifest.alpha, manifest.routing_quantity
 
-    def _read_members(self, folder: Path, manifest: storage.Manifest) -> None:
-        if len(manifest.members) != self.num_members:
-            raise EnsembleFormatError(
-                f"holds {len(manifest.members)} members, not {self.num_members}",
-                where=str(folder),
-                hint="Resume with the same num_members, or choose another output_dir.",
-            )
-        layers = adapters.joint_layers(self.base)
-        for place, member in enumerate(self.members):
-            name = manifest.members[member]
-            adapter = adapters.read_adapter(folder / name)
-            adapters.check_same_config(self.peft_config, adapter.config, "this ensemble", str(folder / name))
-            adapters.fill_member(layers, place, adapter, f"{folder}/{name}")
+    def _fitting(self, folder: Path) -> adapters.Adapter:
+        """The adapter in a folder, if it has this ensemble's config."""
+        adapter = adapters.read_adapter(folder)
+        adapters.check_same_config(self.peft_config, adapter.config, "this ensemble", str(folder))
+        return adapter
 
     # ---- Members -----------------------------------------------------------------------------------------------
 
     def adapter(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """One member's (A [R, I], B [O, R]) by layer name: views, not copies. It is one of `members`."""
+        """One member's (A [R, I], B [O, R]) by layer name: of a distribution its mean. It is one of `members`."""
         place = self.members.index(member)
-        return {n: (lay.lora_A[place], lay.lora_B[place]) for n, lay in adapters.joint_layers(self.base).items()}
+        return {name: (A[place], B[place]) for name, (A, B) in self.stack.matrices().items()}
 
     def using(self, members: Sequence[int]) -> AbstractContextManager[None]:
         """Run forwards with these members only (`()`: the base alone); M is then `len(members)`."""
@@ -216,9 +216,8 @@ class LoraEnsemble(JointModel):
 
     def split(self, mesh: MemberMesh) -> None:
         """Keep this process's share of the members."""
-        own, weights = mesh.share(self.num_members), self.weights
-        self._keep(list(own), weights)
-        self.weights, self.mesh = weights, mesh
+        self.stack.keep(list(mesh.share(self.num_members)))
+        self.mesh = mesh
 
     def shard_base(self) -> None:
         """Split the base's blocks over the processes of the mesh that hold the same members, by FSDP2.
@@ -234,8 +233,7 @@ class LoraEnsemble(JointModel):
         if not blocks or not all(p.is_floating_point() for block in blocks for p in block.parameters()):
             what = "is quantised" if blocks else "does not name the blocks that it is made of"
             raise ConfigError(f"{type(self.base).__name__} {what}", where="shard_base", hint="Keep the base whole.")
-        adapters_of = {p for layer in self._layers() for p in (layer.lora_A, layer.lora_B)}
-        self.mesh.shard(self.base.base_model, blocks, adapters_of)
+        self.mesh.shard(self.base.base_model, blocks, set(self.stack.parameters()))
 
     def _whole(self, own: Tensor) -> Tensor:
         """A stacked matrix with all members, where it is written to a file; elsewhere the own ones."""
@@ -243,8 +241,8 @@ class LoraEnsemble(JointModel):
         return own if everyones is None else everyones
 
     def snapshot(self) -> Snapshot:
-        """A frozen copy of all members as they are now, for `acting_as`."""
-        layers = [(lay.lora_A.detach().clone(), lay.lora_B.detach().clone()) for lay in self._layers()]
+        """A frozen copy of all members as they are now, for `acting_as`; of distributions, their means."""
+        layers = [(A.detach().clone(), B.detach().clone()) for A, B in self.stack.matrices().values()]
         return Snapshot(self.weights.clone(), layers)
 
     def read_snapshot(self, path: str | Path) -> Snapshot:
@@ -256,40 +254,44 @@ class LoraEnsemble(JointModel):
         folder = storage.resolve_folder(path)
         manifest = storage.read_manifest(folder)
         many = len(manifest.members)
-        blank = [(a[:1].repeat(many, 1, 1), b[:1].repeat(many, 1, 1)) for a, b in self.snapshot().layers]
-        with self.acting_as(Snapshot(self.weights.new_tensor(manifest.weights), blank)):
-            self._read_members(folder, manifest)
-            return self.snapshot()
+        read = []
+        for member in self.mesh.share(many) if self.mesh else range(many):
+            where = folder / manifest.members[member]
+            read.append(self._fitting(where).weights)
+            self.stack.check(read[-1], str(where))
+        layers = [
+            (torch.stack([of[name][0] for of in read]).to(A), torch.stack([of[name][1] for of in read]).to(B))
+            for name, (A, B) in self.stack.matrices().items()
+        ]
+        return Snapshot(self.weights.new_tensor(manifest.weights), layers)
 
     @contextmanager
     def acting_as(self, snapshot: Snapshot) -> Iterator[None]:
         """Run forwards with the members of a snapshot. No gradient reaches them."""
-        parameters = [p for lay in self._layers() for p in (lay.lora_A, lay.lora_B)]
-        now, weights = [p.data for p in parameters], self.weights
+        weights = self.weights
         self.weights = snapshot.weights.to(weights)
-        for parameter, then in zip(parameters, (x for pair in snapshot.layers for x in pair), strict=True):
-            parameter.data = then.to(parameter)
+        like = self.stack.matrices().values()
+        layers = [(A.to(now_A), B.to(now_B)) for (A, B), (now_A, now_B) in zip(snapshot.layers, like, strict=True)]
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.stack.acting_as(layers):
                 yield
         finally:
             self.weights = weights
-            for parameter, value in zip(parameters, now, strict=True):
-                parameter.data = value
 
     @property
     def is_fresh(self) -> bool:
-        """Whether no member has been trained: every B is zero, so all of them are the base."""
-        return not any(bool(lay.lora_B.any()) for lay in self._layers())
+        """Whether no member has been trained, so that all of them are the base."""
+        return self.stack.is_fresh
+
+    def redraw(self, seed: int | None, draws: int = 1) -> None:
+        """Give random members new values, the same in every forward until the next call; see `MemberStack.redraw`."""
+        self.stack.redraw(seed, draws)
 
     def turn_dropout_off(self) -> None:
         """Train members from here on without dropout."""
         self.peft_config.lora_dropout = 0.0
-        for layer in self._layers():
+        for layer in self.stack.layers.values():
             layer.lora_dropout = nn.Identity()
-
-    def _layers(self) -> list[JointLora]:
-        return list(adapters.joint_layers(self.base).values())
 
     def add_member(self, path: str | Path) -> None:
         """Append a PEFT adapter of the same rank and targets as a member with weight 1/(M + 1); the others shrink.
@@ -297,44 +299,28 @@ class LoraEnsemble(JointModel):
         Raises:
             EnsembleFormatError: the adapter does not fit.
         """
-        adapter = adapters.read_adapter(Path(path))
-        adapters.check_same_config(self.peft_config, adapter.config, "the ensemble", str(path))
-        layers = adapters.joint_layers(self.base)
-        grown = [*range(self.num_members), 0]
-        self._keep(grown, self.weights)
+        adapter = self._fitting(Path(path))
+        self.stack.check(adapter.weights, str(path))
+        many = self.num_members
+        self.stack.keep([*range(many), 0])
         try:
-            adapters.fill_member(layers, self.num_members - 1, adapter, str(path))
+            self.stack.read(many, adapter, str(path))
         except EnsembleFormatError:
-            self._keep(grown[:-1], self.weights)
+            self.stack.keep(list(range(many)))
             raise
-        weights = self.weights * (self.num_members - 1) / self.num_members
-        weights[-1] = 1 / self.num_members
-        self.weights = weights / weights.sum()
+        self.weights = torch.cat([self.weights * many / (many + 1), self.weights.new_tensor([1 / (many + 1)])])
 
     def drop_member(self, member: int) -> None:
         """Remove a member; the weights of the others keep their ratios."""
         if not 0 <= member < self.num_members or self.num_members == 1:
             raise ConfigError(f"cannot drop member {member} of {self.num_members}")
         kept = [m for m in range(self.num_members) if m != member]
-        self._keep(kept, self.weights)
-        self.weights = self.weights / self.weights.sum()
-
-    def _keep(self, members: list[int], weights: Tensor) -> None:
-        with torch.no_grad():
-            for layer in adapters.joint_layers(self.base).values():
-                layer.lora_A = nn.Parameter(layer.lora_A[members].clone())
-                layer.lora_B = nn.Parameter(layer.lora_B[members].clone())
-        self.weights = weights[members].clone()
+        self.stack.keep(kept)
+        self.weights = self.weights[kept] / self.weights[kept].sum()
 
     def merged(self, member: int) -> PreTrainedModel:
         """One member alone as a plain transformers model, its update merged into a copy of the base by PEFT."""
-        plain = copy.deepcopy(self.base)
-        for name, layer in adapters.joint_layers(plain).items():
-            parent, _, child = name.rpartition(".")
-            setattr(plain.get_submodule(parent), child, layer.base_layer)
-        with tempfile.TemporaryDirectory() as folder:
-            adapters.write_adapter(Path(folder) / "member", self.peft_config, self.adapter(member))
-            return PeftModel.from_pretrained(plain, str(Path(folder) / "member")).merge_and_unload()
+        return adapters.merged(self.base, adapters.Adapter(self.peft_config, self.adapter(member)))
 
     # ---- Decoding ----------------------------------------------------------------------------------------------------
 
@@ -395,52 +381,3 @@ class LoraEnsemble(JointModel):
         if not selected:
             return self.weights if selected is None else self.weights.new_ones(1)
         return self.weights[list(selected)] / self.weights[list(selected)].sum()
-
-    # ---- What trainers ask of a model --------------------------------------------------------------------------
-
-    @property
-    def config(self) -> Any:
-        return self.base.config
-
-    @property
-    def generation_config(self) -> Any:
-        return self.base.generation_config
-
-    @property
-    def loss_type(self) -> str | None:
-        return self.base.loss_type
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
-
-    @property
-    def base_model_name(self) -> str:
-        """Hub id or folder of the base model, as it was loaded."""
-        name = self.base.config._name_or_path
-        return str(Path(name).resolve()) if name and Path(name).is_dir() else name
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.base.get_output_embeddings()
-
-    def compile(self, **settings: Any) -> None:
-        """Compile the base's blocks, one graph for all of them, which holds from step to step; as `torch.compile`.
-
-        A graph of the whole model would be another one for every number of layers, rows and tokens.
-        """
-        for module in self.base.modules():
-            if type(module).__name__ in (self.base._no_split_modules or ()):
-                module.compile(**settings)
-
-    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.base.activation_checkpointing_enable(**kwargs)
-
-    def add_model_tags(self, tags: list[str] | str) -> None:
-        self.base.add_model_tags(tags)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
-from renyi.ensemble.lora import MemberSelection
 from renyi.ensemble.mesh import MemberMesh
 from renyi.ensemble.modes import evaluating
 from renyi.ensemble.rows import IGNORED, JointOutput, repeat_packed, repeat_rows
+from renyi.members.layer import MemberSelection
 
 
 class JointModel(nn.Module):
@@ -47,9 +47,17 @@ class JointModel(nn.Module):
         """The members that are in this process: all of them, but on a mesh."""
         return range(self.num_members) if self.mesh is None else self.mesh.share(self.num_members)
 
-    def pairing(self, members: Sequence[int]) -> AbstractContextManager[None]:
-        """Run forwards whose row i sees the member at place members[i] of this process; M is then 1."""
-        return self._selection.using(members, paired=True)
+    def pairing(self, members: Sequence[int], examples: Tensor | None = None) -> AbstractContextManager[None]:
+        """Run forwards whose row i sees the member at place members[i] of this process; M is then 1.
+
+        `examples` [rows] says which example of the step's batch each row is, as members need it whose noise differs
+        from example to example; `of_examples` says so of rows that all members see.
+        """
+        return self._selection.using(members, paired=True, examples=examples)
+
+    def of_examples(self, examples: Tensor) -> AbstractContextManager[None]:
+        """Run forwards over some examples of the step's batch, by their places in it, under every member."""
+        return self._selection.of_examples(examples)
 
     def gathered(self, own: Tensor) -> Tensor:
         """Values [M, …] of all members from those of this process's; see `MemberMesh.gather`."""
@@ -124,7 +132,8 @@ class JointModel(nn.Module):
         selected = self._selection.members
         if self._selection.paired:
             return 1
-        return len(self.members) if selected is None else max(1, len(selected))
+        draws = 1 if self._selection.noise is None else self._selection.noise.draws
+        return draws * len(self.members) if selected is None else max(1, len(selected))
 
     def token_log_likelihood(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None

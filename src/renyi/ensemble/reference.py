@@ -16,10 +16,8 @@ from torch import Tensor
 from renyi.ensemble.ensemble import LoraEnsemble, Snapshot
 from renyi.ensemble.rows import IGNORED
 from renyi.errors import EnsembleFormatError
+from renyi.layout import PREFERENCE_FILE, REFERENCE_FOLDER
 from renyi.objectives import PreferenceLoss, completion_log_prob
-
-PREFERENCE_FILE = "preference.json"
-REFERENCE_FOLDER = "reference"
 
 
 class Reference:
@@ -49,7 +47,8 @@ class Reference:
     def fingerprint(self) -> str:
         """A hash of every number that `token_log_probs` depends on."""
         digest = blake2b(digest_size=16)
-        tensors = [(n, t) for n, t in self.ensemble.base.state_dict().items() if ".lora_" not in n]
+        own = self.ensemble.stack.names()
+        tensors = [(n, t) for n, t in self.ensemble.base.state_dict().items() if n not in own]
         tensors += [(f"start.{i}", t) for i, pair in enumerate(self.start.layers if self.start else []) for t in pair]
         for name, tensor in tensors:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -21,9 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 
 from renyi.errors import EnsembleFormatError, SaveError
-
-MANIFEST_FILE = "ensemble.json"
-FORMAT_VERSION = 1
+from renyi.layout import FORMAT_VERSION, MANIFEST_FILE
 
 
 @dataclass
@@ -36,6 +34,7 @@ class Manifest:
         weights: mixture weight of each member; they sum to one.
         alpha: Rényi order the ensemble was trained with; the order of its responsibilities.
         routing_quantity: what was routed, "sequence" or "length_normalised".
+        member_kind: what a member is; see `renyi.members`.
         renyi_version: version that wrote the folder.
         format_version: of this layout.
     """
@@ -45,12 +44,9 @@ class Manifest:
     weights: list[float]
     alpha: float
     routing_quantity: str = "sequence"
+    member_kind: str = "point"
     renyi_version: str = ""
     format_version: int = FORMAT_VERSION
-
-
-def member_name(member: int) -> str:
-    return f"member_{member}"
 
 
 def resolve_folder(path: str | Path) -> Path:

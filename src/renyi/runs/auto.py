@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from renyi import data
 from renyi.ensemble.curvature import AdapterSpace
-from renyi.ensemble.storage import MANIFEST_FILE
 from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.inference.diagnose import Diagnosis, Pairs, diagnose, spread
+from renyi.layout import MANIFEST_FILE
 from renyi.runs.build import Watch, build, save, train
 from renyi.runs.record import Record, defaults, write_whole
 from renyi.runs.settings import Settings

@@ -15,10 +15,11 @@ from trl import ScriptArguments, get_peft_config, get_quantization_config
 
 from renyi import data
 from renyi.ensemble import LoraEnsemble
-from renyi.ensemble.adapters import read_adapter
-from renyi.ensemble.storage import MANIFEST_FILE, Manifest, read_manifest
+from renyi.ensemble.storage import Manifest, read_manifest
 from renyi.errors import ConfigError, DataError, RenyiError, SaveError
 from renyi.keys import explained
+from renyi.layout import MANIFEST_FILE
+from renyi.members.adapters import read_adapter
 from renyi.runs.output import check_length, check_output_dir, check_targets, checkpoints_of
 from renyi.runs.record import Record, defaults
 from renyi.runs.settings import MemberConfig, PolicyConfig, RunArguments, Settings

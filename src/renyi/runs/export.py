@@ -22,9 +22,9 @@ from torch import Tensor
 from renyi import __version__
 from renyi.data import load_tokenizer_of
 from renyi.ensemble import LoraEnsemble
-from renyi.ensemble.adapters import Adapter, layer_scaling, read_adapter, write_adapter
 from renyi.ensemble.storage import read_manifest, resolve_folder
 from renyi.errors import ConfigError, EnsembleFormatError, SaveError
+from renyi.members.adapters import Adapter, layer_scaling, read_adapter, write_adapter
 
 EXPORT_FILE = "export.json"
 SERVE_FILE = "serve.sh"
@@ -77,10 +77,10 @@ def export_adapters(
     target = Path(output).resolve()
     command, unfit = None, _unfit_for_vllm(adapters)
     with _written(target, "adapters", source) as staging:
-        for folder, (config, weights) in zip(source.folders, adapters, strict=True):
-            config = copy.deepcopy(config)
+        for folder, adapter in zip(source.folders, adapters, strict=True):
+            config = copy.deepcopy(adapter.config)
             config.base_model_name_or_path = source.base
-            write_adapter(staging / folder.name, config, weights)
+            write_adapter(staging / folder.name, Adapter(config, adapter.weights))
         has_tokenizer = _has_tokenizer(source.folder)
         if has_tokenizer:
             load_tokenizer_of(source.folder, source.base).save_pretrained(str(staging))
@@ -188,7 +188,7 @@ def _unfit_for_vllm(adapters: Sequence[Adapter]) -> str | None:
     """Why vLLM would refuse these adapters or compute something else: it knows one scaling an adapter."""
     if (rank := max(map(_rank, adapters))) > VLLM_RANKS[-1]:
         return f"the rank is {rank}, and vLLM serves ranks up to {VLLM_RANKS[-1]}"
-    for config, weights in adapters:
+    for config, weights, _ in adapters:
         of_layers = {layer_scaling(config, layer, len(A)) for layer, (A, _) in weights.items()}
         if of_layers != {config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)}:
             return (

@@ -12,10 +12,11 @@ from peft import PeftConfig
 from trl import ModelConfig
 
 from renyi.ensemble import LoraEnsemble
-from renyi.ensemble.adapters import read_adapter
-from renyi.ensemble.storage import MANIFEST_FILE, read_manifest
+from renyi.ensemble.storage import read_manifest
 from renyi.errors import ConfigError
 from renyi.keys import Where
+from renyi.layout import MANIFEST_FILE
+from renyi.members.adapters import read_adapter
 from renyi.training.checkpoints import Checkpoints, find_checkpoints
 from renyi.training.config import EnsembleConfig
 

@@ -20,8 +20,8 @@ from datasets import Dataset
 
 from renyi import __version__
 from renyi.data.rows import ROW_COLUMN
-from renyi.ensemble.storage import MANIFEST_FILE
 from renyi.errors import ConfigError, SaveError
+from renyi.layout import MANIFEST_FILE
 from renyi.runs.settings import METHODS, Settings, SweepArguments
 from renyi.training.checkpoints import find_checkpoints
 from renyi.training.config import AUTO

@@ -18,7 +18,6 @@ from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
 from renyi.ensemble import IGNORED, LoraEnsemble
-from renyi.ensemble.adapters import joint_layers
 from renyi.errors import ConfigError
 from renyi.training.trainer import EnsembleTrainer
 
@@ -189,15 +188,15 @@ def by_member(rows: int, num_members: int) -> list[int]:
 
 def merged_parameters(ensemble: LoraEnsemble, renamed: Callable[[str], str]) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of the base with the first member merged in, under the names of the plain model."""
-    layers = joint_layers(ensemble.base)
+    own, update_of = ensemble.stack.names(), ensemble.adapter(0)
     for name, parameter in ensemble.base.named_parameters():
-        if ".lora_" in name:
+        if name in own:
             continue
         path, _, kind = name.replace(".base_layer", "").rpartition(".")
         merged = parameter.data
-        if kind == "weight" and path in layers:
-            layer = layers[path]
-            update = layer.scaling * layer.lora_B[0].float() @ layer.lora_A[0].float()
+        if kind == "weight" and path in update_of:
+            layer, (A, B) = ensemble.stack.layers[path], update_of[path]
+            update = layer.scaling * B.float() @ A.float()
             if isinstance(layer.base_layer, Conv1D):  # GPT-2 keeps its weights transposed
                 update = update.T
             merged = (merged.float() + update).to(merged.dtype)

@@ -12,8 +12,9 @@ from trl.trainer.utils import create_model_from_path
 
 from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.mesh import MemberMesh
-from renyi.ensemble.storage import MANIFEST_FILE, read_manifest
+from renyi.ensemble.storage import read_manifest
 from renyi.errors import ConfigError
+from renyi.layout import MANIFEST_FILE
 
 
 def as_ensemble(

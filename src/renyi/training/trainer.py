@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ class EnsembleTrainer(RoutedSteps):
             self.add_callback(self._learned_weights)
         if args.prior_std is not None:
             self._prior_units = self._loss_units()
-            self._origins = [p.detach().clone() for p in self.trained_parameters()]
+            self._divergence = self.model.stack.prior(args.prior_std)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -194,13 +193,13 @@ class EnsembleTrainer(RoutedSteps):
         raise NotImplementedError
 
     def _prior(self, share: float, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """The prior's part of a micro-batch: (1/M) Σ_m ‖φ_m − φ_m⁰‖² / 2σ², spread over the dataset's units.
+        """The prior's part of a micro-batch: (1/M) Σ_m KL(member m, its prior), spread over the dataset's units.
 
         On a mesh it is the mean over this process's members; the loss that is logged is the mean over processes.
         """
-        distance = share * squared_distance(self.trained_parameters(), self._origins)
+        divergence = share * self._divergence().mean()
         steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return distance / (2 * self.args.prior_std**2 * len(self.model.members) * self._prior_units * steps)
+        return divergence / (self._prior_units * steps)
 
     def _diverged(self, inputs: dict[str, Any], ell_ME: Tensor) -> TrainingDivergedError:
         bad_M = (~ell_ME.isfinite()).any(dim=1).nonzero().flatten().tolist()
@@ -500,11 +499,6 @@ class _RestoreLogging(TrainerCallback):
 def scale_gradient(loss: Tensor, factor: float) -> Tensor:
     """`loss`, unchanged in value, with `factor` times its gradient."""
     return loss.detach() + factor * (loss - loss.detach())
-
-
-def squared_distance(parameters: Iterable[Tensor], origins: Iterable[Tensor]) -> Tensor:
-    """Σ ‖φ − φ⁰‖² over parameters and where they began."""
-    return torch.stack([(p - o).square().sum() for p, o in zip(parameters, origins, strict=True)]).sum()
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""M LoRA adapters round one frozen layer, applied in one pass.
+"""A frozen layer with the adapters of M members, applied in one pass.
 
 The rows that come in are *member-major*: the first 1/M of them belong to member 0, the next to member 1, and so
-on. This file knows nothing about transformers, PEFT or losses; it sees a layer and stacked matrices.
+on. What a member consists of is the business of its kind (`kind.py`); this file sees a layer and stacked matrices.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,31 +13,47 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from renyi.members.kind import MemberLayer, Noise
+
 
 class MemberSelection:
-    """Which members the rows of the next forward belong to; shared by all layers of an ensemble.
+    """Which members, examples and noise the rows of the next forward see; shared by all layers of an ensemble.
 
     Attributes:
         members: None for all of them in order, or a tuple of member indices; the empty tuple is the base alone.
         paired: whether each of `members` has one row of its own, and may come several times.
+        examples: which examples of the step's batch the rows are, the same for every member unless `paired`; None
+            for all of them in order. Only noise that differs from row to row asks for it.
+        noise: of the training step; None where every member is its mean.
     """
 
     def __init__(self) -> None:
         self.members: tuple[int, ...] | None = None
         self.paired = False
+        self.examples: Tensor | None = None
+        self.noise: Noise | None = None
         self._index: Tensor | None = None
         self._first: Tensor | None = None
         self._looks_for_first = False
 
     @contextmanager
-    def using(self, members: Sequence[int], paired: bool = False) -> Iterator[None]:
+    def using(self, members: Sequence[int], paired: bool = False, examples: Tensor | None = None) -> Iterator[None]:
         """Select `members` for the forwards inside. A backward under gradient checkpointing must run inside, too."""
-        before = self.members, self.paired, self._index
-        self.members, self.paired, self._index = tuple(members), paired, None
+        before = self.members, self.paired, self.examples, self._index
+        self.members, self.paired, self.examples, self._index = tuple(members), paired, examples, None
         try:
             yield
         finally:
-            self.members, self.paired, self._index = before
+            self.members, self.paired, self.examples, self._index = before
+
+    @contextmanager
+    def of_examples(self, examples: Tensor) -> Iterator[None]:
+        """The forwards inside run these examples of the step's batch only."""
+        before, self.examples = self.examples, examples
+        try:
+            yield
+        finally:
+            self.examples = before
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
@@ -63,15 +79,17 @@ class MemberSelection:
         return stacked[self._index]
 
 
-class JointLora(nn.Module):
+class JointLayer(nn.Module):
     """A frozen layer plus one low-rank update a member: `y_m = base(x_m) + scaling · B_m A_m dropout(x_m)`.
 
     The base layer is called, never copied or inspected, so a quantised one stays quantised.
 
+    Attributes:
+        acting: matrices A [K, R, I] and B [K, O, R] to use in the members' place; None for the members themselves.
+
     Args:
         base_layer: the frozen layer, in features I to out features O on the last dimension.
-        lora_A: [M, R, I].
-        lora_B: [M, O, R].
+        members: the members of this layer, of any kind.
         scaling: factor on the update (`lora_alpha / r`, or `lora_alpha / √r` with rsLoRA).
         dropout: probability of dropping an input of the update, drawn apart for every row.
         selection: which members the incoming rows belong to.
@@ -80,16 +98,14 @@ class JointLora(nn.Module):
     def __init__(
         self,
         base_layer: nn.Module,
-        lora_A: Tensor,
-        lora_B: Tensor,
+        members: MemberLayer,
         scaling: float,
         dropout: float,
         selection: MemberSelection,
     ):
         super().__init__()
-        self.base_layer = base_layer
-        self.lora_A = nn.Parameter(lora_A)
-        self.lora_B = nn.Parameter(lora_B)
+        self.base_layer, self.members = base_layer, members
+        self.acting: tuple[Tensor, Tensor] | None = None
         self.scaling = scaling
         self.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.selection = selection
@@ -98,7 +114,8 @@ class JointLora(nn.Module):
         """Map member-major rows [M·N, …, I] to [M·N, …, O] (or [1, M·N, I], the members one after another)."""
         if self.selection.members == ():
             return self.base_layer(x, *args, **kwargs)
-        A_MRI, B_MOR = self.selection.of(self.lora_A), self.selection.of(self.lora_B)
+        A_MRI, B_MOR = self.members.matrices(self.selection.noise) if self.acting is None else self.acting
+        A_MRI, B_MOR = self.selection.of(A_MRI), self.selection.of(B_MOR)
         num_members, _, in_features = A_MRI.shape
         rows = x.numel() // in_features
         if rows % num_members:
@@ -112,7 +129,7 @@ class JointLora(nn.Module):
         else:
             result = self.base_layer(x, *args, **kwargs)
         x_MNI = self.lora_dropout(x.to(A_MRI.dtype)).reshape(num_members, -1, in_features)
-        low_MNR = torch.bmm(x_MNI, A_MRI.transpose(1, 2))
+        low_MNR = self.members.project(x_MNI, A_MRI, self.selection)
         result_MNO = result.reshape(num_members, -1, result.shape[-1])
         if result.dtype == low_MNR.dtype:
             updated = torch.baddbmm(result_MNO, low_MNR, B_MOR.transpose(1, 2), alpha=self.scaling)
@@ -125,6 +142,8 @@ class JointLora(nn.Module):
         layer = self.base_layer
         if not self.training or type(layer) is not nn.Linear or not isinstance(self.lora_dropout, nn.Identity):
             return None
+        if type(self.members).project is not MemberLayer.project:
+            return None  # the one node knows no noise that differs from row to row
         if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
             return None  # accelerate brings offloaded weights in this way
         precision = _common_dtype(x, layer.weight, A_MRI)
@@ -133,8 +152,7 @@ class JointLora(nn.Module):
         return tuple(None if t is None else t.to(precision) for t in (x, layer.weight, layer.bias, A_MRI, B_MOR))
 
     def extra_repr(self) -> str:
-        members, rank, _ = self.lora_A.shape
-        return f"members={members}, r={rank}, scaling={self.scaling:g}"
+        return f"scaling={self.scaling:g}"
 
 
 def _common_dtype(x: Tensor, weight: Tensor, adapter: Tensor) -> torch.dtype | None:

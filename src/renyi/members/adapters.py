@@ -1,19 +1,21 @@
 """Members as PEFT knows them: which layers they touch, how they are drawn, and how they lie on disk.
 
 This is the one file that touches PEFT's own layers. PEFT chooses the targets and draws the weights; we take its
-matrices, stack them over members and put our joint layer in the place of its layer. Nothing here runs a model.
+matrices, stack them over members and put our joint layer (`layer.py`) in the place of its layer.
 """
 
 import copy
 import math
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -22,11 +24,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from renyi.ensemble.lora import JointLora, MemberSelection
 from renyi.errors import ConfigError, EnsembleFormatError
+from renyi.layout import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, DISTRIBUTION_FILE
+from renyi.members.kind import MemberLayer
+from renyi.members.layer import JointLayer, MemberSelection
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 _KEY_PREFIX = "base_model.model."
 
 # What PEFT can do and an ensemble cannot, and why. A truthy value of the field is refused.
@@ -43,13 +45,18 @@ _REFUSED = {
 _INITS = (True, False, "gaussian", "orthogonal")
 
 
-def joint_layers(model: nn.Module) -> dict[str, JointLora]:
+def joint_layers(model: nn.Module) -> dict[str, JointLayer]:
     """The joint layers inside `model` by their names, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, JointLora)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, JointLayer)}
 
 
 def draw_members(
-    model: PreTrainedModel, peft_config: PeftConfig, members: Sequence[int], seed: int, selection: MemberSelection
+    model: PreTrainedModel,
+    peft_config: PeftConfig,
+    members: Sequence[int],
+    seed: int,
+    selection: MemberSelection,
+    kind: type[MemberLayer],
 ) -> LoraConfig:
     """Replace the target layers of `model` by joint layers holding freshly drawn members.
 
@@ -62,6 +69,7 @@ def draw_members(
         members: which to draw, at least one.
         seed: of member 0.
         selection: shared by all layers made here.
+        kind: of member.
 
     Returns:
         The config as PEFT resolved it (`"all-linear"` becomes a list of modules).
@@ -82,15 +90,15 @@ def draw_members(
                     {n: (layer.lora_A["default"].weight, layer.lora_B["default"].weight) for n, layer in layers}
                 )
                 plain = {n: (layer.get_base_layer(), layer.scaling["default"]) for n, layer in layers}
-    for name, (base_layer, scaling) in plain.items():
-        lora_A, lora_B = (torch.stack([member[name][i].detach() for member in drawn]) for i in (0, 1))
-        joint = JointLora(base_layer, lora_A, lora_B, scaling, peft_config.lora_dropout, selection)
+    for number, (name, (base_layer, scaling)) in enumerate(plain.items()):
+        members_here = kind.drawn(*(torch.stack([member[name][i].detach() for member in drawn]) for i in (0, 1)))
+        members_here.number = number
+        joint = JointLayer(base_layer, members_here, scaling, peft_config.lora_dropout, selection)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, joint)
     model.requires_grad_(False)
     for layer in joint_layers(model).values():
-        layer.lora_A.requires_grad_(True)
-        layer.lora_B.requires_grad_(True)
+        layer.members.requires_grad_(True)
     return resolved
 
 
@@ -188,14 +196,22 @@ def _shown(targets: object) -> str:
 
 
 class Adapter(NamedTuple):
-    """One member as it lies on disk: its PEFT config, and its (A [R, I], B [O, R]) by layer name."""
+    """One member as it lies on disk.
+
+    Attributes:
+        config: PEFT's.
+        weights: (A [R, I], B [O, R]) by layer name.
+        kept: what the member has beside its mean, by layer name and name of the tensor; nothing for a point.
+    """
 
     config: LoraConfig
     weights: dict[str, tuple[Tensor, Tensor]]
+    kept: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
 
 
-def write_adapter(folder: Path, config: LoraConfig, weights: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Write one member as an ordinary PEFT adapter folder."""
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    """Write one member as an ordinary PEFT adapter folder, and beside it what else it has."""
+    config, weights, kept = adapter
     folder.mkdir(parents=True)
     config = copy.deepcopy(config)
     config.inference_mode = True
@@ -204,7 +220,10 @@ def write_adapter(folder: Path, config: LoraConfig, weights: dict[str, tuple[Ten
     for name, (lora_A, lora_B) in weights.items():
         tensors[f"{_KEY_PREFIX}{name}.lora_A.weight"] = lora_A.detach().cpu().contiguous()
         tensors[f"{_KEY_PREFIX}{name}.lora_B.weight"] = lora_B.detach().cpu().contiguous()
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
+    beside = {f"{layer}.{name}": x.detach().cpu().contiguous() for layer, of in kept.items() for name, x in of.items()}
+    if beside:
+        save_file(beside, folder / DISTRIBUTION_FILE, metadata={"format": "pt"})
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -214,7 +233,7 @@ def read_adapter(folder: Path) -> Adapter:
         EnsembleFormatError: a file is missing or damaged.
         ConfigError: the adapter is not plain LoRA.
     """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise EnsembleFormatError(
                 f"there is no {name}",
@@ -224,26 +243,35 @@ def read_adapter(folder: Path) -> Adapter:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError) as error:
-        raise EnsembleFormatError(f"cannot be read ({error})", where=str(folder / CONFIG_FILE)) from error
-    config = check_config(config, where=str(folder / CONFIG_FILE))
-    try:
-        tensors = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise EnsembleFormatError(
-            f"is damaged or cut short ({error})",
-            where=str(folder / WEIGHTS_FILE),
-            hint="Copy it again, or load the ensemble from an earlier checkpoint.",
-        ) from error
+        raise EnsembleFormatError(f"cannot be read ({error})", where=str(folder / ADAPTER_CONFIG_FILE)) from error
+    config = check_config(config, where=str(folder / ADAPTER_CONFIG_FILE))
+    tensors = _tensors(folder / ADAPTER_WEIGHTS_FILE)
     weights = {}
     for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
         key_B = key.replace(".lora_A.", ".lora_B.")
         if key_B not in tensors:
-            raise EnsembleFormatError(f"has {key} without its lora_B", where=str(folder / WEIGHTS_FILE))
+            raise EnsembleFormatError(f"has {key} without its lora_B", where=str(folder / ADAPTER_WEIGHTS_FILE))
         name = key.removeprefix(_KEY_PREFIX).removesuffix(".lora_A.weight")
         weights[name] = (tensors.pop(key), tensors.pop(key_B))
     if tensors:
-        raise EnsembleFormatError(f"holds {min(tensors)}, which is not LoRA", where=str(folder / WEIGHTS_FILE))
-    return Adapter(config, weights)
+        raise EnsembleFormatError(f"holds {min(tensors)}, which is not LoRA", where=str(folder / ADAPTER_WEIGHTS_FILE))
+    kept: dict[str, dict[str, Tensor]] = {}
+    if (folder / DISTRIBUTION_FILE).is_file():
+        for key, tensor in _tensors(folder / DISTRIBUTION_FILE).items():
+            layer, _, name = key.rpartition(".")
+            kept.setdefault(layer, {})[name] = tensor
+    return Adapter(config, weights, kept)
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise EnsembleFormatError(
+            f"is damaged or cut short ({error})",
+            where=str(file),
+            hint="Copy it again, or load the ensemble from an earlier checkpoint.",
+        ) from error
 
 
 def layer_scaling(config: LoraConfig, layer: str, rank: int) -> float:
@@ -251,31 +279,6 @@ def layer_scaling(config: LoraConfig, layer: str, rank: int) -> float:
     patterns = config.alpha_pattern or {}
     lora_alpha = patterns.get(get_pattern_key(list(patterns), layer), config.lora_alpha)
     return lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-
-def fill_member(layers: dict[str, JointLora], member: int, adapter: Adapter, where: str) -> None:
-    """Copy one adapter's matrices into member `member` of the joint layers.
-
-    Raises:
-        EnsembleFormatError: the adapter's layers or shapes are not those of the joint layers.
-    """
-    if layers.keys() != adapter.weights.keys():
-        odd = sorted(layers.keys() ^ adapter.weights.keys())
-        raise EnsembleFormatError(
-            f"adapts other layers than its companions or this base has (for example {odd[0]})",
-            where=where,
-            hint="Members of one ensemble share their base model and their target modules.",
-        )
-    with torch.no_grad():
-        for name, layer in layers.items():
-            for stacked, weight in zip((layer.lora_A, layer.lora_B), adapter.weights[name], strict=True):
-                if stacked.shape[1:] != weight.shape:
-                    raise EnsembleFormatError(
-                        f"{name} has shape {tuple(weight.shape)} where {tuple(stacked.shape[1:])} is needed",
-                        where=where,
-                        hint="Members of one ensemble share their rank and their base model.",
-                    )
-                stacked[member].copy_(weight)
 
 
 def check_same_config(first: LoraConfig, other: LoraConfig, first_where: str, other_where: str) -> None:
@@ -287,6 +290,17 @@ def check_same_config(first: LoraConfig, other: LoraConfig, first_where: str, ot
                 where=other_where,
                 hint="Members of one ensemble share rank, scaling and targets.",
             )
+
+
+def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
+    """A copy of a base that carries joint layers, without them and with one adapter merged in by PEFT."""
+    plain = copy.deepcopy(base)
+    for name, layer in joint_layers(plain).items():
+        parent, _, child = name.rpartition(".")
+        setattr(plain.get_submodule(parent), child, layer.base_layer)
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(Path(folder) / "member", adapter)
+        return PeftModel.from_pretrained(plain, str(Path(folder) / "member")).merge_and_unload()
 
 
 def load_base(name: str | Path) -> PreTrainedModel:

@@ -1,0 +1,29 @@
+"""Members that are points: one LoRA adapter each, without noise. The ensemble is then M adapters and their weights."""
+
+from collections.abc import Mapping
+from typing import Self
+
+from torch import Tensor, nn
+
+from renyi.members.kind import MemberLayer, register
+
+
+@register
+class PointLayer(MemberLayer):
+    """The adapters of one layer."""
+
+    kind = "point"
+
+    def __init__(self, A_MRI: Tensor, B_MOR: Tensor):
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Parameter(A_MRI), nn.Parameter(B_MOR)
+
+    @classmethod
+    def drawn(cls, A_MRI: Tensor, B_MOR: Tensor) -> Self:
+        return cls(A_MRI, B_MOR)
+
+    def divergence(self, origin: Mapping[str, Tensor], prior_std: float) -> Tensor:
+        """‖φ_m − φ_m⁰‖² / (2σ²): the KL of a point, up to a constant that no training changes."""
+        square_M = (self.lora_A - origin["lora_A"]).square().sum((1, 2))
+        square_M = square_M + (self.lora_B - origin["lora_B"]).square().sum((1, 2))
+        return square_M / (2 * prior_std**2)

@@ -1,0 +1,145 @@
+"""The members of an ensemble, all layers together: read, copied, grown, shrunk, and replaced for a while.
+
+It relies on what every kind promises (`kind.py`): the members are on the first dimension of each of a layer's tensors.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from renyi.errors import EnsembleFormatError
+from renyi.members.adapters import Adapter, joint_layers
+from renyi.members.kind import Noise
+from renyi.members.layer import MemberSelection
+
+Matrices = Mapping[str, tuple[Tensor, Tensor]]  # (A, B) by layer name
+
+
+class MemberStack:
+    """The members that are in this process.
+
+    Attributes:
+        layers: the joint layers by their names, in the model's order.
+        selection: which members the rows of the next forward see.
+    """
+
+    def __init__(self, model: nn.Module, selection: MemberSelection):
+        self.layers, self.selection = joint_layers(model), selection
+
+    @property
+    def kind(self) -> str:
+        """The members' kind; "point" while others act in their place."""
+        first = next(iter(self.layers.values()))
+        return first.members.kind if first.acting is None else "point"
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for layer in self.layers.values() for p in layer.members.parameters()]
+
+    def names(self) -> set[str]:
+        """What the members' tensors are called in the base's state dict; all others are the base's own."""
+        return {f"{name}.members.{x}" for name, layer in self.layers.items() for x in layer.members.state_dict()}
+
+    def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Each layer's A [M, R, I] and B [M, O, R], of the members' means or of those that act in their place."""
+        return {n: layer.members.mean() if layer.acting is None else layer.acting for n, layer in self.layers.items()}
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether no member has been trained: every B is zero, so all of them are the base."""
+        return not any(bool(B.any()) for _, B in self.matrices().values())
+
+    def redraw(self, seed: int | None, draws: int = 1) -> None:
+        """Whatever is random in members: new, and the same in every forward until the next call; None: the means."""
+        self.selection.noise = None if seed is None else Noise(seed, draws)
+
+    @contextmanager
+    def acting_as(self, matrices: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+        """Run forwards with A [K, R, I] and B [K, O, R] of each layer in the members' place."""
+        layers = list(self.layers.values())
+        before, noise = [layer.acting for layer in layers], self.selection.noise
+        self.selection.noise = None
+        for layer, pair in zip(layers, matrices, strict=True):
+            layer.acting = pair
+        try:
+            yield
+        finally:
+            self.selection.noise = noise
+            for layer, pair_before in zip(layers, before, strict=True):
+                layer.acting = pair_before
+
+    def prior(self, std: float) -> Callable[[], Tensor]:
+        """What gives the members' divergences from a prior around where they are now, nats [M]."""
+        layers = [layer.members for layer in self.layers.values()]
+        origins = [{n: p.detach().clone() for n, p in layer.state_dict(keep_vars=True).items()} for layer in layers]
+
+        def divergence() -> Tensor:
+            parts = [layer.divergence(origin, std) for layer, origin in zip(layers, origins, strict=True)]
+            return torch.stack([part.to(parts[0].device) for part in parts]).sum(dim=0)
+
+        return divergence
+
+    @torch.no_grad()
+    def keep(self, places: list[int]) -> None:
+        """Hold the members of these places only, in this order; one that is named twice becomes two."""
+        for layer in self.layers.values():
+            for module in layer.members.modules():
+                for name, parameter in list(module.named_parameters(recurse=False)):
+                    setattr(module, name, nn.Parameter(parameter[places].clone(), parameter.requires_grad))
+                for name, buffer in list(module.named_buffers(recurse=False)):
+                    setattr(module, name, buffer[places].clone())
+
+    def adapters(self, config: LoraConfig, gathered: Callable[[Tensor], Tensor]) -> Callable[[int], Adapter]:
+        """Gather what every member consists of, and return what gives each one as it is written to a file.
+
+        Args:
+            config: of all adapters.
+            gathered: takes a tensor of this process's members to one of all, where files are written.
+        """
+        means = {n: (gathered(A), gathered(B)) for n, (A, B) in self.matrices().items()}
+        kept: dict[str, dict[str, Tensor]] = {}
+        for name, layer in self.layers.items():
+            if layer.acting is None:
+                places = [layer.members.kept(place) for place in range(len(layer.members.mean()[1]))]
+                kept[name] = {x: gathered(torch.stack([of[x] for of in places])) for x in places[0]}
+
+        def adapter(member: int) -> Adapter:
+            of_layers = {layer: {x: t[member] for x, t in of.items()} for layer, of in kept.items()}
+            return Adapter(config, {n: (A[member], B[member]) for n, (A, B) in means.items()}, of_layers)
+
+        return adapter
+
+    def read(self, place: int, adapter: Adapter, where: str) -> None:
+        """Fill one place with a member that lies in a folder.
+
+        Raises:
+            EnsembleFormatError: its layers or shapes are not those of the base, or it lacks a part.
+        """
+        self.check(adapter.weights, where)
+        for name, layer in self.layers.items():
+            missing = sorted(layer.members.kept(place).keys() - adapter.kept.get(name, {}).keys())
+            if missing:
+                raise EnsembleFormatError(
+                    f"there is no {missing[0]} of {name}", where=where, hint=f"A member here is {self.kind}."
+                )
+            layer.members.read(place, *adapter.weights[name], adapter.kept.get(name, {}))
+
+    def check(self, weights: Matrices, where: str) -> None:
+        """Raise `EnsembleFormatError` unless a member's matrices are of this base's layers and of their shapes."""
+        if self.layers.keys() != weights.keys():
+            odd = sorted(self.layers.keys() ^ weights.keys())
+            raise EnsembleFormatError(
+                f"adapts other layers than its companions or this base has (for example {odd[0]})",
+                where=where,
+                hint="Members of one ensemble share their base model and their target modules.",
+            )
+        for name, layer in self.layers.items():
+            for stacked, weight in zip(layer.members.mean(), weights[name], strict=True):
+                if stacked.shape[1:] != weight.shape:
+                    raise EnsembleFormatError(
+                        f"{name} has shape {tuple(weight.shape)} where {tuple(stacked.shape[1:])} is needed",
+                        where=where,
+                        hint="Members of one ensemble share their rank and their base model.",
+                    )
