@@ -425,8 +425,9 @@ def test_a_quantised_base_stays_quantised(tmp_path, bits):
         ensemble.save(tmp_path / "ensemble")
         joint = ensemble.logits(input_ids, mask)
         for member in range(2):
-            # In training mode, which drops nothing here: an evaluated 4-bit layer is repacked for a kernel that rounds.
-            alone = PeftModel.from_pretrained(quantised_base(), str(tmp_path / "ensemble" / f"member_{member}")).train()
+            # 4-bit layers stay in training mode, as ours do: an evaluated one is repacked for a kernel that rounds.
+            alone = PeftModel.from_pretrained(quantised_base(), str(tmp_path / "ensemble" / f"member_{member}"))
+            alone.train(bits == 4)
             logits = alone(input_ids=input_ids, attention_mask=mask).logits
             assert ((joint[member] - logits) * mask[..., None]).abs().max() <= 1e-4
     # Training goes through the quantised weights, also after scoring; gradients are those over dequantised values.
