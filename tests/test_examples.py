@@ -3,9 +3,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from renyi.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -17,20 +20,32 @@ def run(*command: str) -> str:
     return finished.stdout
 
 
-def test_the_config_is_understood() -> None:
-    printed = run(sys.executable, "-m", "renyi", "sft", "--config", "examples/two_schools.yaml", "--dry_run")
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[str, str], str]:
+    """What a dry run says of a config of the examples, in this process."""
+
+    def plan(method: str, config: str) -> str:
+        monkeypatch.chdir(ROOT)
+        assert main([method, "--config", f"examples/{config}", "--dry_run"]) == 0
+        return capfd.readouterr().out
+
+    return plan
+
+
+def test_the_config_is_understood(planned: Callable[[str, str], str]) -> None:
+    printed = planned("sft", "two_schools.yaml")
     assert "1,140 examples" in printed
     assert "«" in printed
 
 
-def test_the_preferences_are_understood() -> None:
-    printed = run(sys.executable, "-m", "renyi", "dpo", "--config", "examples/annotators.yaml", "--dry_run")
+def test_the_preferences_are_understood(planned: Callable[[str, str], str]) -> None:
+    printed = planned("dpo", "annotators.yaml")
     assert "4,560 pairs" in printed
     assert "rejected  «" in printed
 
 
-def test_the_prompts_are_understood() -> None:
-    printed = run(sys.executable, "-m", "renyi", "powerflow", "--config", "examples/powerflow.yaml", "--dry_run")
+def test_the_prompts_are_understood(planned: Callable[[str, str], str]) -> None:
+    printed = planned("powerflow", "powerflow.yaml")
     assert "80 prompts" in printed
     assert "what does mira ? <assistant> «…»" in printed
 

@@ -6,9 +6,11 @@ from renyi.zoo.annotators import measure_annotators, train_annotators
 from renyi.zoo.preferences import PreferenceWorld
 
 
-def test_a_short_run_is_measured(tmp_path):
+def test_a_short_run_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("renyi.zoo.annotators.TRAIN_PAIRS", 64)
+    monkeypatch.setattr("renyi.zoo.annotators.HELD_OUT_PAIRS", 96)
     world = PreferenceWorld()
-    trainer, seconds = train_annotators(world, 2, 0.8, tmp_path, max_steps=2)
+    trainer, seconds = train_annotators(world, 2, 0.8, tmp_path, max_steps=2, per_device_train_batch_size=4)
     measured = measure_annotators(trainer, world, seconds)
     assert measured.mixture_nll == pytest.approx(0.69, abs=0.1)
     assert sum(measured.member_load) == pytest.approx(1)

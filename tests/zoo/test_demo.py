@@ -14,8 +14,10 @@ from renyi.zoo.measure import held_out_log_likelihood, measure
 SEEDS = (0, 1, 2)
 
 
-def test_a_short_demo_writes_its_summary_and_figure(tmp_path: Path) -> None:
-    run_demo(tmp_path, seed=3, max_steps=4)
+def test_a_short_demo_writes_its_summary_and_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("renyi.zoo.demo.TRAIN_RECORDS", 64)
+    monkeypatch.setattr("renyi.zoo.demo.HELD_OUT_RECORDS", 32)
+    run_demo(tmp_path, seed=3, max_steps=2, per_device_train_batch_size=4)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary.keys() == {*RUNS, "seed", "machine"}
     promised = {
