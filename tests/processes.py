@@ -6,7 +6,11 @@ Processes are forked from a server that has imported the libraries once, so one 
 import json
 import multiprocessing
 import os
+import signal
 import socket
+import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,48 @@ def run(target: Any, *args: Any, processes: int = 1, seconds: float = 240) -> li
         if child.is_alive():
             child.kill()
     return [child.exitcode for child in children]
+
+
+def kill_once_written(file: Path, *argv: object, seconds: float = 240) -> None:
+    """Run `renyi ARGV …` in a process of its own, and kill it (SIGKILL) as soon as the file is there."""
+    with tempfile.NamedTemporaryFile() as said:
+        child = _context.Process(target=_renyi, args=([str(arg) for arg in argv], said.name))
+        child.start()
+        deadline = time.monotonic() + seconds
+        while not file.exists():
+            assert child.is_alive(), Path(said.name).read_text(encoding="utf-8")
+            assert time.monotonic() < deadline, f"no {file} after {seconds} s"
+            time.sleep(0.01)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+
+
+def on_a_full_disk(most: int, *argv: object, seconds: float = 240) -> tuple[int | None, str]:
+    """Run `renyi ARGV …` in a process that can write no file above `most` bytes: its exit code and what it said."""
+    with tempfile.NamedTemporaryFile() as said:
+        child = _context.Process(target=_renyi, args=([str(arg) for arg in argv], said.name, most))
+        child.start()
+        child.join(seconds)
+        child.kill()
+        return child.exitcode, Path(said.name).read_text(encoding="utf-8")
+
+
+def _renyi(argv: list[str], said: str, most: int | None = None) -> None:
+    """Run a command with what it prints going to a file, perhaps where no file can grow above a size."""
+    import resource
+
+    import torch
+
+    from renyi.cli.main import main
+
+    with open(said, "wb") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    torch.set_num_threads(1)
+    if most is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    sys.exit(main(argv))
 
 
 def free_port() -> int:

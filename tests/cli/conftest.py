@@ -5,9 +5,6 @@ import io
 import json
 import os
 import random
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +15,6 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer
 
 from renyi.cli.main import main
-
-RENYI = [sys.executable, "-m", "renyi"]
 
 
 class Ended(NamedTuple):
@@ -143,12 +138,3 @@ def weights_in(folder: Path) -> dict[str, Any]:
         for member in sorted(folder.glob("member_*/adapter_model.safetensors"))
         for name, tensor in load_file(member).items()
     }
-
-
-def wait_for(file: Path, process: "subprocess.Popen[bytes]") -> None:
-    for _ in range(12_000):
-        if file.exists():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
-    raise TimeoutError(file)

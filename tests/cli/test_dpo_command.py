@@ -3,14 +3,11 @@
 import json
 import math
 import random
-import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import (
-    RENYI,
     Ended,
     Settings,
     assert_refused,
@@ -18,11 +15,11 @@ from conftest import (
     save_base,
     settings_of,
     steps_in,
-    wait_for,
     weights_in,
     write_rows,
 )
 from peft import PeftModel
+from processes import kill_once_written
 from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 from renyi import LoraEnsemble, data
@@ -366,10 +363,7 @@ def test_a_killed_run_goes_on_against_the_same_start(
     given = {"model_name_or_path": trained[0], "dataset_name": pairs_file}
     config = settings(max_steps=60, save_steps=10, logging_steps=5, **given)
     assert dpo(config, "--output_dir", tmp_path / "whole").code == 0
-    process = subprocess.Popen([*RENYI, "dpo", "--config", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(tmp_path / "out" / "checkpoint-20" / "complete.json", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_once_written(tmp_path / "out" / "checkpoint-20" / "complete.json", "dpo", "--config", config)
     killed_at = max(int(f.parent.name.split("-")[1]) for f in (tmp_path / "out").glob("checkpoint-*/complete.json"))
     assert killed_at < 60
 

@@ -1,26 +1,23 @@
 """`renyi powerflow` from the plan it prints to the files it leaves, run again, from an ensemble, and refused."""
 
 import json
-import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import (
-    RENYI,
     Ended,
     Settings,
     assert_refused,
     renyi,
     save_base,
     steps_in,
-    wait_for,
     weights_in,
     write_rows,
 )
 from peft import PeftModel
+from processes import kill_once_written
 from tiny import tiny_ensemble, tiny_model, tiny_tokenizer
 from torch import Tensor
 
@@ -360,11 +357,7 @@ def test_a_score_of_ones_own_is_said() -> None:
 def test_a_killed_run_goes_on_and_a_finished_one_does_not(quick: Settings, tmp_path: Path) -> None:
     config = quick(max_steps=40, save_steps=10, logging_steps=5)
     assert powerflow(config, "--output_dir", tmp_path / "whole").code == 0
-    command = [*RENYI, "powerflow", "--config", str(config)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(tmp_path / "out" / "checkpoint-20" / "complete.json", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_once_written(tmp_path / "out" / "checkpoint-20" / "complete.json", "powerflow", "--config", config)
     killed_at = max(int(f.parent.name.split("-")[1]) for f in (tmp_path / "out").glob("checkpoint-*/complete.json"))
     assert killed_at < 40
 

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import signal
 import subprocess
 import sys
 import warnings
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 from conftest import (
-    RENYI,
     Ended,
     Settings,
     assert_refused,
@@ -22,11 +20,11 @@ from conftest import (
     save_base,
     settings_of,
     steps_in,
-    wait_for,
     weights_in,
     write_rows,
 )
 from peft import PeftModel
+from processes import kill_once_written, on_a_full_disk
 from tiny import CHAT_TEMPLATE, tiny_model
 
 from renyi import LoraEnsemble
@@ -225,10 +223,7 @@ def test_a_killed_run_goes_on_from_its_newest_complete_checkpoint(
 ) -> None:
     config = settings(max_steps=60, save_steps=10, logging_steps=5)
     assert renyi("sft", "--config", config, "--output_dir", tmp_path / "whole").code == 0
-    process = subprocess.Popen([*RENYI, "sft", "--config", str(config)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(tmp_path / "out" / "checkpoint-20" / "complete.json", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill_once_written(tmp_path / "out" / "checkpoint-20" / "complete.json", "sft", "--config", config)
     killed_at = max(int(f.parent.name.split("-")[1]) for f in (tmp_path / "out").glob("checkpoint-*/complete.json"))
     assert killed_at < 60
     half_written = tmp_path / "out" / f"checkpoint-{killed_at + 10}"
@@ -243,15 +238,6 @@ def test_a_killed_run_goes_on_from_its_newest_complete_checkpoint(
     assert all(whole[name].equal(resumed[name]) for name in whole)
 
 
-# Runs a command that can write no file above a size, as on a full disk.
-ON_A_FULL_DISK = """
-import resource, sys
-from renyi.cli.main import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-sys.exit(main(sys.argv[2:]))
-"""
-
-
 def test_a_full_disk_leaves_the_checkpoint_before(settings: Settings, tmp_path: Path) -> None:
     config = settings(lora_r=16, max_steps=4)
     assert renyi("sft", "--config", config).code == 0
@@ -259,12 +245,11 @@ def test_a_full_disk_leaves_the_checkpoint_before(settings: Settings, tmp_path: 
     limit = (sizes["adapter_model.safetensors"] + sizes["optimizer.pt"]) // 2
     before = weights_in(tmp_path / "out" / "checkpoint-4")
 
-    command = [sys.executable, "-c", ON_A_FULL_DISK, str(limit), "sft", "--config", str(config), "--max_steps", "8"]
-    full = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert full.returncode == 2, full
+    code, said = on_a_full_disk(limit, "sft", "--config", config, "--max_steps", "8")
+    assert code == 2, said
     for part in ("error: ", "checkpoint-6: the checkpoint could not be written", "checkpoint-4 is untouched", "Free"):
-        assert part in full.stderr
-    assert "Traceback" not in full.stderr
+        assert part in said
+    assert "Traceback" not in said
     assert sorted(f.name for f in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     assert all(weights_in(tmp_path / "out" / "checkpoint-4")[name].equal(before[name]) for name in before)
 
@@ -281,6 +266,7 @@ def test_a_run_shorter_than_a_log_still_draws_its_curves(settings: Settings, tmp
     assert (tmp_path / "out" / "training.png").exists()
 
 
+@pytest.mark.slow  # a launcher and two fresh processes; tests/invariant has the same truth of forked ones
 def test_two_processes_equal_one(settings: Settings, tmp_path: Path) -> None:
     config = str(settings(max_steps=4, save_steps=2, per_device_train_batch_size=4, lora_dropout=0.0, use_cpu=True))
     assert renyi("sft", "--config", config, "--output_dir", str(tmp_path / "one")).code == 0

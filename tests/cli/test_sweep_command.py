@@ -1,14 +1,11 @@
 """`renyi sweep`: cells that equal runs of their own, what it finds in them, run again, killed, and refused."""
 
 import json
-import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import (
-    RENYI,
     Ended,
     Settings,
     assert_refused,
@@ -16,10 +13,10 @@ from conftest import (
     renyi,
     settings_of,
     steps_in,
-    wait_for,
     weights_in,
     write_rows,
 )
+from processes import kill_once_written
 
 from renyi import LoraEnsemble
 from renyi.errors import TrainingDivergedError
@@ -182,11 +179,8 @@ def test_only_what_is_new_is_trained(swept: tuple[Path, Ended], config: Path) ->
 def test_a_killed_sweep_goes_on_within_its_cell(config: Path, swept: tuple[Path, Ended], tmp_path: Path) -> None:
     flags = [*GRID, "--max_steps", "60", "--save_steps", "10", "--logging_steps", "5", "--eval_steps", "30"]
     flags += ["--output_dir", str(tmp_path / "out")]
-    command = [*RENYI, "sweep", "--config", str(config), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(tmp_path / "out" / CELLS[1] / "checkpoint-20" / "complete.json", process)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    half_way = tmp_path / "out" / CELLS[1] / "checkpoint-20" / "complete.json"
+    kill_once_written(half_way, "sweep", "--config", config, *flags)
     assert not (tmp_path / "out" / CELLS[2]).exists()
     before = trained_at(tmp_path / "out")
     assert result_in(tmp_path / "out")["chosen"] is None
