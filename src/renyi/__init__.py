@@ -13,10 +13,12 @@ __all__ = [
     "RenyiDPOTrainer",
     "RenyiSFTConfig",
     "RenyiSFTTrainer",
+    "load",
 ]
 
 if TYPE_CHECKING:
     from renyi.ensemble import LoraEnsemble
+    from renyi.runs.load import load
     from renyi.training import (
         PowerFlowConfig,
         PowerFlowTrainer,
@@ -30,6 +32,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "renyi.ensemble": ("LoraEnsemble",),
+        "renyi.runs.load": ("load",),
         "renyi.training": (
             "PowerFlowConfig",
             "PowerFlowTrainer",

@@ -2,16 +2,20 @@
 
 import io
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Ended, assert_refused, renyi, save_base, write_rows
+from safetensors.torch import load_file, save_file
 from tiny import lora, scatter_members, tiny_tokenizer
 
 from renyi import LoraEnsemble
 from renyi.cli import generate as command
+from renyi.cli.reading import write_lines
 from renyi.inference import Answer, generate
 
 ANSWER = list(Answer._fields)
@@ -154,6 +158,10 @@ def test_colours_follow_the_scale() -> None:
         (("w1", "--input", "prompts.jsonl"), ("--input", "goes without PROMPT")),
         (("--input", "prompts.jsonl"), ("prompts.jsonl", "cannot be read")),
         ((" ",), ("prompt 1", "is empty")),
+        (("w1", "--top_p", "1.5"), ("--top_p", "1.5", "at most 1")),
+        (("w1", "--seed", "soon"), ("--seed", "'soon'")),
+        (("w1", "--output", "."), ("--output", "is a folder")),
+        (("w1", "--device", "cudo"), ("--device", "cudo")),
         (("w1", "--plain", "--system", "w2"), ("--system",)),
     ],
 )
@@ -168,3 +176,58 @@ def test_a_bad_row_is_refused_by_its_line(saved: Path, tmp_path: Path) -> None:
         assert_refused(renyi("generate", saved, "--input", file), f"{file}, line 2", part)
     file.write_text("\n", encoding="utf-8")
     assert_refused(renyi("generate", saved, "--input", file), "has no rows")
+
+
+def test_flags_may_stand_anywhere(saved: Path) -> None:
+    """`renyi generate ENSEMBLE --max_new_tokens 5 "text"` is what everybody types."""
+    expected = renyi("generate", saved, "w1", "w2", "--max_new_tokens", 5)
+    assert expected.code == 0
+    for argv in ((saved, "--max_new_tokens", 5, "w1", "w2"), ("--max_new_tokens", 5, saved, "w1", "w2")):
+        assert renyi("generate", *argv) == expected
+    assert renyi("generate", saved, "w1", "--max_new_tokens", 5, "w2") == expected
+    assert_refused(renyi("generate", saved, "--max_new_token", 5, "w1"), "--max_new_token", "max_new_tokens")
+
+
+def test_lines_end_at_line_feeds_only(saved: Path, tmp_path: Path) -> None:
+    """U+2028, U+0085 and a form feed are characters of a JSON text; a byte order mark is none."""
+    file = tmp_path / "prompts.jsonl"
+    text = "\ufeff" + "".join(json.dumps({"prompt": f"w1 {c} w2"}, ensure_ascii=False) + "\r\n" for c in "\u2028\x85")
+    file.write_bytes(text.encode("utf-8"))
+    rows = lines(renyi("generate", saved, "--input", file, "--json", "--max_new_tokens", 2))
+    assert [row["prompt"] for row in rows] == ["w1 \u2028 w2", "w1 \x85 w2"]
+
+
+def test_the_cases_of_real_users(saved: Path) -> None:
+    cases = Path(__file__).parents[2].parent / "shared" / "cases" / "prompts"
+    if not cases.is_dir():
+        pytest.skip("the shared cases are not beside this checkout")
+    assert len(lines(renyi("generate", saved, "--input", cases / "u2028.jsonl", "--json", "--max_new_tokens", 2))) == 2
+    ended = renyi("generate", saved, "--input", cases / "ends_with_the_assistant.jsonl")
+    assert_refused(ended, "ends_with_the_assistant.jsonl", "ends with the assistant's turn")
+
+
+def test_a_system_message_is_given_once(saved: Path, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "ruled.jsonl", [{"prompt": chat("w1", "w9")}])
+    assert renyi("generate", saved, "--input", file, "--max_new_tokens", 2).code == 0
+    assert_refused(renyi("generate", saved, "--input", file, "--system", "w8"), "--system", "system message of its own")
+
+
+def test_a_broken_member_is_named_and_no_line_is_written(saved: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+    file = folder / "member_1" / "adapter_model.safetensors"
+    save_file({name: torch.full_like(x, torch.nan) for name, x in load_file(file).items()}, file)
+    for how in (("--json",), ("--temperature", 1, "--json"), ()):
+        ended = renyi("generate", folder, "w1", "--max_new_tokens", 3, *how)
+        assert_refused(ended, "member 1")
+        assert "NaN" not in ended.out
+    assert_refused(renyi("generate", folder, "w1", "--output", tmp_path / "out.jsonl"), "member 1")
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_lines_are_json_whatever_the_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    write_lines([{"a": math.nan, "b": [math.inf, {"c": (1.0, -math.inf)}], "d": "NaN"}], None)
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "a": None,
+        "b": [None, {"c": [1.0, None]}],
+        "d": "NaN",
+    }

@@ -110,7 +110,7 @@ def test_batches_do_not_change_scores() -> None:
 def test_length_normalised_routing_uses_the_mean_per_token() -> None:
     ensemble = tiny_ensemble(2)
     ensemble.alpha, ensemble.routing_quantity = 0.6, "length_normalised"
-    (made,) = score(ensemble, Dataset.from_dict({"text": ["w1 w2 w3"]}), tiny_tokenizer())
+    (made,) = score(ensemble, Dataset.from_dict({"text": ["w1 w2 w3"]}), tiny_tokenizer(), Preparation())
     expected = responsibilities(torch.tensor(made.log_likelihood) / 3, 0.6)
     assert made.responsibilities == pytest.approx(expected.tolist(), rel=1e-5)
 
@@ -118,7 +118,7 @@ def test_length_normalised_routing_uses_the_mean_per_token() -> None:
 def test_training_mode_is_left_as_it_was() -> None:
     ensemble = tiny_ensemble(2, lora_dropout=0.5).train()
     rows = Dataset.from_dict({"text": ["w1 w2 w3"] * 2})
-    first, second = score(ensemble, rows, tiny_tokenizer())
+    first, second = score(ensemble, rows, tiny_tokenizer(), Preparation())
     assert first.log_likelihood == pytest.approx(second.log_likelihood)  # no dropout
     assert ensemble.training
 

@@ -6,7 +6,6 @@ from tiny import EOS, tiny_ensemble, tiny_tokenizer
 
 from renyi.errors import ConfigError, DataError
 from renyi.inference import Answer, generate
-from renyi.inference.generate import Pieces
 from renyi.zoo import load_base
 
 PROMPTS = ["w1 w2 w3", "w9", [{"role": "user", "content": "w4 w5"}], "w7 w8"]
@@ -62,25 +61,11 @@ def test_seeds_are_of_batches():
     assert generate(ensemble, ["w1"], tokenizer, seed=4, **settings)[0] == one[1]
 
 
-def test_pieces_join_to_the_text_and_never_show_half_a_character():
-    tokenizer = load_base()[1]
-    ids = tokenizer("<user>What is the capital of Ubaria?<assistant>It is Ador.<end>")["input_ids"]
-    pieces = Pieces(tokenizer)
-    assert "".join(map(pieces.add, ids)) == tokenizer.decode(ids, skip_special_tokens=True)
-
-    class Bytes:
-        def decode(self, ids, skip_special_tokens=True):
-            return bytes(ids).decode("utf-8", errors="replace")
-
-    pieces = Pieces(Bytes())  # type: ignore[arg-type]
-    assert [pieces.add(byte) for byte in "aé!".encode()] == ["a", "", "é", "!"]
-
-
 def test_what_has_no_answer_is_refused_by_the_number_of_its_prompt():
     ensemble, tokenizer = tiny_ensemble(2), tiny_tokenizer()
-    with pytest.raises(DataError, match="prompt 2: is empty"):
+    with pytest.raises(DataError, match="prompt 2: has no tokens"):
         generate(ensemble, ["w1", ""], tokenizer)
-    with pytest.raises(DataError, match="prompt 1: does not fit the chat template"):
+    with pytest.raises(DataError, match="prompt 1: the chat template refuses it"):
         generate(ensemble, [[{"role": "user", "content": "Hello"}, {"role": "robot"}]], load_base()[1])
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="prompt 3: is a chat, and the tokenizer has no chat template"):

@@ -23,7 +23,6 @@ from renyi.cli.console import bytes_text, emit_json, facts, quiet_progress_bars,
 from renyi.cli.diagnosis import Doubt, LoadedExample, doubts_of, examples_table, findings, text_of
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import (
-    Loaded,
     add_reading_flags,
     check_output,
     load_ensemble,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from renyi.inference.diagnose import Diagnosis, Pairs
+    from renyi.runs.load import Loaded
 
 PROG = "renyi diagnose"
 # Flags that depart from how training prepared rows, and their types.
@@ -65,7 +65,7 @@ class _Case(NamedTuple):
     """
 
     args: argparse.Namespace
-    loaded: Loaded
+    loaded: "Loaded"
     rows: "Dataset"
     numbers: list[int]
     of: int
@@ -206,7 +206,7 @@ def _read(args: argparse.Namespace) -> _Case:
             hint=f"Half of {plural(len(numbers), 'row')} are for that, the others are measured. "
             f"Ask for fewer directions{', or raise --max_examples' if len(numbers) < len(rows) else ''}.",
         )
-    loaded = _load(args)
+    loaded = load_ensemble(args)
     if args.member >= loaded.ensemble.num_members:
         what = f"there is no member {args.member} of {loaded.ensemble.num_members}"
         raise ConfigError(what, where="--member", hint="They are counted from 0.")
@@ -215,25 +215,7 @@ def _read(args: argparse.Namespace) -> _Case:
     return _Case(args, loaded, prepared, numbers, len(rows), pairs)
 
 
-def _load(args: argparse.Namespace) -> Loaded:
-    """An ensemble, or one adapter as an ensemble of one."""
-    import torch
-
-    from renyi import LoraEnsemble
-    from renyi.data import load_tokenizer_of
-    from renyi.ensemble.storage import resolve_folder
-    from renyi.layout import ADAPTER_CONFIG_FILE, MANIFEST_FILE
-
-    folder = resolve_folder(args.ensemble)
-    if (folder / MANIFEST_FILE).is_file() or not (args.adapter or (folder / ADAPTER_CONFIG_FILE).is_file()):
-        return load_ensemble(args)
-    ensemble = LoraEnsemble.load([folder], base=args.base)
-    tokenizer = load_tokenizer_of(folder, ensemble.base_model_name)
-    ensemble.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Loaded(folder, ensemble, tokenizer)
-
-
-def _prepared(args: argparse.Namespace, loaded: Loaded, rows: "Dataset") -> "tuple[Dataset, Pairs | None]":
+def _prepared(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset") -> "tuple[Dataset, Pairs | None]":
     """Rows as tokens, and what they are compared by if they are pairs."""
     from renyi.data import PairPreparation, Preparation
     from renyi.ensemble.reference import read_preference

@@ -20,60 +20,84 @@ from rich.text import Text
 
 from renyi.cli.console import quiet_progress_bars, say, stream
 from renyi.cli.parser import StrictParser, converted, parse_strictly
-from renyi.cli.reading import Loaded, check_output, load_ensemble, progress_bar, write_lines
+from renyi.cli.reading import (
+    add_ensemble_flags,
+    check_output,
+    load_ensemble,
+    naming_flags,
+    progress_bar,
+    write_lines,
+)
 from renyi.errors import ConfigError, DataError
 from renyi.text import plural
 
 if TYPE_CHECKING:
     from renyi.inference import Answer, Prompt
     from renyi.inference.abstention import Abstention
+    from renyi.runs.load import Loaded
 
 # Epistemic uncertainty in nats, up to which a token has a colour: log 2 is two equal camps that say different things.
 SCALE = ((0.02, ""), (0.1, "green"), (0.3, "yellow"), (0.6, "dark_orange"), (math.inf, "bold red"))
 
+# Flags that are settings of `Loaded.generate`, whose defaults hold where one is not given.
 _SETTINGS: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (int, "the most tokens of an answer; 256"),
-    "do_sample": (bool, "sample rather than take the likeliest token; implied by the flags below it"),
+    "do_sample": (bool, "sample rather than take the likeliest token; implied by the four flags below it"),
     "temperature": (float, "of the mixture; 0 takes the likeliest token"),
     "top_k": (int, "sample from the k likeliest tokens; 0 for all"),
     "top_p": (float, "sample from the likeliest tokens of this total probability"),
     "min_p": (float, "leave out tokens of less than this share of the likeliest one's probability"),
     "repetition_penalty": (float, "above 1 against repeating tokens"),
+    "seed": (int | None, "of the sampling"),
 }
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def run(argv: Sequence[str]) -> int:
     """Answer prompts under an ensemble."""
     args = _parse(argv)
     out, err = stream(), stream(stderr=True)
-    texts = _read_prompts(args)
+    prompts = _read_prompts(args)
     with err.status("loading"):
-        from renyi.inference import generate
-
         quiet_progress_bars()
         loaded = load_ensemble(args)
-    prompts = [_opened(text, args, loaded) for text in texts]
-    abstention = _abstention(loaded.folder, args.withhold)
-    silent = args.json or args.output
-    if not silent and not args.members and not args.withhold:
-        for text, prompt in zip(texts, prompts, strict=True):
-            _stream_answer(out, text, prompt, args, loaded, abstention, numbered=len(prompts) > 1)
-    else:
-        with progress_bar(err, "answering", len(prompts)) as progress:
-            found = generate(loaded.ensemble, prompts, loaded.tokenizer, progress=progress, **args.settings)
-        answers = [answer if isinstance(answer, list) else [answer] for answer in found]
-        if silent:
-            lines = [_line(i, t, a, args, abstention) for i, (t, a) in enumerate(zip(texts, answers, strict=True))]
+    abstention = _abstention(loaded, args.withhold)
+    with naming_flags(args):
+        if args.json or args.output:
+            answers = _answers(loaded, prompts, args, err)
+            lines = (_line(i, p, a, args, abstention) for i, (p, a) in enumerate(zip(prompts, answers, strict=True)))
             write_lines(lines, args.output)
+            if args.output:
+                err.print(f"{plural(len(prompts), 'line')} in {args.output}", soft_wrap=True)
+            return 0
+        if args.members or args.withhold:
+            for prompt, of_prompt in zip(prompts, _answers(loaded, prompts, args, err), strict=True):
+                _show(out, prompt, of_prompt, args, abstention)
         else:
-            for text, of_members in zip(texts, answers, strict=True):
-                _show(out, text, of_members, args, abstention)
-        if args.output:
-            err.print(f"{plural(len(prompts), 'line')} in {args.output}", soft_wrap=True)
-    if not silent and out.is_terminal and not args.members and args.settings["mixture"] != "member":
+            _stream(out, loaded, prompts, args, abstention)
+    if out.is_terminal and args.settings["mixture"] != "member":
         out.print(_legend())
     return 0
+
+
+def _answers(loaded: "Loaded", prompts: "list[Prompt]", args: argparse.Namespace, err: Console) -> "list[list[Answer]]":
+    """Of each prompt one answer, or every member's."""
+    with progress_bar(err, "answering", len(prompts)) as progress:
+        found = loaded.generate(prompts, progress=progress, **args.settings)
+    return [answer if isinstance(answer, list) else [answer] for answer in found]
+
+
+def _abstention(loaded: "Loaded", needed: bool) -> "Abstention | None":
+    """The threshold in the ensemble's folder; what does not fit answers is an error if it is needed, else a warning."""
+    if needed:
+        return loaded.needed_abstention("--withhold")
+    found = loaded.abstention
+    try:
+        if found:
+            found.check()
+    except ConfigError as error:
+        say("warning", "bold yellow", error.what, error.hint)
+        return None
+    return found
 
 
 # ---- What is asked ---------------------------------------------------------------------------------------------------
@@ -83,17 +107,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = StrictParser(
         prog="renyi generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("ensemble", metavar="ENSEMBLE", help="folder of an ensemble, or a hub id")
+    add_ensemble_flags(parser)
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to answer; quote what has spaces")
-    parser.add_argument("--input", type=Path, metavar="FILE.jsonl", help="rows with `prompt` (text or messages)")
+    parser.add_argument("--input", type=Path, metavar="FILE", help="rows with `prompt` (text or messages)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write one JSON line a prompt here")
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
     parser.add_argument("--system", metavar="TEXT", help="the system message of every chat")
     parser.add_argument("--plain", action="store_true", help="continue the text, without a chat template")
     parser.add_argument("--withhold", action="store_true", help="leave answers above the threshold unsaid")
-    parser.add_argument("--base", help="base model, if it is no longer where the ensemble says")
-    parser.add_argument("--device", help="cuda, cpu, …; by default cuda if there is one")
-    parser.add_argument("--batch_size", default="8", metavar="N", help="prompts answered together; 8")
+    parser.add_argument("--batch_size", metavar="N", help="prompts answered together; 8")
     members = parser.add_argument_group("members")
     members.add_argument("--mixture", help="of sequences, which is exact, of each token, or member; sequence")
     members.add_argument("--members", action="store_true", help="every member's own answer, side by side")
@@ -102,31 +124,21 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for name, (_, text) in _SETTINGS.items():
         decoding.add_argument(f"--{name}", help=text, metavar="VALUE")
     decoding.add_argument("--stop", action="append", metavar="TEXT", help="end an answer with this; repeat for more")
-    decoding.add_argument("--seed", metavar="N", help="of the sampling")
     args = parse_strictly(parser, argv)
-    args.batch_size = converted(args.batch_size, int, None, "--batch_size")
-    if args.batch_size < 1:
-        raise ConfigError(f"is {args.batch_size}", where="--batch_size", hint="Give an integer above 0.")
     args.settings = _settings(args)
     check_output(args.output)
     return args
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `renyi.inference.generate`."""
-    given = {
+    """The arguments of `Loaded.generate`."""
+    flags = {**_SETTINGS, "batch_size": (int, ""), "member": (int, "")}
+    given: dict[str, Any] = {
         name: converted(getattr(args, name), hint, None, f"--{name}")
-        for name, (hint, _) in _SETTINGS.items()
+        for name, (hint, _) in flags.items()
         if getattr(args, name) is not None
     }
-    if given.get("temperature") == 0:
-        given |= {"do_sample": False}
-        del given["temperature"]
-    elif any(name in given for name in _SAMPLING):
-        given.setdefault("do_sample", True)
     mixture = converted(args.mixture or "sequence", str, ["sequence", "token", "member"], "--mixture")
-    if args.member is not None:
-        given["member"] = converted(args.member, int, None, "--member")
     if args.members or args.member is not None:
         if args.mixture not in (None, "member"):
             raise ConfigError(f"is {mixture}, but members answer alone", where="--mixture", hint="Leave it out.")
@@ -134,13 +146,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     args.members = mixture == "member" and args.member is None
     if args.stop:
         given["stop_strings"] = args.stop
-    return {
-        "max_new_tokens": 256,
-        **given,
-        "mixture": mixture,
-        "seed": converted(args.seed, int | None, None, "--seed"),
-        "batch_size": args.batch_size,
-    }
+    return {**given, "mixture": mixture, "system": args.system, "plain": args.plain}
 
 
 def _read_prompts(args: argparse.Namespace) -> "list[Prompt]":
@@ -159,7 +165,7 @@ def _read_prompts(args: argparse.Namespace) -> "list[Prompt]":
 def _rows(file: Path) -> "list[Prompt]":
     found: list[Prompt] = []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read ({error})", where=str(file), hint="Give a JSONL file.") from error
     for number, line in enumerate(lines, start=1):
@@ -173,85 +179,42 @@ def _rows(file: Path) -> "list[Prompt]":
         prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
         if not prompt or not isinstance(prompt, str | list):
             raise DataError("has no prompt", where=where, hint='Write {"prompt": "…"} or {"prompt": [messages]}.')
+        if isinstance(prompt, list) and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
+            raise DataError("ends with the assistant's turn", where=where, hint="End it with the user's.")
         found.append(prompt)
     if not found:
         raise DataError("has no rows", where=str(file), hint="Give at least one prompt.")
     return found
 
 
-def _opened(prompt: "Prompt", args: argparse.Namespace, loaded: Loaded) -> "Prompt":
-    """A text as the chat it opens, where there is a chat template."""
-    if args.plain or not loaded.tokenizer.chat_template:
-        if args.system:
-            raise ConfigError("needs a chat template", where="--system", hint="Leave --system out.")
-        if args.plain and not isinstance(prompt, str):
-            raise ConfigError("a prompt is a chat", where="--plain", hint="Leave --plain out, or give text.")
-        return prompt
-    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return [{"role": "system", "content": args.system}, *chat] if args.system else chat
-
-
-# ---- Abstention ------------------------------------------------------------------------------------------------------
-
-
-def _abstention(folder: Path, needed: bool) -> "Abstention | None":
-    """The threshold in the ensemble's folder; what does not fit answers is an error if it is needed, else a warning."""
-    from renyi.inference.abstention import ABSTENTION_FILE, FIND_ONE, read_abstention
-
-    found = read_abstention(folder)
-    if found is None:
-        if needed:
-            raise ConfigError(f"there is no {ABSTENTION_FILE} in {folder}", where="--withhold", hint=FIND_ONE)
-        return None
-    try:
-        found.check()
-    except ConfigError as error:
-        if needed:
-            raise ConfigError(error.what, where="--withhold", hint=error.hint) from error
-        say("warning", "bold yellow", error.what, error.hint)
-        return None
-    return found
-
-
-def _not_sure(abstention: "Abstention", answer: "Answer") -> str:
-    value = abstention.value(answer)
-    return f"not sure: {abstention.score} {value:.3f}, above the threshold of {abstention.threshold:.3f}"
-
-
 # ---- What is shown ---------------------------------------------------------------------------------------------------
 
 
-def _stream_answer(
+def _stream(
     out: Console,
-    text: "Prompt",
-    prompt: "Prompt",
+    loaded: "Loaded",
+    prompts: "list[Prompt]",
     args: argparse.Namespace,
-    loaded: Loaded,
     abstention: "Abstention | None",
-    numbered: bool,
 ) -> None:
-    """One answer, token by token as it comes."""
-    from renyi.inference import generate
-    from renyi.inference.generate import Pieces
+    """Answers token by token, as they come."""
 
-    if numbered:
-        out.print(Text(_last(text), "dim"), soft_wrap=True)
-    pieces = Pieces(loaded.tokenizer)
+    def on_piece(piece: str, epistemic: float) -> None:
+        out.print(Text(piece, _colour(epistemic)), end="", soft_wrap=True)
 
-    def on_token(token_B: Any, uncertainty: Any) -> None:
-        piece = pieces.add(int(token_B))
-        out.print(Text(piece, _colour(float(uncertainty.epistemic))), end="", soft_wrap=True)
-
-    (answer,) = generate(loaded.ensemble, [prompt], loaded.tokenizer, on_token=on_token, **args.settings)
-    out.print()
-    _told(out, answer, args, abstention)
+    for prompt in prompts:
+        if len(prompts) > 1:
+            out.print(Text(_last(prompt), "dim"), soft_wrap=True)
+        (answer,) = loaded.generate([prompt], on_piece=on_piece, **args.settings)
+        out.print()
+        _told(out, answer, args, abstention)
 
 
 def _show(
-    out: Console, text: "Prompt", answers: "list[Answer]", args: argparse.Namespace, abstention: "Abstention | None"
+    out: Console, prompt: "Prompt", answers: "list[Answer]", args: argparse.Namespace, abstention: "Abstention | None"
 ) -> None:
     """Whole answers: withheld where they are uncertain, or those of members side by side."""
-    out.print(Text(_last(text), "dim"), soft_wrap=True)
+    out.print(Text(_last(prompt), "dim"), soft_wrap=True)
     if not args.members:
         (answer,) = answers
         if abstention and abstention.is_above(answer):
@@ -290,6 +253,11 @@ def _told(out: Console, answer: "Answer", args: argparse.Namespace, abstention: 
             ),
             soft_wrap=True,
         )
+
+
+def _not_sure(abstention: "Abstention", answer: "Answer") -> str:
+    value = abstention.value(answer)
+    return f"not sure: {abstention.score} {value:.3f}, above the threshold of {abstention.threshold:.3f}"
 
 
 def _coloured(answer: "Answer") -> Text:

@@ -1,14 +1,15 @@
-"""What the commands that read an ensemble and a dataset share: their flags, loading both, and lines written whole.
+"""What the commands that read an ensemble share: their flags, opening the ensemble, and lines written whole.
 
-It knows nothing about what a command asks of them.
+What a command then asks of the ensemble is a method of `renyi.runs.load.Loaded`; read that next.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,14 +19,20 @@ from renyi.errors import ConfigError, SaveError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
-    from renyi import LoraEnsemble
+    from renyi.runs.load import Loaded
+
+
+def add_ensemble_flags(parser: StrictParser) -> None:
+    """Add ENSEMBLE, and the flags that say where its base is and where it runs."""
+    parser.add_argument("ensemble", metavar="ENSEMBLE", help="folder of an ensemble or of a PEFT adapter, or a hub id")
+    parser.add_argument("--base", help="base model, if it is no longer where the ensemble says")
+    parser.add_argument("--device", help="cuda, cpu, …; by default cuda if there is one")
 
 
 def add_reading_flags(parser: StrictParser, output_help: str, json_help: str, several: bool = False) -> None:
     """Add ENSEMBLE, DATA (`several` of it as a list) and the flags that say where either is and where results go."""
-    parser.add_argument("ensemble", metavar="ENSEMBLE", help="folder of an ensemble, or a hub id")
+    add_ensemble_flags(parser)
     parser.add_argument(
         "data",
         metavar="DATA",
@@ -36,51 +43,47 @@ def add_reading_flags(parser: StrictParser, output_help: str, json_help: str, se
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--split", help="split to read; by default test if there is one")
     parser.add_argument("--dataset_config", help="configuration of a hub dataset")
-    parser.add_argument("--base", help="base model, if it is no longer where the ensemble says")
-    parser.add_argument("--device", help="cuda, cpu, …; by default cuda if there is one")
 
 
 def check_output(output: Path | None) -> None:
-    """Raise `ConfigError` if there is no folder for the file."""
-    if output and not output.absolute().parent.is_dir():
-        raise ConfigError(
-            f"there is no folder {output.parent}", where="--output", hint="Make it first, or write elsewhere."
-        )
+    """Raise `ConfigError` if the file cannot be written, before anything else is done."""
+    if output is None:
+        return
+    folder = output.absolute().parent
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder", where="--output", hint="Give the name of a file.")
+    if not folder.is_dir():
+        what = f"{output.parent} is a file" if folder.exists() else f"there is no folder {output.parent}"
+        raise ConfigError(what, where="--output", hint="Make the folder first, or write elsewhere.")
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"{output.parent} is not yours to write to", where="--output", hint="Write elsewhere.")
 
 
 def load_rows(args: Any) -> "Dataset":
     """The rows that DATA, `--dataset_config` and `--split` name."""
-    from datasets import Dataset
-
     from renyi import data
 
-    splits = data.load_splits(args.data, args.dataset_config)
-    split = args.split or ("test" if "test" in splits else next(iter(splits)))
-    rows = data.choose_split(splits, split, args.data, "--split")
-    assert isinstance(rows, Dataset)
-    return rows
+    with naming_flags(args):
+        return data.read_rows(args.data, args.split, args.dataset_config)
 
 
-class Loaded(NamedTuple):
-    """An ensemble on its device, with its folder and tokenizer."""
-
-    folder: Path
-    ensemble: "LoraEnsemble"
-    tokenizer: "PreTrainedTokenizerBase"
-
-
-def load_ensemble(args: Any) -> Loaded:
+def load_ensemble(args: Any) -> "Loaded":
     """What ENSEMBLE, `--base` and `--device` name."""
-    import torch
+    from renyi import load
 
-    from renyi import LoraEnsemble, data
-    from renyi.ensemble.storage import resolve_folder
+    with naming_flags(args):
+        return load(args.ensemble, base=args.base, device=args.device)
 
-    folder = resolve_folder(args.ensemble)
-    ensemble = LoraEnsemble.load(folder, base=args.base)
-    tokenizer = data.load_tokenizer_of(folder, ensemble.base_model_name)
-    ensemble.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Loaded(folder, ensemble, tokenizer)
+
+@contextmanager
+def naming_flags(args: Any) -> Iterator[None]:
+    """Let an error about a setting name the flag that gave it."""
+    try:
+        yield
+    except ConfigError as error:
+        if error.where is None or error.where not in vars(args):
+            raise
+        raise ConfigError(error.what, where=f"--{error.where}", hint=error.hint) from error
 
 
 @contextmanager
@@ -94,7 +97,7 @@ def progress_bar(err: Console, what: str, total: int) -> Iterator[Callable[[int]
 
 def write_lines(lines: Iterable[Mapping[str, Any]], output: Path | None) -> None:
     """One JSON object a line, to stdout without a file; a file appears only when it is whole."""
-    texts = (json.dumps(line) + "\n" for line in lines)
+    texts = (json.dumps(finite(line), allow_nan=False) + "\n" for line in lines)
     if output is None:
         for text in texts:
             print(text, end="")
@@ -109,3 +112,12 @@ def write_lines(lines: Iterable[Mapping[str, Any]], output: Path | None) -> None
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise SaveError(f"could not be written ({error})", where=str(output), hint="Free some space.") from error
+
+
+def finite(value: Any) -> Any:
+    """A value that JSON can hold: what is no finite number is null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -6,7 +6,6 @@ Rows are prepared as they were for the ensemble's training, so a flag is needed 
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -14,11 +13,22 @@ from rich.console import Console
 from renyi.cli.console import emit_json, quiet_progress_bars, stream
 from renyi.cli.members import members_table
 from renyi.cli.parser import StrictParser, converted, parse_strictly
-from renyi.cli.reading import add_reading_flags, check_output, load_ensemble, load_rows, progress_bar, write_lines
+from renyi.cli.reading import (
+    add_reading_flags,
+    check_output,
+    load_ensemble,
+    load_rows,
+    naming_flags,
+    progress_bar,
+    write_lines,
+)
 from renyi.text import plural
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from renyi.inference import MemberSummary, Score
+    from renyi.runs.load import Loaded
 
 # Flags that depart from how the ensemble's training prepared its rows, and their types.
 _PREPARATION = {
@@ -33,54 +43,36 @@ def run(argv: Sequence[str]) -> int:
     """Score a dataset under an ensemble."""
     args = _parse(argv)
     err = stream(stderr=True)
-    if args.choice_by is not None:
-        return _score_questions(args, err)
     with err.status("loading"):
-        from renyi.data import Preparation
-        from renyi.inference import score, summarise_members
+        from renyi.inference import summarise_members
 
         quiet_progress_bars()
         rows = load_rows(args)
-        folder, ensemble, tokenizer = load_ensemble(args)
-        preparation = replace(Preparation.read(folder), **args.preparation)
-        prepared = preparation.prepare(rows, tokenizer, args.data)
-
+        loaded = load_ensemble(args)
+    if args.choice_by is not None:
+        return _score_questions(args, loaded, rows, err)
+    with err.status("preparing"), naming_flags(args):
+        prepared = loaded.prepare(rows, name=args.data, **args.preparation)
     with progress_bar(err, "scoring", len(prepared)) as progress:
-        scores = score(ensemble, prepared, progress=progress)
+        scores = loaded.score(prepared, progress=progress)
     write_lines((s._asdict() for s in scores), args.output)
 
-    members = summarise_members(scores, ensemble.weights)
+    members, alpha = summarise_members(scores, loaded.ensemble.weights), loaded.ensemble.alpha
     if args.json:
-        emit_json(_summary(scores, members, ensemble.alpha), stderr=args.output is None)
+        emit_json(_summary(scores, members, alpha), stderr=args.output is None)
         return 0
-    err.print(members_table(members, "What the members make of it", _in_short(scores, ensemble.alpha)))
+    err.print(members_table(members, "What the members make of it", _in_short(scores, alpha)))
     if args.output:
         err.print(f"\n{plural(len(scores), 'line')} in {args.output}", soft_wrap=True)
     return 0
 
 
-def _score_questions(args: argparse.Namespace, err: Console) -> int:
+def _score_questions(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset", err: Console) -> int:
     """A line a question; what is right is not looked at."""
-    with err.status("loading"):
-        from renyi.data import read_questions
-        from renyi.evaluation import Opinion
-        from renyi.inference import choice_log_probs, score_choices
-
-        quiet_progress_bars()
-        questions = read_questions(load_rows(args), args.data)
-        _, ensemble, tokenizer = load_ensemble(args)
-    with progress_bar(err, "scoring", len(questions)) as progress:
-        scores = score_choices(ensemble, questions, tokenizer, args.choice_by, progress=progress)
-    opinion = Opinion(choice_log_probs(scores, args.choice_by), ensemble.weights, scores.log_likelihood, scores.tokens)
-    mixture, uncertainty = opinion.mixture(), opinion.uncertainty()
-    lines = []
-    for i, question in enumerate(questions):
-        options = slice(len(question.choices))
-        line = {"index": i, "tokens": scores.tokens[i, options].tolist()}
-        line |= {"log_likelihood": scores.log_likelihood[:, i, options].tolist()}
-        line |= {"probabilities": mixture[i, options].tolist(), "choice": int(mixture[i].argmax())}
-        lines.append(line | {name: float(values[i]) for name, values in uncertainty.items()})
-    write_lines(lines, args.output)
+    with progress_bar(err, "scoring", len(rows)) as progress:
+        found = loaded.choices(rows, args.choice_by, name=args.data, progress=progress)
+    lines = [choice._asdict() for choice in found]
+    write_lines(({**line, **line.pop("uncertainty")} for line in lines), args.output)
     if args.output:
         err.print(f"{plural(len(lines), 'line')} in {args.output}", soft_wrap=True)
     return 0

@@ -19,6 +19,7 @@ from renyi.data.prepare import (
 from renyi.data.prepare_pairs import PairCounts, PairPreparation, checked_pairs, count_pairs, prepare_pairs
 from renyi.data.prompts import PromptPreparation, check_prompts, prompt_tokens
 from renyi.data.questions import LETTERS, Question, read_questions
+from renyi.data.read import read_rows
 from renyi.data.rows import ROW_COLUMN, check_rows, form_of, number_rows, with_messages
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "prepare_pairs",
     "prompt_tokens",
     "read_questions",
+    "read_rows",
     "sample",
     "training_template",
     "with_messages",

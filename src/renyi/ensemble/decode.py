@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from renyi.ensemble.rows import repeat_rows
-from renyi.errors import ConfigError
+from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.measures import TokenUncertainty, token_uncertainty
 from renyi.objectives import effective_members, running_log_weights
 
@@ -47,6 +47,16 @@ _REFUSED = (
 # back and faulted in anew, which doubles the time.
 _CPU_ROWS = 512
 _CACHES = (None, "dynamic", "offloaded", "quantized", "static")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+# Lowest and highest value, whether the lowest is left out, and what to say to any other.
+_RANGES: dict[str, tuple[float, float, bool, str]] = {
+    "temperature": (0, 1e9, False, "a number from 0, which takes the likeliest token"),
+    "top_k": (0, 1e9, False, "an integer from 0, which keeps all tokens"),
+    "top_p": (0, 1, True, "a number above 0 and at most 1"),
+    "min_p": (0, 1, False, "a number from 0 to 1"),
+    "repetition_penalty": (0, 1e9, True, "a number above 0; 1 changes nothing"),
+    "max_new_tokens": (1, 1e9, False, "an integer above 0"),
+}
 _LISTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 
 
@@ -120,6 +130,7 @@ def decode(
     if mixture not in MIXTURES:
         raise ConfigError(f"{mixture!r} is none of {', '.join(MIXTURES)}", where="mixture")
     _check_settings(base, generation_config, settings)
+    settings = _settled(settings, generation_config)
     input_ids, attention_mask = _left_padded(input_ids.to(base.device), attention_mask)
     log_weights = weights.to(base.device).double().log().log_softmax(0)
     by_member = mixture == "member"
@@ -181,6 +192,7 @@ def _loop(
     while True:
         logits_KBV = forward(ids_BT).float().view(num_members, batch, -1)
         log_p_KBV = logits_KBV.log_softmax(-1)
+        _check_numbers(log_p_KBV)
         scores_BV = processors(ids_BT, _mixed(logits_KBV, log_p_KBV, log_w_KB))
         if config.do_sample:
             token_B = torch.multinomial(scores_BV.softmax(-1), 1, generator=generator).squeeze(1)
@@ -208,6 +220,19 @@ def _loop(
     if streamer is not None:
         streamer.end()
     return steps._replace(sequences=ids_BT)
+
+
+def _check_numbers(log_p_KBV: Tensor) -> None:
+    """Raise `EnsembleFormatError` if a distribution is no distribution; one logit that is no number spoils its row."""
+    broken_KB = log_p_KBV[..., 0].isnan()
+    if broken_KB.any():
+        member = int(broken_KB.any(-1).nonzero()[0])
+        who = f"member {member}" if len(broken_KB) > 1 else "the model"
+        raise EnsembleFormatError(
+            f"{who} gives no numbers as logits",
+            where="generate",
+            hint="Its training diverged, or the base is loaded in a precision too low for it.",
+        )
 
 
 class _Forward:
@@ -365,9 +390,41 @@ def _check_settings(base: PreTrainedModel, config: GenerationConfig | None, sett
             raise ConfigError(
                 f"is {value!r}, which a mixture cannot be decoded with", where=name, hint="Sample, or decode greedily."
             )
+    if _setting("num_return_sequences", base, config, settings) not in (None, 1):
+        raise ConfigError(
+            "there is one answer to a prompt", where="num_return_sequences", hint="Repeat the prompt, and sample."
+        )
+    for name, (low, high, is_open, expected) in _RANGES.items():
+        value = settings.get(name)
+        if value is None:
+            continue
+        fits = isinstance(value, int | float) and low <= value <= high and not (is_open and value == low)
+        if not fits:
+            raise ConfigError(f"is {value!r}", where=name, hint=f"Give {expected}.")
     cache = settings.get("cache_implementation", getattr(config, "cache_implementation", None))
     if cache not in _CACHES:
         raise ConfigError(f"is {cache!r}", where="cache_implementation", hint='Leave it out, or write "static".')
+
+
+def _settled(settings: dict[str, Any], config: GenerationConfig | None) -> dict[str, Any]:
+    """The settings with `do_sample` decided: a temperature, top_k, top_p or min_p is given in order to sample.
+
+    Raises:
+        ConfigError: `do_sample` is False beside a temperature.
+    """
+    given = {name: settings.get(name, getattr(config, name, None)) for name in _SAMPLING}
+    do_sample = settings.get("do_sample", getattr(config, "do_sample", None))
+    if given["temperature"] == 0:  # the likeliest token, whatever else is given
+        return {**{k: v for k, v in settings.items() if k not in _SAMPLING}, "temperature": None, "do_sample": False}
+    if do_sample is False and given["temperature"] not in (None, 1):
+        raise ConfigError(
+            f"is False, and a temperature of {given['temperature']:g} is for sampling",
+            where="do_sample",
+            hint="Leave one of the two out.",
+        )
+    if do_sample is None and any(value is not None for value in given.values()):
+        return {**settings, "do_sample": True}
+    return settings
 
 
 def _left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -47,6 +47,8 @@ class LoraEnsemble(TrainableModel, JointModel):
         weights: mixture weights [M], float32, summing to one.
         alpha: Rényi order the ensemble was trained with.
         routing_quantity: what was routed, "sequence" or "length_normalised".
+        folder: what the ensemble was loaded from, which also says how training prepared its rows; None if it was made
+            here, or from a list of adapters.
         mesh: the processes that members are split over; None if all of them are here. On a mesh a forward runs this
             process's own members only, and what speaks of all of them (`log_likelihood`, `save`) is called by all
             processes together.
@@ -65,6 +67,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         self.peft_config = peft_config
         self.alpha = 1.0
         self.routing_quantity = "sequence"
+        self.folder: Path | None = None
 
     @classmethod
     def from_base(
@@ -152,6 +155,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         if manifest:
             ensemble.weights.copy_(torch.tensor(manifest.weights))
             ensemble.alpha, ensemble.routing_quantity = manifest.alpha, manifest.routing_quantity
+            ensemble.folder = folder
         return ensemble
 
     def save(self, path: str | Path) -> None:
@@ -356,12 +360,14 @@ class LoraEnsemble(TrainableModel, JointModel):
             tokenizer: needed with `stop_strings` only.
             generation_config: by default the base's own.
             settings: of transformers' `GenerationConfig`: max_new_tokens, do_sample, temperature, top_k, top_p, min_p,
-                repetition_penalty, eos_token_id, stop_strings, …; processors act on the mixture. Also a
-                `logits_processor` or `stopping_criteria` list of your own.
+                repetition_penalty, eos_token_id, stop_strings, …; processors act on the mixture. A temperature, top_k,
+                top_p or min_p means sampling, and a temperature of 0 the likeliest token. Also a `logits_processor` or
+                `stopping_criteria` list of your own.
 
         Raises:
-            ConfigError: a setting is unknown, cannot work on a mixture (beams, contrastive search, …), or is refused by
-                transformers; or a prompt is empty.
+            ConfigError: a setting is unknown, out of range, cannot work on a mixture (beams, contrastive search, …), or
+                is refused by transformers; or a prompt is empty.
+            EnsembleFormatError: a member's logits are no numbers.
         """
         how: dict[str, Any] = {"seed": seed, "streamer": streamer, "on_token": on_token, "tokenizer": tokenizer}
         how |= {"generation_config": generation_config, **settings}

@@ -68,8 +68,9 @@ class KeptPreference(NamedTuple):
     reference: Reference
 
 
-def write_preference(folder: Path, loss: PreferenceLoss, reference: Reference) -> None:
+def write_preference(folder: str | Path, loss: PreferenceLoss, reference: Reference) -> None:
     """Write the loss's settings, and the members' start if that is the reference, into an ensemble's folder."""
+    folder = Path(folder)
     if reference.start is not None:
         with reference.ensemble.acting_as(reference.start):
             reference.ensemble.save(folder / REFERENCE_FOLDER)
@@ -79,12 +80,13 @@ def write_preference(folder: Path, loss: PreferenceLoss, reference: Reference) -
     (folder / PREFERENCE_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
-def read_preference(folder: Path, ensemble: LoraEnsemble) -> KeptPreference:
+def read_preference(folder: str | Path, ensemble: LoraEnsemble) -> KeptPreference:
     """Read them back; the defaults, and the base, for an ensemble that was not tuned on preferences.
 
     Raises:
         EnsembleFormatError: the file or the reference is damaged.
     """
+    folder = Path(folder)
     file = folder / PREFERENCE_FILE
     if not file.is_file():
         return KeptPreference(PreferenceLoss(), Reference(ensemble))

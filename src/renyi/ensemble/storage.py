@@ -75,6 +75,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     file = folder / MANIFEST_FILE
     if not file.is_file():
+        _refuse_whole_model(folder)
         raise EnsembleFormatError(
             f"there is no {MANIFEST_FILE}",
             where=str(folder),
@@ -108,6 +109,20 @@ def read_manifest(folder: Path) -> Manifest:
                 hint="Copy the whole ensemble folder, or drop the member with LoraEnsemble.drop_member.",
             )
     return manifest
+
+
+def _refuse_whole_model(folder: Path) -> None:
+    """Raise `EnsembleFormatError` if the folder is a model by itself, named by its architecture."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        architecture = ", ".join(map(str, config["architectures"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    raise EnsembleFormatError(
+        f"is a whole model ({architecture}), not an ensemble of adapters",
+        where=str(folder),
+        hint=f"Train an ensemble on it: renyi sft --model_name_or_path {folder} …",
+    )
 
 
 def _check_fields(manifest: Manifest) -> None:

@@ -1,6 +1,7 @@
 """From prompts to answers: text in, text out, with how sure the ensemble is of every token.
 
-It knows a tokenizer and its chat template. How members are mixed it leaves to `LoraEnsemble.generate`.
+`renyi.load(folder).generate` is the way in for users, and opens a chat for plain text. How members are mixed stands in
+`renyi.ensemble.decode`; read that next.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from renyi.data import prompt_tokens
 from renyi.ensemble import Generation, LoraEnsemble
-from renyi.errors import DataError
+from renyi.errors import ConfigError, DataError
+from renyi.inference.pieces import Pieces
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]  # plain text, or the messages of a chat
+OnPiece: TypeAlias = Callable[[str, float], object]
+MAX_NEW_TOKENS = 256
 
 
 class Answer(NamedTuple):
@@ -23,7 +28,7 @@ class Answer(NamedTuple):
         text: without special tokens.
         token_ids: the end-of-text token, if there is one, included.
         tokens: the piece of `text` that each token added, "" for special tokens and for those that end within a
-            character.
+            character. They join to `text`.
         log_prob: [N], of each token under the mixture, nats.
         weights: [N][K], running weights of the members that each token was predicted with.
         total: [N], entropy of the mixture, nats.
@@ -58,8 +63,10 @@ def generate(
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
     *,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     batch_size: int = 8,
     seed: int | None = None,
+    on_piece: OnPiece | None = None,
     progress: Callable[[int], object] = lambda done: None,
     **settings: Any,
 ) -> list[Any]:
@@ -67,35 +74,96 @@ def generate(
 
     Args:
         ensemble: M members.
-        prompts: plain text, tokenised as it is, or messages with `role` and `content`, which the tokenizer's chat
-            template opens an answer to.
+        prompts: plain text, which is continued as it is, or messages with `role` and `content`, which the tokenizer's
+            chat template opens an answer to.
         tokenizer: of the base.
+        max_new_tokens: the most tokens of an answer.
         batch_size: prompts decoded together; their order is kept.
         seed: of the sampling, plus one for each further batch; None is torch's global generator.
+        on_piece: called with the piece of text that a token added and the token's epistemic uncertainty in nats, as
+            tokens come; for one prompt.
         progress: called after each batch with the number of prompts done.
-        settings: of `LoraEnsemble.generate`: mixture, member, max_new_tokens, do_sample, temperature, …. By default an
-            answer ends at the base's end-of-text tokens and at the tokenizer's.
+        settings: of `LoraEnsemble.generate`: mixture, member, do_sample, temperature, top_p, …. A temperature, top_k,
+            top_p or min_p means sampling. By default an answer ends at the tokens of `end_tokens`.
 
     Returns:
         An `Answer` for each prompt; with mixture="member" and no `member` a list of M answers, one a member.
 
     Raises:
         DataError: a prompt has no token, or its messages do not fit the chat template.
-        ConfigError: as `LoraEnsemble.generate`.
+        ConfigError: as `LoraEnsemble.generate`, or `batch_size` is below 1.
+        EnsembleFormatError: a member's logits are no numbers.
     """
+    if batch_size < 1:
+        raise ConfigError(f"is {batch_size}", where="batch_size", hint="Give an integer above 0.")
+    by_member = settings.get("mixture") == "member" and settings.get("member") is None
+    if on_piece is not None and (len(prompts) != 1 or by_member):
+        raise ConfigError(
+            "follows one answer", where="on_piece", hint="Give one prompt, and where members answer alone, one member."
+        )
     rows = [prompt_ids(prompt, tokenizer, number) for number, prompt in enumerate(prompts, start=1)]
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     ends = end_tokens(ensemble, tokenizer)
     settings = {"tokenizer": tokenizer, "pad_token_id": pad, **({"eos_token_id": ends} if ends else {}), **settings}
+    settings["max_new_tokens"] = max_new_tokens
+    spoken = None if on_piece is None else _Spoken(tokenizer, on_piece)
     answers: list[Any] = []
     for batch, start in enumerate(range(0, len(rows), batch_size)):
         input_ids, attention_mask = _left_padded(rows[start : start + batch_size], pad)
         generation = ensemble.generate(
-            input_ids, attention_mask, seed=None if seed is None else seed + batch, **settings
+            input_ids, attention_mask, seed=None if seed is None else seed + batch, on_token=spoken, **settings
         )
-        answers += _answers(generation, tokenizer)
+        answers += _answers(generation, tokenizer, spoken.pieces() if spoken else None)
         progress(len(answers))
     return answers
+
+
+class _Spoken:
+    """The pieces of one answer, handed on as its tokens come."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_piece: OnPiece):
+        self.decoder, self.on_piece = Pieces(tokenizer), on_piece
+        self.found: list[str] = []
+        self.epistemic = 0.0
+
+    def __call__(self, token_B: Tensor, uncertainty: Any) -> None:
+        self.epistemic = float(uncertainty.epistemic)
+        self.found.append(self.decoder.add(int(token_B)))
+        self.on_piece(self.found[-1], self.epistemic)
+
+    def pieces(self) -> list[str]:
+        """All of them, when the answer has ended."""
+        left = self.decoder.finish()
+        if left:
+            self.on_piece(left, self.epistemic)
+            self.found[-1] += left
+        return self.found
+
+
+def as_chat(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, plain: bool = False
+) -> Prompt:
+    """A prompt as it is asked by default: text as the user's message of a chat, where there is a chat template.
+
+    Args:
+        prompt: text, or messages.
+        tokenizer: of the base.
+        system: the system message to begin the chat with.
+        plain: whether text is to be continued as it is.
+
+    Raises:
+        ConfigError: `system` has no place, or `plain` meets messages.
+    """
+    if plain or not tokenizer.chat_template:
+        if system:
+            raise ConfigError("needs a chat template", where="system", hint="Leave system out.")
+        if plain and not isinstance(prompt, str):
+            raise ConfigError("a prompt is a chat", where="plain", hint="Leave plain out, or give text.")
+        return prompt
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system and any(isinstance(message, Mapping) and message.get("role") == "system" for message in chat):
+        raise ConfigError("a prompt has a system message of its own", where="system", hint="Leave one of the two out.")
+    return [{"role": "system", "content": system}, *chat] if system else chat
 
 
 def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, number: int = 1) -> list[int]:
@@ -106,23 +174,19 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, number: int =
     """
     where = f"prompt {number}"
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
-    elif not tokenizer.chat_template:
+        return prompt_tokens(prompt, tokenizer, where)
+    if isinstance(prompt, Mapping):
+        raise DataError("is a message", where=where, hint="A prompt is text, or a list of messages: [[{…}, {…}]].")
+    if not tokenizer.chat_template:
         raise DataError(
             "is a chat, and the tokenizer has no chat template", where=where, hint="Give plain text, or a template."
         )
-    else:
-        chat: Any = [dict(message) for message in prompt]
-        template: Any = tokenizer.apply_chat_template
-        try:
-            ids = list(template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])
-        except Exception as error:  # a template is a program, and raises what it likes
-            raise DataError(
-                f"does not fit the chat template ({error})", where=where, hint="Messages have a role and a content."
-            ) from error
-    if not ids:
-        raise DataError("is empty", where=where, hint="Give some text to continue.")
-    return ids
+    chat = [dict(message) for message in prompt]
+    if chat and chat[-1].get("role") == "assistant":
+        raise DataError(
+            "ends with the assistant's turn", where=where, hint="End it with the user's: the answer comes next."
+        )
+    return prompt_tokens(chat, tokenizer, where)
 
 
 def end_tokens(ensemble: LoraEnsemble, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -132,27 +196,6 @@ def end_tokens(ensemble: LoraEnsemble, tokenizer: PreTrainedTokenizerBase) -> li
     return list(dict.fromkeys([*found, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
 
 
-class Pieces:
-    """What each token adds to the text without special tokens; they join to it, if no token changes those before it.
-
-    Decoded from the beginning each time: what a token looks like depends on those before it.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.text = ""
-
-    def add(self, token: int) -> str:
-        """The piece of the next token; "" for half a character, which the token that completes it will show."""
-        self.ids.append(token)
-        whole = str(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-        if whole.endswith("\N{REPLACEMENT CHARACTER}"):
-            return ""
-        before, self.text = self.text, whole
-        return whole[len(before) :] if whole.startswith(before) else str(self.tokenizer.decode([token]))
-
-
 def _left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows))
     padding = [longest - len(row) for row in rows]
@@ -160,24 +203,29 @@ def _left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return input_ids, torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
 
 
-def _answers(generation: Generation, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """One a row; where every member has rows of its own, a list of them."""
+def _answers(generation: Generation, tokenizer: PreTrainedTokenizerBase, pieces: list[str] | None) -> list[Any]:
+    """One a row; where every member has rows of its own, a list of them. `pieces` are those of a single answer."""
     on_cpu = Generation(*(value.cpu() for value in generation))
     if on_cpu.mask.dim() == 2:
-        return [_answer(on_cpu, (row,), tokenizer) for row in range(len(on_cpu.mask))]
+        return [_answer(on_cpu, (row,), tokenizer, pieces) for row in range(len(on_cpu.mask))]
     members, batch, _ = on_cpu.mask.shape
     return [[_answer(on_cpu, (m, row), tokenizer) for m in range(members)] for row in range(batch)]
 
 
-def _answer(generation: Generation, at: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> Answer:
+def _answer(
+    generation: Generation, at: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, pieces: list[str] | None = None
+) -> Answer:
     tokens = int(generation.mask[at].sum())
     ids = generation.new_tokens[at][:tokens].tolist()
     every: tuple[Any, ...] = (slice(None), *at)
-    pieces = Pieces(tokenizer)
+    if pieces is None:
+        decoder = Pieces(tokenizer)
+        pieces = [decoder.add(token) for token in ids]
+        pieces[-1] += decoder.finish()
     return Answer(
-        text=str(tokenizer.decode(ids, skip_special_tokens=True)),
+        text="".join(pieces),
         token_ids=ids,
-        tokens=[pieces.add(token) for token in ids],
+        tokens=pieces,
         log_prob=generation.log_prob[at][:tokens].tolist(),
         weights=generation.weights[every][:, :tokens].T.tolist(),
         total=generation.total[at][:tokens].tolist(),

@@ -1,7 +1,7 @@
 """How likely each example is to every member, and which member would learn from it.
 
-The same tokens, labels and joint forward as in training, so that a score is what training would have seen. It knows
-nothing about files.
+The same tokens, labels and joint forward as in training, so that a score is what training would have seen. For users
+`renyi.load(folder).score` is the way in; rows become tokens in `renyi.data.prepare`, which is the file to read next.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from renyi.data import IGNORED, Preparation, prepare
 from renyi.ensemble import LoraEnsemble, evaluating
-from renyi.errors import EnsembleFormatError
+from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.objectives import example_responsibilities, jensen_gap, renyi_loss
 
@@ -53,8 +53,8 @@ def score(
         ensemble: M members.
         dataset: rows of any of TRL's forms, or prepared ones (`input_ids`, and `labels` with −100 where not trained).
         tokenizer: of the base; not needed for prepared rows.
-        preparation: how rows become tokens and labels; by default as TRL would, see `Preparation`. That of a saved
-            ensemble is `Preparation.read(folder)`.
+        preparation: how rows become tokens and labels; by default as in training, if the ensemble was loaded from a
+            folder. Otherwise rows that are not prepared need it.
         tokens_per_batch: limit on members × rows × length in one forward. A longer single row is scored alone.
         progress: called after each batch with the number of examples done.
 
@@ -62,13 +62,14 @@ def score(
         One score a row, in the dataset's order.
 
     Raises:
+        ConfigError: the rows are not prepared, and `tokenizer` or `preparation` is missing.
         DataError: a row is malformed, or nothing of it is trained.
         EnsembleFormatError: a member gives no finite likelihood.
     """
     if not {"input_ids", "labels"}.issubset(dataset.column_names):
         if tokenizer is None:
-            raise ValueError("the dataset is not prepared: a tokenizer is needed")
-        dataset = prepare(dataset, tokenizer, preparation or Preparation())
+            raise ConfigError("is missing, and the rows are not prepared", where="tokenizer", hint="Give the base's.")
+        dataset = prepare(dataset, tokenizer, preparation or _kept_preparation(ensemble))
     lengths = [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
     scores: list[Score] = []
     with evaluating(ensemble), torch.inference_mode():
@@ -76,6 +77,17 @@ def score(
             scores += _score_batch(ensemble, rows, dataset[rows])
             progress(len(scores))
     return sorted(scores)
+
+
+def _kept_preparation(ensemble: LoraEnsemble) -> Preparation:
+    """How training prepared its rows, as the folder says that the ensemble was loaded from."""
+    if ensemble.folder is None:
+        raise ConfigError(
+            "is missing: the rows are not prepared, and the ensemble was not loaded from a folder that says how",
+            where="preparation",
+            hint="Give the settings of training, or Preparation() for TRL's defaults.",
+        )
+    return Preparation.read(ensemble.folder)
 
 
 def _score_batch(ensemble: LoraEnsemble, rows: list[int], columns: dict[str, list[list[int]]]) -> list[Score]:

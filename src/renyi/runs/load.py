@@ -1,0 +1,252 @@
+"""`renyi.load`: an ensemble's folder as a whole, asked for scores, answers, choices and evaluations.
+
+A folder holds more than members: the tokenizer, how training prepared its rows, what preferences were measured against,
+the threshold above which to abstain. The commands call the object made here, and add a terminal; so its defaults are
+theirs. The functions under it stand in `renyi.inference`; read `score.py` and `generate.py` there next.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from renyi import data
+from renyi.data import PairPreparation, Preparation, Question
+from renyi.ensemble import LoraEnsemble, read_preference
+from renyi.ensemble.adapters import CONFIG_FILE
+from renyi.ensemble.reference import KeptPreference
+from renyi.ensemble.storage import MANIFEST_FILE, resolve_folder
+from renyi.errors import ConfigError
+from renyi.evaluation import Opinion
+from renyi.inference import Prompt, Score, choice_log_probs, generate, score, score_choices
+from renyi.inference.abstention import ABSTENTION_FILE, FIND_ONE, Abstention, read_abstention
+from renyi.inference.choices import ChoiceBy
+from renyi.inference.generate import MAX_NEW_TOKENS, OnPiece, as_chat
+
+Progress = Callable[[int], object]
+
+
+def _ignore(done: int) -> None:
+    pass
+
+
+class Choice(NamedTuple):
+    """What an ensemble of M members thinks of a question with C options.
+
+    Attributes:
+        index: of the question, counted from 0.
+        tokens: of each option, [C].
+        log_likelihood: of each option under each member, nats, [M][C].
+        probabilities: of the options under the mixture, [C].
+        choice: the likeliest option, counted from 0.
+        uncertainty: `total`, `aleatoric`, `epistemic` and more, by name; see `renyi.evaluation.Opinion`.
+    """
+
+    index: int  # type: ignore[assignment]
+    tokens: list[int]
+    log_likelihood: list[list[float]]
+    probabilities: list[float]
+    choice: int
+    uncertainty: dict[str, float]
+
+
+class Loaded:
+    """An ensemble with everything that its folder says about it. `renyi.load` makes one.
+
+    Attributes:
+        folder: what it was loaded from.
+        ensemble: the members on their base, in evaluation mode, on its device.
+        tokenizer: the one that training used.
+    """
+
+    def __init__(self, folder: Path, ensemble: LoraEnsemble, tokenizer: PreTrainedTokenizerBase):
+        self.folder, self.ensemble, self.tokenizer = folder, ensemble, tokenizer
+
+    @cached_property
+    def preparation(self) -> Preparation:
+        """How rows become tokens and labels, as in training."""
+        return Preparation.read(self.folder)
+
+    @cached_property
+    def pair_preparation(self) -> PairPreparation:
+        """How preference pairs become tokens, as in training."""
+        return PairPreparation.read(self.folder)
+
+    @cached_property
+    def preference(self) -> KeptPreference:
+        """The loss of training on preferences, and the reference that margins are measured against."""
+        return read_preference(self.folder, self.ensemble)
+
+    @property
+    def abstention(self) -> Abstention | None:
+        """The threshold above which to abstain; None if none was found yet."""
+        return read_abstention(self.folder)
+
+    def rows(self, rows: Any, *, split: str | None = None, dataset_config: str | None = None) -> Dataset:
+        """Rows as a dataset, as `renyi.data.read_rows` reads them."""
+        return data.read_rows(rows, split, dataset_config)
+
+    def prepare(self, rows: Any, *, name: str = "dataset", **departures: Any) -> Dataset:
+        """Rows as columns `input_ids` and `labels`, prepared as in training.
+
+        Args:
+            rows: a path, a hub id, a list of dictionaries, or a dataset.
+            name: what to call them in errors, if they have no name.
+            departures: settings of `Preparation` to take instead of training's, such as `max_length`.
+
+        Raises:
+            DataError: a row is malformed, or nothing of it is trained.
+        """
+        name = str(rows) if isinstance(rows, str | Path) else name
+        return replace(self.preparation, **departures).prepare(self.rows(rows), self.tokenizer, name)
+
+    def score(self, rows: Any, *, progress: Progress = _ignore, **departures: Any) -> list[Score]:
+        """Log-likelihoods, responsibilities and mixture NLL of every row, as `renyi score` does.
+
+        Args:
+            rows: a path, a hub id, a list of dictionaries, or a dataset; prepared ones (`input_ids` and `labels`) are
+                taken as they are.
+            progress: called after each batch with the number of rows done.
+            departures: settings of `Preparation` to take instead of training's, such as `max_length`.
+
+        Raises:
+            DataError: a row is malformed, or nothing of it is trained.
+            EnsembleFormatError: a member gives no finite likelihood.
+        """
+        is_prepared = isinstance(rows, Dataset) and {"input_ids", "labels"}.issubset(rows.column_names)
+        prepared = rows if is_prepared else self.prepare(rows, **departures)
+        return score(self.ensemble, prepared, progress=progress)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        system: str | None = None,
+        plain: bool = False,
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        batch_size: int = 8,
+        seed: int | None = None,
+        on_piece: OnPiece | None = None,
+        progress: Progress = _ignore,
+        **settings: Any,
+    ) -> list[Any]:
+        """Answers to prompts, as `renyi generate` does.
+
+        Args:
+            prompts: text, which opens a chat where the tokenizer has a chat template; a chat's messages; or a list of
+                either.
+            system: the system message of every chat.
+            plain: continue text as it is, without the chat template.
+            max_new_tokens, batch_size, seed, on_piece, progress, settings: as for `renyi.inference.generate`.
+
+        Returns:
+            An `Answer` for each prompt; with mixture="member" and no `member` a list of M answers, one a member.
+
+        Raises:
+            DataError: a prompt is empty, ends with an answer, or does not fit the chat template.
+            ConfigError: a setting is unknown, out of range, or at odds with another.
+        """
+        asked = [as_chat(p, self.tokenizer, system=system, plain=plain) for p in _several(prompts)]
+        return generate(
+            self.ensemble,
+            asked,
+            self.tokenizer,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            on_piece=on_piece,
+            progress=progress,
+            **settings,
+        )
+
+    def choices(
+        self, questions: Any, by: ChoiceBy = "letter", *, name: str = "questions", progress: Progress = _ignore
+    ) -> list[Choice]:
+        """What the ensemble thinks of multiple-choice questions, as `renyi score --choice_by` does.
+
+        Args:
+            questions: a path, a hub id, a list of dictionaries or of `Question`s, or a dataset; which option is right
+                is not looked at.
+            by: what is scored: "letter", "text", or "text_normalised".
+            name: what to call the questions in errors, if they have no name.
+            progress: called after each batch with the number of questions done.
+
+        Raises:
+            DataError: a question is malformed.
+            EnsembleFormatError: a member gives no finite likelihood.
+        """
+        if not (isinstance(questions, Sequence) and questions and isinstance(questions[0], Question)):
+            name = str(questions) if isinstance(questions, str | Path) else name
+            questions = data.read_questions(self.rows(questions), name)
+        scores = score_choices(self.ensemble, questions, self.tokenizer, by, progress=progress)
+        weights = self.ensemble.weights.cpu()
+        opinion = Opinion(choice_log_probs(scores, by), weights, scores.log_likelihood, scores.tokens)
+        mixture, uncertainty = opinion.mixture(), opinion.uncertainty()
+        return [
+            Choice(
+                index=i,
+                tokens=scores.tokens[i, : len(question.choices)].tolist(),
+                log_likelihood=scores.log_likelihood[:, i, : len(question.choices)].tolist(),
+                probabilities=mixture[i, : len(question.choices)].tolist(),
+                choice=int(mixture[i].argmax()),
+                uncertainty={name: float(values[i]) for name, values in uncertainty.items()},
+            )
+            for i, question in enumerate(questions)
+        ]
+
+    def needed_abstention(self, where: str = "withhold") -> Abstention:
+        """The threshold above which to abstain, for who cannot do without one.
+
+        Args:
+            where: the setting that needs it, for errors.
+
+        Raises:
+            ConfigError: there is none, or answers have no such score.
+        """
+        found = self.abstention
+        if found is None:
+            raise ConfigError(f"there is no {ABSTENTION_FILE} in {self.folder}", where=where, hint=FIND_ONE)
+        try:
+            found.check()
+        except ConfigError as error:
+            raise ConfigError(error.what, where=where, hint=error.hint) from error
+        return found
+
+
+def load(folder: str | Path, *, base: str | Path | None = None, device: str | None = None) -> Loaded:
+    """Open what a training run left: members, tokenizer, preparation, reference, abstention.
+
+    Args:
+        folder: of an ensemble, or of a single PEFT adapter, which is an ensemble of one; or a hub id.
+        base: the base model, if it is no longer where the ensemble says.
+        device: "cpu", "cuda", …; by default cuda if there is one.
+
+    Raises:
+        EnsembleFormatError: it is no ensemble, or something of it is missing or damaged.
+        TokenizerError: there is no tokenizer.
+        ConfigError: there is no such device.
+    """
+    found = resolve_folder(folder)
+    is_adapter = (found / CONFIG_FILE).is_file() and not (found / MANIFEST_FILE).is_file()
+    ensemble = LoraEnsemble.load([found] if is_adapter else found, base=base)
+    ensemble.folder = found
+    tokenizer = data.load_tokenizer_of(found, ensemble.base_model_name)
+    try:
+        ensemble.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
+        what = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"is {device!r} ({what})", where="device", hint="Give cpu, or a device there is.") from error
+    return Loaded(found, ensemble, tokenizer)
+
+
+def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt as a list of one; a chat is told from a list of chats by its messages."""
+    if isinstance(prompts, str):
+        return [prompts]
+    several: list[Any] = list(prompts)
+    return [several] if several and isinstance(several[0], Mapping) else several
