@@ -107,12 +107,13 @@ def generate(
     settings = {"tokenizer": tokenizer, "pad_token_id": pad, **({"eos_token_id": ends} if ends else {}), **settings}
     settings["max_new_tokens"] = max_new_tokens
     spoken = None if on_piece is None else _Spoken(tokenizer, on_piece)
+    if spoken is not None:
+        settings["on_token"] = spoken
     answers: list[Any] = []
     for batch, start in enumerate(range(0, len(rows), batch_size)):
         input_ids, attention_mask = _left_padded(rows[start : start + batch_size], pad)
-        generation = ensemble.generate(
-            input_ids, attention_mask, seed=None if seed is None else seed + batch, on_token=spoken, **settings
-        )
+        draw = None if seed is None else seed + batch
+        generation = ensemble.generate(input_ids, attention_mask, seed=draw, **settings)
         answers += _answers(generation, tokenizer, spoken.pieces() if spoken else None)
         progress(len(answers))
     return answers
