@@ -13,6 +13,7 @@ from tiny import lora, scatter_members, tiny_model, tiny_tokenizer
 
 import renyi
 from renyi import LoraEnsemble
+from renyi.cli.main import main
 from renyi.data import Preparation, prepare
 from renyi.errors import ConfigError, DataError, EnsembleFormatError
 from renyi.inference import generate, score
@@ -139,6 +140,19 @@ def test_choices_are_those_of_the_options(loaded) -> None:
     assert choice.probabilities == pytest.approx(ell.softmax(-1).mean(0).tolist())
     assert choice.choice == max(range(2), key=choice.probabilities.__getitem__)
     assert choice.uncertainty["total"] == pytest.approx(-sum(p * math.log(p) for p in choice.probabilities))
+
+
+def test_an_evaluation_is_the_commands(
+    folder: Path, loaded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**QUESTIONS[0], "answer": n % 2} for n in range(6)]
+    file = tmp_path / "quiz.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    found = loaded.evaluate("choice", rows, resamples=20)
+    assert main(["evaluate", str(folder), str(file), "--task", "choice", "--resamples", "20", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == found.result
+    with pytest.raises(ConfigError, match="resample"):
+        loaded.evaluate("choice", rows, resample=20)
 
 
 def test_an_ordinary_adapter_is_an_ensemble_of_one(folder: Path, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     """Evaluate an ensemble on a dataset."""
     args, task, given = _parse(argv)
     out, err = stream(), stream(stderr=True)
-    with _flags_named({*given, *_known(task), "split"}):
+    with _flags_named({*given, *_known(task), "split", "device"}):
         with err.status("loading"):
             quiet_progress_bars()
             files = load_files(args.data, args.split, args.dataset_config)

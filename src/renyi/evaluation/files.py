@@ -71,15 +71,9 @@ def load_files(names: Sequence[str], split: str | None = None, config: str | Non
 
 def load_rows(name: str, split: str | None = None, config: str | None = None) -> "Dataset":
     """The rows of a file or hub dataset: of its split `split`, by default `test` if there is one, else its first."""
-    from datasets import Dataset
+    from renyi.data import read_rows
 
-    from renyi import data
-
-    splits = data.load_splits(name, config)
-    chosen = split or ("test" if "test" in splits else next(iter(splits)))
-    rows = data.choose_split(splits, chosen, name, "split")
-    assert isinstance(rows, Dataset)
-    return rows
+    return read_rows(name, split, config)
 
 
 def _inside(folder: Path, split: str | None) -> list[Path]:

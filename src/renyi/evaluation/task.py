@@ -104,26 +104,11 @@ class Model(Protocol):
     def tokenizer(self) -> "PreTrainedTokenizerBase": ...
 
 
-class LoadedModel(NamedTuple):
-    """A `Model` from a folder."""
+def load_model(name: str, base: str | None = None, device: str | None = None) -> Model:
+    """Load an ensemble, or a single adapter, and its tokenizer; by default on a GPU if there is one."""
+    from renyi.inference import model
 
-    folder: Path | None
-    ensemble: "LoraEnsemble"
-    tokenizer: "PreTrainedTokenizerBase"
-
-
-def load_model(name: str, base: str | None = None, device: str | None = None) -> LoadedModel:
-    """Load an ensemble and its tokenizer from a folder or the hub; by default on a GPU if there is one."""
-    import torch
-
-    from renyi import LoraEnsemble, data
-    from renyi.ensemble.storage import resolve_folder
-
-    folder = resolve_folder(name)
-    ensemble = LoraEnsemble.load(folder, base=base).eval()
-    tokenizer = data.load_tokenizer_of(folder, ensemble.base_model_name)
-    ensemble.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return LoadedModel(folder, ensemble, tokenizer)
+    return model.load_model(name, base, device)
 
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]

@@ -11,22 +11,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from renyi import data
 from renyi.data import PairPreparation, Preparation, Question
 from renyi.ensemble import LoraEnsemble, read_preference
-from renyi.ensemble.adapters import CONFIG_FILE
 from renyi.ensemble.reference import KeptPreference
-from renyi.ensemble.storage import MANIFEST_FILE, resolve_folder
 from renyi.errors import ConfigError
-from renyi.evaluation import Opinion
+from renyi.evaluation import Evaluated, Opinion, evaluate
 from renyi.inference import Prompt, Score, choice_log_probs, generate, score, score_choices
 from renyi.inference.abstention import ABSTENTION_FILE, FIND_ONE, Abstention, read_abstention
 from renyi.inference.choices import ChoiceBy
 from renyi.inference.generate import MAX_NEW_TOKENS, OnPiece, as_chat
+from renyi.inference.model import load_model
 
 Progress = Callable[[int], object]
 
@@ -199,6 +197,23 @@ class Loaded:
             for i, question in enumerate(questions)
         ]
 
+    def evaluate(self, task: Any, rows: Any, **settings: Any) -> Evaluated:
+        """How good the ensemble is at a task, as `renyi evaluate --task` does.
+
+        Args:
+            task: "choice", "perplexity", "preference", "refusal", "sampling", or a task of your own.
+            rows: a path, a hub id, a list of dictionaries, a dataset, or several paths where the task reads several.
+            settings: of the task, named as the command's flags.
+
+        Returns:
+            The figures (`result`), what is said of each row (`lines`), and the report.
+
+        Raises:
+            ConfigError: there is no such task or setting, or a value does not fit.
+            DataError: a row does not fit the task.
+        """
+        return evaluate(task, rows, self, **settings)
+
     def needed_abstention(self, where: str = "withhold") -> Abstention:
         """The threshold above which to abstain, for who cannot do without one.
 
@@ -231,17 +246,7 @@ def load(folder: str | Path, *, base: str | Path | None = None, device: str | No
         TokenizerError: there is no tokenizer.
         ConfigError: there is no such device.
     """
-    found = resolve_folder(folder)
-    is_adapter = (found / CONFIG_FILE).is_file() and not (found / MANIFEST_FILE).is_file()
-    ensemble = LoraEnsemble.load([found] if is_adapter else found, base=base)
-    ensemble.folder = found
-    tokenizer = data.load_tokenizer_of(found, ensemble.base_model_name)
-    try:
-        ensemble.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
-        what = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"is {device!r} ({what})", where="device", hint="Give cpu, or a device there is.") from error
-    return Loaded(found, ensemble, tokenizer)
+    return Loaded(*load_model(folder, base, device))
 
 
 def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

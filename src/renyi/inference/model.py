@@ -1,0 +1,50 @@
+"""An ensemble with its tokenizer, opened from a folder: what scoring, generation and evaluation begin with.
+
+`renyi.load` adds what else the folder holds; read `renyi.runs.load` next.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from renyi.data import load_tokenizer_of
+from renyi.ensemble import LoraEnsemble
+from renyi.ensemble.adapters import CONFIG_FILE
+from renyi.ensemble.storage import MANIFEST_FILE, resolve_folder
+from renyi.errors import ConfigError
+
+
+class LoadedModel(NamedTuple):
+    """An ensemble on its device, in evaluation mode, with its folder and its tokenizer."""
+
+    folder: Path
+    ensemble: LoraEnsemble
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_model(name: str | Path, base: str | Path | None = None, device: str | None = None) -> LoadedModel:
+    """Open an ensemble and its tokenizer.
+
+    Args:
+        name: folder of an ensemble, or of a single PEFT adapter, which is an ensemble of one; or a hub id.
+        base: the base model, if it is no longer where the ensemble says.
+        device: "cpu", "cuda", …; by default cuda if there is one.
+
+    Raises:
+        EnsembleFormatError: it is no ensemble, or something of it is missing or damaged.
+        TokenizerError: there is no tokenizer.
+        ConfigError: there is no such device.
+    """
+    folder = resolve_folder(name)
+    is_adapter = (folder / CONFIG_FILE).is_file() and not (folder / MANIFEST_FILE).is_file()
+    ensemble = LoraEnsemble.load([folder] if is_adapter else folder, base=base)
+    ensemble.folder = folder
+    tokenizer = load_tokenizer_of(folder, ensemble.base_model_name)
+    try:
+        ensemble.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
+        what = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"is {device!r} ({what})", where="device", hint="Give cpu, or a device there is.") from error
+    return LoadedModel(folder, ensemble, tokenizer)
