@@ -270,7 +270,7 @@ def test_columns_of_the_wrong_kind(tuned: Trained, tmp_path: Path) -> None:
 
 
 def test_not_an_ensemble(tuned: Trained, base: Path, tmp_path: Path) -> None:
-    assert_refused(evaluate(base, tuned.data), "there is no ensemble.json")
+    assert_refused(evaluate(base, tuned.data), "is a whole model (LlamaForCausalLM)")
     assert_refused(evaluate(tmp_path / "a" / "b", tuned.data), "there is no such folder")
     copy = Path(shutil.copytree(tuned.folder, tmp_path / "copy"))
     (copy / "preference.json").write_text("{", encoding="utf-8")
