@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from renyi.data import load_tokenizer_of
 from renyi.ensemble import LoraEnsemble
-from renyi.ensemble.adapters import CONFIG_FILE
-from renyi.ensemble.storage import MANIFEST_FILE, resolve_folder
+from renyi.ensemble.storage import resolve_folder
 from renyi.errors import ConfigError
+from renyi.layout import ADAPTER_CONFIG_FILE, MANIFEST_FILE
 
 
 class LoadedModel(NamedTuple):
@@ -38,7 +38,7 @@ def load_model(name: str | Path, base: str | Path | None = None, device: str | N
         ConfigError: there is no such device.
     """
     folder = resolve_folder(name)
-    is_adapter = (folder / CONFIG_FILE).is_file() and not (folder / MANIFEST_FILE).is_file()
+    is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / MANIFEST_FILE).is_file()
     ensemble = LoraEnsemble.load([folder] if is_adapter else folder, base=base)
     ensemble.folder = folder
     tokenizer = load_tokenizer_of(folder, ensemble.base_model_name)
