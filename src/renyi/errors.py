@@ -51,3 +51,9 @@ class SaveError(RenyiError, OSError):
 
 class TrainingDivergedError(RenyiError, FloatingPointError):
     """The loss is not a number any more."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's error, or its name where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

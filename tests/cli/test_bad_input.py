@@ -122,19 +122,18 @@ def test_evaluation_without_a_test_split(settings: Settings, rows_file: Path, tm
 # ---- The tokenizer ---------------------------------------------------------------------------------------------------
 
 
-def test_tokenizer_without_pad(settings: Settings, rows_file: Path, tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base", pad_token=None)
-    config = settings(model_name_or_path=base)
-    assert_refused(renyi("sft", "--config", config), f"tokenizer of {base}: has no pad token", "--pad_token", "'<pad>'")
+@pytest.mark.parametrize(
+    ("pad_token", "why"), [(None, "has none of its own"), ("<eos>", "its own, <eos>, ends a text")]
+)
+def test_padding_is_settled_and_said(pad_token: str | None, why: str, settings: Settings, tmp_path: Path) -> None:
+    config = settings(model_name_or_path=save_base(tmp_path / "base", pad_token=pad_token))
+    ended = renyi("sft", "--config", config, "--dry_run")
+    assert ended.code == 0, ended
+    assert "padding" in ended.out
+    assert f"<unk>: {'the tokenizer ' if pad_token is None else ''}{why}" in ended.out
+    assert "<pad>: " in renyi("sft", "--config", config, "--pad_token", "<pad>", "--dry_run").out
     assert_refused(renyi("sft", "--config", config, "--pad_token", "<hole>"), "pad_token: '<hole>' is not in the voc")
-    assert not (tmp_path / "out").exists()
-    assert renyi("sft", "--config", config, "--pad_token", "<pad>", "--dry_run").code == 0
-
-
-def test_tokenizer_with_pad_that_is_eos(settings: Settings, tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base", pad_token="<eos>")
-    config = settings(model_name_or_path=base)
-    assert_refused(renyi("sft", "--config", config), f"tokenizer of {base}: has pad = eos = '<eos>'", "--pad_token")
+    assert_refused(renyi("sft", "--config", config, "--pad_token", "w3"), "pad_token: 'w3' is a word like any other")
     assert not (tmp_path / "out").exists()
 
 

@@ -234,7 +234,7 @@ def test_the_tiny_members_answer(folder: Path, tmp_path: Path) -> None:
     ("changed", "flags", "parts"),
     [
         ({"prompt": ""}, [], ["rows.jsonl, row 2, column prompt: is empty"]),
-        ({"prompt": None}, [], ["rows.jsonl, row 2, column prompt: is None"]),
+        ({"prompt": None}, [], ["rows.jsonl, row 2, column prompt: is empty"]),
         ({"answers": [YES, NO]}, [], ["row 2, column answers: has 2 answers of 3 members"]),
         ({"answers": None}, [], ["row 2, column answers: is no list of texts"]),
         ({}, ["--safe", "topic"], ["row 1, column topic: is 'locks'", "safe or unsafe"]),

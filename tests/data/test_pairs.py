@@ -1,13 +1,17 @@
 """Every form of a preference row is known by its columns, and a bad one by its row, its column and what to write."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset, IterableDataset, load_dataset
+from tiny import tiny_tokenizer
 
 from renyi import data
+from renyi.data.pairs import pair_form
+from renyi.data.rows import are_exact
 from renyi.errors import DataError
 
 DEMO = Path(__file__).parents[3] / "shared" / "data" / "dpo_en_demo.json"
@@ -74,8 +78,8 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_form_is_known(form):
     row, expected = FORMS[form]
     dataset = data.number_rows(Dataset.from_list([row] * 3))
-    assert data.check_pairs(dataset) == expected
-    assert data.PairPreparation().check(dataset) == expected
+    assert data.check_pairs(dataset).name == expected
+    assert data.PairPreparation().check(dataset) == data.check_pairs(dataset)
 
 
 # ShareGPT
@@ -83,23 +87,32 @@ def test_a_form_is_known(form):
 READ = {"prompt": [{"role": "system", "content": "w0"}, user("w1")], "chosen": [says("w3")], "rejected": [says("w4")]}
 
 
+def read_all(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    dataset = Dataset.from_list(rows)
+    form = pair_form(dataset)
+    return [data.read_pair(row, form, f"row {i}", are_exact(dataset, form.columns)) for i, row in enumerate(dataset)]
+
+
 @pytest.mark.parametrize("form", ["ShareGPT", "ShareGPT, lists"])
 def test_share_gpt_becomes_messages(form):
-    rows = [{**FORMS[form][0], "score": i} for i in range(3)]
-    read = data.with_pairs(Dataset.from_list(rows))
-    assert list(read) == [{**READ, "score": i} for i in range(3)]
-    assert list(data.with_pairs(read)) == list(read)
-    assert data.check_pairs(read) == "pairs with prompts, conversational"
-    streamed = data.with_pairs(IterableDataset.from_generator(lambda: iter(rows)))
-    assert list(streamed) == list(read)
+    row = {**FORMS[form][0], "score": 1}
+    assert read_all([row] * 3) == [READ] * 3
+    told = str(data.check_pairs(Dataset.from_list([row])))
+    assert told == "ShareGPT pairs · roles human → user, gpt → assistant · not read: score"
 
 
-@pytest.mark.parametrize("form", [f for f in FORMS if not f.startswith("ShareGPT")])
-def test_any_other_dataset_is_left_alone(form):
-    dataset = Dataset.from_list([FORMS[form][0]] * 2)
-    assert data.with_pairs(dataset) is dataset
-    streamed = dataset.to_iterable_dataset()
-    assert data.with_pairs(streamed) is streamed
+@pytest.mark.parametrize("form", ["plain", "conversational", "several turns"])
+def test_standard_pairs_are_read_as_they_are(form):
+    assert read_all([FORMS[form][0]] * 2) == [FORMS[form][0]] * 2
+
+
+def test_messages_of_either_kind_are_read_in_either_column():
+    """What is meant is clear: a message has a role and a text, whatever their keys."""
+    chosen, alone = {**CHAT, "chosen": [turn("gpt", "w3")]}, {**CHAT, "chosen": says("w3")}
+    conversations = {**SHARE_GPT, "conversations": [{"role": "system", "content": "w0"}, user("w1")]}
+    assert read_all([chosen]) == read_all([alone]) == [CHAT]
+    assert read_all([conversations]) == [READ]
+    assert read_all([{**CHAT, "chosen": json.dumps(CHAT["chosen"])}]) == [CHAT]
 
 
 def test_a_bad_streamed_row_is_named_when_it_comes():
@@ -107,8 +120,10 @@ def test_a_bad_streamed_row_is_named_when_it_comes():
         yield SHARE_GPT
         yield {**SHARE_GPT, "chosen": turn("gpt", " ")}
 
-    streamed = iter(data.with_pairs(IterableDataset.from_generator(rows), "here"))
-    assert next(streamed) == READ
+    stream = IterableDataset.from_generator(rows)
+    streamed = iter(data.PairPreparation().prepare(stream, tiny_tokenizer(), "here"))
+    whole = data.PairPreparation().prepare(Dataset.from_list([SHARE_GPT]), tiny_tokenizer())
+    assert next(streamed) == whole[0]
     with pytest.raises(DataError, match="here, row 2, column chosen: has an empty message 1"):
         next(streamed)
 
@@ -117,9 +132,9 @@ def test_a_bad_streamed_row_is_named_when_it_comes():
 @pytest.mark.parametrize("streaming", [False, True])
 def test_real_share_gpt_pairs(streaming):
     rows = data.load_splits(str(DEMO), streaming=streaming)["train"]
-    if not streaming:
-        assert data.check_pairs(rows) == "ShareGPT pairs"
-    read = list(data.with_pairs(rows))
+    form = pair_form(rows)
+    assert form.name == "ShareGPT pairs"
+    read = [data.read_pair(row, form, "") for row in rows]
     raw = list(load_dataset("json", data_files=str(DEMO))["train"])
     assert len(read) == len(raw) == 300
     for ours, theirs in zip(read, raw, strict=True):
@@ -196,17 +211,9 @@ BAD: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
         [{**CHAT, "prompt": [{"role": None, "content": "w1"}]}],
         [", row 1, column prompt: has no role in message 1", "`role` and `content`"],
     ),
-    "ShareGPT messages in TRL's columns": (
-        [{**CHAT, "chosen": [turn("gpt", "w3")]}],
+    "a message of keys that nobody knows": (
+        [{**CHAT, "chosen": [{"speaker": "gpt", "text": "w3"}]}],
         [", row 1, column chosen: has no role in message 1", "`role` and `content`"],
-    ),
-    "TRL's messages in ShareGPT columns": (
-        [{**SHARE_GPT, "conversations": [user("w1")]}],
-        [", row 1, column conversations: has no from in message 1", "`from` and `value`"],
-    ),
-    "a message that is no list": (
-        [{**CHAT, "chosen": says("w3")}],
-        [", row 1, column chosen: is {'role'", "a list of messages"],
     ),
     "a number": ([{**PLAIN, "rejected": 3}], [", row 1, column rejected: is 3", "Give text"]),
     "a prompt of text, answers of messages": (
@@ -255,8 +262,8 @@ BAD: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
     ),
     "tools that are no JSON": ([{**CHAT, "tools": "w1("}], [", row 1, column tools: is no JSON", "null"]),
     "no settings of the template": (
-        [{**CHAT, "chat_template_kwargs": {"x": 1}}, {**CHAT, "chat_template_kwargs": None}],
-        [", row 2, column chat_template_kwargs: is None", "by name"],
+        [{**CHAT, "chat_template_kwargs": "[1]"}],
+        [", row 1, column chat_template_kwargs: is [1]", "by name"],
     ),
 }
 
@@ -288,4 +295,5 @@ def test_no_rows_are_no_pairs():
     empty = Dataset.from_dict({"prompt": [], "chosen": [], "rejected": []})
     with pytest.raises(DataError, match=r"pairs\.jsonl: the dataset is empty"):
         data.check_pairs(empty, "pairs.jsonl")
-    assert data.with_pairs(empty) is empty
+    with pytest.raises(DataError, match="the dataset is empty"):
+        data.prepare_pairs(empty, tiny_tokenizer(), data.PairPreparation())

@@ -11,13 +11,20 @@ LONGEST_SPAN = 300  # characters shown of either end of a long piece
 
 
 def spans(tokenizer: PreTrainedTokenizerBase, ids: list[int], is_trained: list[bool]) -> list[tuple[str, bool]]:
-    """The text of tokens, cut where they begin or cease to be trained: each piece, and whether it is."""
+    """The text of tokens, cut where they begin or cease to be trained: each piece, and whether it is.
+
+    A character of several tokens is not cut; all of it is shown as its first token is.
+    """
     found: list[tuple[str, bool]] = []
+    is_trained = list(is_trained)
     before, start = "", 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or is_trained[end] != is_trained[start]:
             # Decoded from the beginning each time, because some tokenizers drop the space that a piece begins with.
             whole = str(tokenizer.decode(ids[:end]))
+            if end < len(ids) and whole.endswith("\ufffd"):
+                is_trained[end] = is_trained[start]
+                continue
             piece = whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(ids[start:end]))
             found.append((piece, is_trained[start]))
             before, start = whole, end

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from renyi.cli.command import TrainingCommand
 from renyi.cli.console import bytes_text, facts, headed
 from renyi.cli.progress import Progress
-from renyi.data import sample
+from renyi.data import sample, told_cut, told_tokenizer
 from renyi.runs.auto import Chosen
 from renyi.runs.build import Rows, Run, Watch
 from renyi.runs.settings import Settings
@@ -94,7 +94,7 @@ def _what_was_chosen(command: TrainingCommand, chosen: Chosen, num_members: int)
 
 def _prepared(ready: Run, rows: Rows, size: int) -> Dataset:
     """At most `size` rows as training sees them."""
-    return ready.preparation.prepare(sample(rows, size), ready.tokenizer)
+    return ready.preparation.prepare(sample(rows, size), ready.tokenizer, limits=ready.trainer.limits)
 
 
 # ---- Before ----------------------------------------------------------------------------------------------------------
@@ -130,12 +130,21 @@ def _plan(command: TrainingCommand, ready: Run, undecided: bool) -> RenderableTy
         ),
         **command.plan(ready),
         "data": f"{ready.settings.values['dataset_name']} · {ready.form}",
+        **told_tokenizer(ready.tokenizer),
         "train": _sizes(command, ready, trainer.train_dataset, ready.train_rows),
         "held out": _sizes(command, ready, trainer.eval_dataset, ready.eval_rows),
+        **_cut(ready),
         "steps": _steps(command, args, steps),
         "output": f"{ready.output_dir}",
     }
     return facts(command.prog, {name: Text(value) for name, value in rows.items()})
+
+
+def _cut(ready: Run) -> dict[str, str]:
+    """How many rows lose tokens, if any do."""
+    of_all = sum(ready.trainer.cut_rows.values())
+    told = told_cut(of_all, getattr(ready.preparation, "max_length", None), ready.trainer.limits)
+    return {"cut": told} if told else {}
 
 
 def _show_memory(out: Console, err: Console, ready: Run) -> None:

@@ -1,47 +1,65 @@
 """Datasets and tokenizers: loading them, saying which row is wrong and why, and turning rows into tokens and labels.
 
-Training and scoring both stand on this, so that a label means the same to both. Nothing here knows about models.
+Training, scoring, generation and every display stand on this, so that a row and a label mean the same to all. In order:
+`load` (with `files`), `rows` (with `messages`), `tokenizers`, `rendering`, `prepare`; `pairs`, `prepare_pairs`,
+`prompts` and `questions` are the other kinds of rows.
 """
 
-from renyi.data.load import choose_split, load_chat_template, load_splits, load_tokenizer, load_tokenizer_of
-from renyi.data.pairs import check_pairs, with_pairs
+from renyi.data.files import exact_dataset
+from renyi.data.load import choose_split, load_splits
+from renyi.data.messages import read_messages
+from renyi.data.pairs import check_pairs, read_pair
 from renyi.data.prepare import (
     IGNORED,
     Counts,
+    Limits,
     Preparation,
     RowPreparation,
-    checked,
+    count_cut,
     count_tokens,
     prepare,
     sample,
-    training_template,
+    told_cut,
 )
-from renyi.data.prepare_pairs import PairCounts, PairPreparation, checked_pairs, count_pairs, prepare_pairs
-from renyi.data.prompts import PromptPreparation, check_prompts, prompt_tokens
+from renyi.data.prepare_pairs import PairCounts, PairPreparation, count_cut_pairs, count_pairs, prepare_pairs
+from renyi.data.prompts import PromptPreparation, check_prompts, prompt_tokens, prompts_of, read_prompts
 from renyi.data.questions import LETTERS, Question, read_questions
 from renyi.data.read import read_rows
-from renyi.data.rows import ROW_COLUMN, check_rows, form_of, number_rows, with_messages
+from renyi.data.rendering import chat_tokens, end_tokens, text_tokens, training_template
+from renyi.data.rows import FILE_COLUMN, ROW_COLUMN, Form, check_rows, number_rows
+from renyi.data.tokenizers import (
+    load_chat_template,
+    load_tokenizer,
+    load_tokenizer_of,
+    settle_padding,
+    told_tokenizer,
+)
 
 __all__ = [
+    "FILE_COLUMN",
     "IGNORED",
     "LETTERS",
     "ROW_COLUMN",
     "Counts",
+    "Form",
+    "Limits",
     "PairCounts",
     "PairPreparation",
     "Preparation",
     "PromptPreparation",
     "Question",
     "RowPreparation",
+    "chat_tokens",
     "check_pairs",
     "check_prompts",
     "check_rows",
-    "checked",
-    "checked_pairs",
     "choose_split",
+    "count_cut",
+    "count_cut_pairs",
     "count_pairs",
     "count_tokens",
-    "form_of",
+    "end_tokens",
+    "exact_dataset",
     "load_chat_template",
     "load_splits",
     "load_tokenizer",
@@ -50,10 +68,16 @@ __all__ = [
     "prepare",
     "prepare_pairs",
     "prompt_tokens",
+    "prompts_of",
+    "read_messages",
+    "read_pair",
+    "read_prompts",
     "read_questions",
     "read_rows",
     "sample",
+    "settle_padding",
+    "text_tokens",
+    "told_cut",
+    "told_tokenizer",
     "training_template",
-    "with_messages",
-    "with_pairs",
 ]

@@ -1,29 +1,80 @@
-"""From rows to tokens and labels, exactly as training sees them.
+"""From rows to tokens and labels: the one way for training, scoring and what is shown.
 
-TRL's own preparation does the work, in training inside its trainer and here without one; this file adds what it leaves
-out: an error, naming the row, where TRL would drop a row in silence. It knows nothing about models or batches.
+`prepare` gives what TRL's SFTTrainer would with the same settings (a test holds it to that), and an error that names
+the row where TRL would crash, train on something else, or drop the row in silence. `rows.py` says what a row means.
 """
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
-from trl import SFTTrainer
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-from renyi.data.rows import ROW_COLUMN, check_rows, number_rows, with_messages
-from renyi.errors import ConfigError, DataError, EnsembleFormatError, TokenizerError
+from renyi.data.files import exact_dataset
+from renyi.data.messages import is_messages
+from renyi.data.rendering import (
+    chat_tokens,
+    check_can_tokenise,
+    end_of_turn,
+    for_template,
+    no_masks,
+    text_tokens,
+    training_template,
+)
+from renyi.data.rows import (
+    FILE_COLUMN,
+    ROW_COLUMN,
+    WHOLE_LENGTH,
+    Form,
+    are_exact,
+    check_losses,
+    check_not_empty,
+    check_rows,
+    form_of,
+    only_columns,
+    read_row,
+    row_name,
+)
+from renyi.errors import ConfigError, DataError, EnsembleFormatError
 
 PREPARATION_FILE = "preparation.json"
 IGNORED = -100  # the label of a token that is not trained, as everywhere in transformers
+_VERSION = 2  # of what is computed here, for the datasets that are kept on disk
+
+Rows = TypeVar("Rows", Dataset, IterableDataset)
+
+
+class Limits(NamedTuple):
+    """What a base model can read.
+
+    Attributes:
+        positions: the most tokens of a row; None if its positions have no end.
+        vocabulary: ids below this have an embedding; None if that is not known.
+    """
+
+    positions: int | None = None
+    vocabulary: int | None = None
+
+    @classmethod
+    def of(cls, model: Any) -> "Limits":
+        """Read off a transformers model."""
+        config = model.config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None)
+        embedding = model.get_input_embeddings()
+        size = getattr(embedding, "num_embeddings", None) or getattr(config, "vocab_size", None)
+        return cls(positions if isinstance(positions, int) and positions > 0 else None, size)
+
+    def longest(self, max_length: int | None) -> int | None:
+        """The most tokens of a row: `max_length`, or the model's positions where these are fewer."""
+        return min((n for n in (max_length, self.positions) if n is not None), default=None)
+
+
+NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -36,13 +87,13 @@ class RowPreparation(ABC):
         return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Path | str) -> Self:
         """The settings kept in an ensemble's folder, or the defaults if it keeps none.
 
         Raises:
             EnsembleFormatError: the file is damaged.
         """
-        file = folder / PREPARATION_FILE
+        file = Path(folder) / PREPARATION_FILE
         if not file.is_file():
             return cls()
         try:
@@ -57,15 +108,21 @@ class RowPreparation(ABC):
         (folder / PREPARATION_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @abstractmethod
-    def check(self, rows: Dataset, name: str = "dataset") -> str:
+    def check(self, rows: Dataset, name: str = "dataset") -> Form:
         """The form of the rows; raises `DataError` that names the first bad one."""
 
     @abstractmethod
-    def readable(self, rows: Any, name: str = "dataset") -> Any:
-        """The rows, streamed or not, with ShareGPT's columns as TRL reads them; raises `DataError`."""
+    def form(self, rows: Any, name: str = "dataset") -> Form:
+        """The form of the rows by their columns, without a look at the rows; raises `DataError`."""
 
     @abstractmethod
-    def prepare(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str = "dataset") -> Dataset:
+    def readable(self, rows: Any, name: str = "dataset") -> Any:
+        """The rows, streamed or not, with the columns of their form alone; raises `DataError`."""
+
+    @abstractmethod
+    def prepare(
+        self, rows: Any, tokenizer: PreTrainedTokenizerBase, name: str = "dataset", limits: Limits = NO_LIMITS
+    ) -> Any:
         """The rows as tokens, as training sees them; raises `DataError` and `TokenizerError`."""
 
 
@@ -74,7 +131,7 @@ class Preparation(RowPreparation):
     """The settings that decide the tokens and labels of rows for supervised fine-tuning.
 
     Attributes:
-        max_length: tokens after which a row is cut; None for no limit.
+        max_length: tokens after which a row is cut; None for no limit but the model's.
         truncation_mode: which end is kept.
         dataset_text_field: the column that holds the text of a row of text.
         completion_only_loss: whether only a completion is trained; None: where there is one.
@@ -87,152 +144,244 @@ class Preparation(RowPreparation):
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
 
-    def check(self, rows: Dataset, name: str = "dataset") -> str:
-        return check_rows(rows, self.dataset_text_field, self.assistant_only_loss, name)
+    def __post_init__(self) -> None:
+        check_cut(self.max_length, self.truncation_mode)
+
+    def check(self, rows: Dataset, name: str = "dataset") -> Form:
+        return check_rows(rows, self.dataset_text_field, self.assistant_only_loss, name, self.completion_only_loss)
+
+    def form(self, rows: Any, name: str = "dataset") -> Form:
+        form = form_of(rows, self.dataset_text_field, name)
+        check_losses(form, self.assistant_only_loss, self.completion_only_loss)
+        return form
 
     def readable(self, rows: Any, name: str = "dataset") -> Any:
-        return with_messages(rows, name)
+        return only_columns(rows, self.form(rows, name))
 
-    def prepare(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str = "dataset") -> Dataset:
-        return prepare(rows, tokenizer, self, name)
+    def prepare(
+        self, rows: Any, tokenizer: PreTrainedTokenizerBase, name: str = "dataset", limits: Limits = NO_LIMITS
+    ) -> Any:
+        return prepare(rows, tokenizer, self, name, limits)
+
+
+def check_cut(max_length: int | None, truncation_mode: str) -> None:
+    """Raise `ConfigError` unless rows can be cut like that."""
+    if max_length is not None and max_length < 1:
+        hint = "Give the most tokens of a row, or null for no limit."
+        raise ConfigError(f"{max_length} is not allowed", where="max_length", hint=hint)
+    if truncation_mode not in ("keep_start", "keep_end"):
+        hint = "Write keep_start or keep_end."
+        raise ConfigError(f"{truncation_mode!r} is not allowed", where="truncation_mode", hint=hint)
 
 
 def prepare(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Preparation, name: str = "dataset"
-) -> Dataset:
-    """Turn rows of any of TRL's forms into columns `input_ids` and `labels`, one row each, in order.
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Preparation,
+    name: str = "dataset",
+    limits: Limits = NO_LIMITS,
+    keep: Sequence[str] = (),
+    num_proc: int | None = None,
+) -> Rows:
+    """Turn rows of any form into columns `input_ids`, `labels` and `WHOLE_LENGTH`, one row each, in order.
 
     Labels are −100 where a token is not trained. This is what `RenyiSFTTrainer` trains on with the same settings.
 
-    Raises:
-        DataError: a row is malformed, or nothing of it would be trained.
-        TokenizerError: text needs an end-of-text token to close it, and there is none.
-    """
-    dataset = with_messages(dataset, name)
-    first = dataset[0] if len(dataset) else {}
-    completion_only = settings.completion_only_loss
-    if completion_only is None:
-        completion_only = "prompt" in first and "completion" in first
-    chat_template = training_template(tokenizer) if settings.assistant_only_loss else None
-    trainer = SimpleNamespace(_tokenizer=tokenizer, completion_only_loss=completion_only, chat_template=chat_template)
-    args = SimpleNamespace(**asdict(settings), dataset_num_proc=None, shuffle_dataset=False)
-
-    def by_trl(rows: Dataset) -> Dataset:
-        # The one private thing used here: as a plain function, the method needs nothing but these three attributes.
-        return SFTTrainer._prepare_dataset(trainer, rows, tokenizer, args, False, None, name)  # type: ignore[arg-type]
-
-    return checked(dataset, tokenizer, settings, name, by_trl)
-
-
-def checked(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Preparation,
-    name: str,
-    by_trl: Callable[[Dataset], Dataset],
-    well_formed: bool = False,
-) -> Dataset:
-    """Prepare a dataset with `by_trl`, and raise where TRL would fail obscurely or lose a row in silence.
-
     Args:
-        dataset: as it was loaded; may be numbered by `number_rows` already.
-        tokenizer: what `by_trl` tokenises with.
-        settings: what `by_trl` prepares for.
+        rows: as loaded, streamed or not; may be numbered by `number_rows`. Prepared rows come out as they are.
+        tokenizer: of the base.
+        settings: how.
         name: what to call the dataset.
-        by_trl: TRL's preparation, without packing.
-        well_formed: leave the rows' form to `by_trl`, because a formatting function makes them.
+        limits: of the base; a row is cut at its positions, and an id without an embedding is an error.
+        keep: columns that go on beside the tokens, such as the one that rows are routed by.
+        num_proc: processes that share the work.
 
     Raises:
-        DataError, TokenizerError: as `prepare`.
+        ConfigError: the settings train a part of rows that these do not have.
+        DataError: a row is malformed, or nothing of it would be trained. For a streamed dataset, as the row comes by.
+        TokenizerError: text needs an end-of-text token to close it, messages a chat template, and there is none.
     """
-    if not well_formed:
-        form = settings.check(dataset, name)
-        is_text = form == "text" or (form == "prompt-completion" and isinstance(dataset[0]["completion"], str))
-        if form != "tokenised":
-            check_can_tokenise(tokenizer, is_text)
-    numbered = number_rows(dataset)
-    with _explained_masks():
-        prepared = by_trl(numbered)
-    _check_trained(prepared, numbered, settings.max_length, name)
-    return prepared.remove_columns(ROW_COLUMN)
+    if isinstance(rows, Dataset):
+        check_not_empty(rows, name)
+    form: Form = settings.form(rows, name)
+    if WHOLE_LENGTH in form.columns:
+        return rows
+    template = training_template(tokenizer) if settings.assistant_only_loss and form.name != "tokenised" else None
+    if form.name not in ("tokenised", "prompt-completion"):
+        check_can_tokenise(tokenizer, form.name == "text")
+    one = _Tokenise(tokenizer, settings, form, are_exact(rows, form.columns), template, name, limits)
+    if not isinstance(rows, Dataset):
+        gone = [c for c in rows.column_names or [*form.columns, *form.left_out] if c not in keep]
+        return rows.map(one, with_indices=True, remove_columns=gone)
+    features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), WHOLE_LENGTH: Value("int32")}
+    prepared = rows.map(
+        one,
+        with_indices=True,
+        fn_kwargs={"version": _VERSION, "lost_is_an_error": False},
+        remove_columns=[c for c in rows.column_names if c not in keep],
+        features=Features({**{c: rows.features[c] for c in keep}, **features}),
+        num_proc=num_proc,
+        desc=f"Tokenising {name}",
+    )
+    _check_trained(prepared, rows, settings, name)
+    return prepared
 
 
-def check_can_tokenise(tokenizer: PreTrainedTokenizerBase, is_text: bool) -> None:
-    """Raise `TokenizerError` unless the tokenizer can close a text, or render a conversation."""
-    if not is_text:
-        check_has_template(tokenizer)
-    elif tokenizer.eos_token is None:
-        raise TokenizerError(
-            "has no eos token to close a text with", where="tokenizer", hint="Choose one with --eos_token."
+class _Tokenise:
+    """A row as tokens and labels."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Preparation,
+        form: Form,
+        exact: Mapping[str, bool],
+        template: str | None,
+        name: str,
+        limits: Limits,
+    ):
+        self.tokenizer, self.settings, self.form, self.exact, self.template = tokenizer, settings, form, exact, template
+        self.name, self.limits = name, limits
+        self.end = end_of_turn(tokenizer) if settings.assistant_only_loss else None
+
+    def __call__(
+        self, row: Mapping[str, Any], index: int, version: int = _VERSION, lost_is_an_error: bool = True
+    ) -> dict[str, Any]:
+        where = row_name(row, index, self.name)
+        read = read_row(row, self.form, where, self.settings.assistant_only_loss, self.exact)
+        ids, labels = self._tokens(read, where)
+        check_ids(ids, self.limits, where)
+        whole = len(ids)
+        longest = self.limits.longest(self.settings.max_length)
+        if longest is not None:
+            kept = slice(longest) if self.settings.truncation_mode == "keep_start" else slice(-longest, None)
+            ids, labels = ids[kept], labels[kept]
+        if lost_is_an_error and not any(label != IGNORED for label in labels[1:]):
+            raise DataError("no trained token is left", where=where, hint=_lost_hint(self.settings))
+        return {"input_ids": ids, "labels": labels, WHOLE_LENGTH: whole}
+
+    def _tokens(self, read: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
+        """All tokens of a row that was read, and their labels."""
+        tokenizer, settings = self.tokenizer, self.settings
+        masks: list[Sequence[int]] = []
+        if "input_ids" in read:
+            ids = read["input_ids"]
+            if "labels" in read:
+                check_ids([label for label in read["labels"] if label != IGNORED], self.limits, where)
+                return ids, read["labels"]
+            completion, assistant = read.get("completion_mask"), read.get("assistant_masks")
+            masks = [m for m in (completion if settings.completion_only_loss is not False else None, assistant) if m]
+        elif "text" in read:
+            ids = text_tokens(tokenizer, closed(read["text"], tokenizer), where)
+        elif "messages" in read:
+            tokens = self._chat(read["messages"], read, where)
+            ids = tokens["input_ids"]
+            masks = [tokens["assistant_masks"]] if settings.assistant_only_loss else []
+        else:
+            before, tokens = self._with_prompt(read, where)
+            ids = tokens["input_ids"]
+            if settings.completion_only_loss is not False:
+                masks.append([0] * before + [1] * (len(ids) - before))
+            if settings.assistant_only_loss:
+                masks.append(tokens["assistant_masks"])
+        return ids, [token if all(bits) else IGNORED for token, *bits in zip(ids, *masks, strict=True)]
+
+    def _chat(self, messages: Any, read: Mapping[str, Any], where: str) -> dict[str, list[int]]:
+        masked = self.settings.assistant_only_loss
+        options = {"chat_template": self.template, "return_assistant_tokens_mask": masked, **for_template(read)}
+        tokens = chat_tokens(self.tokenizer, messages, where, options)
+        if masked:
+            mask = tokens["assistant_masks"]
+            if 1 not in mask:
+                raise no_masks()
+            # The token that ends a turn is the assistant's, too, though some templates mark only what is before it.
+            tokens["assistant_masks"] = [
+                int(bit or (i > 0 and mask[i - 1] == 1 and token == self.end))
+                for i, (bit, token) in enumerate(zip(mask, tokens["input_ids"], strict=True))
+            ]
+        return tokens
+
+    def _with_prompt(self, read: Mapping[str, Any], where: str) -> tuple[int, dict[str, list[int]]]:
+        """The number of tokens of a prompt, and the tokens of it and its completion."""
+        prompt, completion = read["prompt"], read["completion"]
+        check_can_tokenise(self.tokenizer, not is_messages(completion))
+        if isinstance(completion, str):
+            alone = text_tokens(self.tokenizer, prompt, where)
+            ids = text_tokens(self.tokenizer, prompt + closed(completion, self.tokenizer), where)
+            return common_length(alone, ids), {"input_ids": ids}
+        options = {"chat_template": self.template, "add_generation_prompt": True, **for_template(read)}
+        alone = chat_tokens(self.tokenizer, prompt, where, options)["input_ids"] if prompt else []
+        tokens = self._chat([*prompt, *completion], read, where)
+        return common_length(alone, tokens["input_ids"]), tokens
+
+
+def closed(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text with the end of text behind it, once."""
+    end = str(tokenizer.eos_token)
+    return text if text.endswith(end) else text + end
+
+
+def common_length(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens two sequences share at their beginning."""
+    return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
+
+
+def check_ids(ids: Sequence[int], limits: Limits, where: str) -> None:
+    """Raise `DataError` for an id that the base has no embedding for."""
+    if limits.vocabulary is not None and ids and max(ids) >= limits.vocabulary:
+        place = next(i for i, token in enumerate(ids) if token >= limits.vocabulary)
+        raise DataError(
+            f"has the token {ids[place]} at place {place + 1}, and the base has {limits.vocabulary} embeddings",
+            where=where,
+            hint="Take the tokenizer of this base: another has more words.",
         )
 
 
-def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template that marks the assistant's tokens, or None if the tokenizer's own template does.
-
-    Raises:
-        TokenizerError: there is no template.
-        DataError: the template marks nothing, and TRL knows no marked version of it.
-    """
-    check_has_template(tokenizer)
-    if has_generation_markers(tokenizer.chat_template):
-        return None
-    try:
-        return get_training_chat_template(tokenizer)
-    except ValueError as error:
-        raise _no_masks() from error
+# ---- What is lost, and what is cut -----------------------------------------------------------------------------------
 
 
-def check_has_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `TokenizerError` unless the tokenizer can render a conversation."""
-    if tokenizer.chat_template is None:
-        raise TokenizerError(
-            "has no chat template, and the rows are conversations",
-            where="tokenizer",
-            hint="Give one by --chat_template_path: a .jinja file, or the id of a model that has one.",
-        )
-
-
-@contextmanager
-def _explained_masks() -> Iterator[None]:
-    """Turn TRL's error about all-zero assistant masks into ours."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "assistant" not in str(error):
-            raise
-        raise _no_masks() from error
-
-
-def _no_masks() -> DataError:
-    return DataError(
-        "the chat template marks no assistant tokens, so nothing would be trained",
-        where="assistant_only_loss",
-        hint="Give a template with {% generation %} markers by chat_template_path, use prompt + completion rows, "
-        "or drop assistant_only_loss.",
+def _lost_hint(settings: Preparation) -> str:
+    return (
+        f"With max_length {settings.max_length} its prompt leaves no room for an answer, or the template masks it all: "
+        "raise max_length, shorten the row, or remove it."
     )
 
 
-def _check_trained(prepared: Dataset, numbered: Dataset, max_length: int | None, name: str) -> None:
+def _check_trained(prepared: Dataset, rows: Dataset, settings: Preparation, name: str) -> None:
     """Raise `DataError` if preparation left some of the rows without a trained token."""
-    kept = set(prepared[ROW_COLUMN])
-    lost = [row for row in numbered[ROW_COLUMN] if row not in kept]
-    if not lost:  # TRL drops such rows only where it cuts; look at the labels of the rest
-        nothing = np.concatenate([trained == 0 for trained in _trained_by_row(prepared)])
-        lost = np.asarray(prepared[ROW_COLUMN])[nothing].tolist()
-    if lost:
-        raise nothing_left(
-            lost,
-            f"With max_length {max_length} its prompt leaves no room for an answer, or the template masks it all: "
-            "raise max_length, shorten the row, or remove it.",
-            name,
-        )
+    nothing = np.concatenate([trained == 0 for trained in _trained_by_row(prepared)])
+    if nothing.any():
+        raise nothing_left(rows, np.flatnonzero(nothing).tolist(), _lost_hint(settings), name)
 
 
-def nothing_left(rows: Sequence[int], hint: str, name: str) -> DataError:
-    """The error that names the first of some rows, numbered from 0, of which nothing would be trained."""
-    others = f" (nor in {len(rows) - 1} other rows)" if len(rows) > 1 else ""
-    return DataError(f"no trained token is left{others}", where=f"{name}, row {min(rows) + 1}", hint=hint)
+def nothing_left(rows: Dataset, lost: Sequence[int], hint: str, name: str) -> DataError:
+    """The error that names the first of some rows, by their places in a dataset, of which nothing would be trained."""
+    others = f" (nor in {len(lost) - 1} other rows)" if len(lost) > 1 else ""
+    columns = [c for c in (ROW_COLUMN, FILE_COLUMN) if c in rows.column_names]
+    numbers = rows.select_columns(columns) if columns else None
+    names = {i: row_name(numbers[i] if numbers else {}, i, name) for i in lost}
+    first = min(lost, key=lambda i: numbers[i][ROW_COLUMN] if numbers and len(columns) == 1 else i)
+    return DataError(f"no trained token is left{others}", where=names[first], hint=hint)
+
+
+def count_cut(prepared: Dataset | IterableDataset) -> int:
+    """How many rows of a prepared dataset lost tokens to `max_length` or the model's positions; 0 if streamed."""
+    if not isinstance(prepared, Dataset) or WHOLE_LENGTH not in prepared.column_names:
+        return 0
+    cut = 0
+    for table in prepared.select_columns(["input_ids", WHOLE_LENGTH]).with_format("arrow").iter(batch_size=1000):
+        kept = table["input_ids"].combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        cut += int((table[WHOLE_LENGTH].to_numpy() > kept).sum())
+    return cut
+
+
+def told_cut(cut: int, max_length: int | None, limits: Limits = NO_LIMITS) -> str | None:
+    """A line of the plan on rows that are cut; None if there are none."""
+    if not cut:
+        return None
+    longest = limits.longest(max_length)
+    at = f"max_length {longest}" if longest == max_length else f"the {longest} positions of the base"
+    return f"{cut} row{'s' if cut > 1 else ''} cut at {at}"
 
 
 class Counts(NamedTuple):
@@ -297,6 +446,7 @@ def _trained_by_row(prepared: Dataset) -> Iterator[np.ndarray]:
 def sample(dataset: Dataset | IterableDataset, size: int) -> Dataset:
     """At most `size` rows, evenly spaced over the dataset; of a streamed one the first."""
     if not isinstance(dataset, Dataset):
-        return Dataset.from_list(list(dataset.take(size)))
+        rows = list(dataset.take(size))
+        return exact_dataset(rows) if dataset.features is None else Dataset.from_list(rows, features=dataset.features)
     size = min(size, len(dataset))
     return dataset.select([i * len(dataset) // size for i in range(size)])

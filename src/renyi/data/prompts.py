@@ -1,28 +1,36 @@
 """Rows that hold a prompt and nothing to learn from but what the model itself makes of it.
 
-A prompt is text or messages, as in TRL. This file knows tokens and lengths; nothing about models or rollouts.
+A prompt is text or messages, read and tokenised as everywhere. `rendering.py` makes the tokens; read it next.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from jinja2 import TemplateError
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from renyi.data.prepare import RowPreparation, check_has_template
+from renyi.data.files import exact_dataset, read_files
+from renyi.data.messages import is_messages, read_messages, renamed_roles
+from renyi.data.prepare import NO_LIMITS, Limits, RowPreparation, check_ids
+from renyi.data.rendering import chat_tokens, check_has_template, for_template, text_tokens
 from renyi.data.rows import (
-    ROLE_AND_CONTENT,
+    FILE_COLUMN,
+    FOR_TEMPLATES,
     ROW_COLUMN,
-    Problem,
+    Form,
+    are_exact,
     check_not_empty,
-    messages_problem,
-    number_rows,
+    columns_of,
     numbered_rows,
+    read_for_template,
+    row_name,
 )
 from renyi.errors import DataError
 
 PROMPT = "prompt"
+_COLUMNS = (PROMPT, "messages", "conversations")  # where a prompt may be, in order of precedence
 
 
 @dataclass(frozen=True)
@@ -30,90 +38,179 @@ class PromptPreparation(RowPreparation):
     """The settings that decide the tokens of prompts; a prompt is never cut, because its end is what is continued.
 
     Attributes:
-        max_prompt_length: tokens above which a prompt is an error; None for no limit.
+        max_prompt_length: tokens above which a prompt is an error; None for no limit but the model's.
     """
 
     max_prompt_length: int | None = None
 
-    def check(self, rows: Dataset, name: str = "dataset") -> str:
+    def check(self, rows: Dataset, name: str = "dataset") -> Form:
         return check_prompts(rows, name)
 
+    def form(self, rows: Any, name: str = "dataset") -> Form:
+        return prompt_form(rows, name)
+
     def readable(self, rows: Any, name: str = "dataset") -> Any:
-        return rows
+        """The rows with `prompt` as TRL reads it: text, or messages of standard roles."""
+        form = prompt_form(rows, name)
+        exact = are_exact(rows, form.columns)
 
-    def prepare(self, rows: Dataset, tokenizer: PreTrainedTokenizerBase, name: str = "dataset") -> Dataset:
+        def read(row: Mapping[str, Any], index: int) -> dict[str, Any]:
+            return {PROMPT: read_prompt(row, form, row_name(row, index, name), exact)[PROMPT]}
+
+        if not isinstance(rows, Dataset):
+            return rows.map(read, with_indices=True)
+        if not any(is_messages(row[form.columns[0]]) for row in rows.select(range(min(1, len(rows))))):
+            return rows
+        read_rows = [{**row, **read(row, i)} for i, row in enumerate(rows)]
+        return exact_dataset(read_rows)
+
+    def prepare(
+        self, rows: Any, tokenizer: PreTrainedTokenizerBase, name: str = "dataset", limits: Limits = NO_LIMITS
+    ) -> Any:
         """The one column `input_ids`: each prompt's tokens, as TRL's GRPOTrainer makes them."""
-        form = check_prompts(rows, name)
-        if form == "prompts, conversational":
-            check_has_template(tokenizer)
-        numbered = number_rows(rows)
+        form = prompt_form(rows, name)
+        exact = are_exact(rows, form.columns)
+        longest = limits.longest(self.max_prompt_length)
 
-        def tokenise(row: dict[str, Any]) -> dict[str, Any]:
-            where = f"{name}, row {row[ROW_COLUMN] + 1}, column {PROMPT}"
-            ids = prompt_tokens(row[PROMPT], tokenizer, where)
-            if self.max_prompt_length is not None and len(ids) > self.max_prompt_length:
-                raise DataError(
-                    f"has {len(ids)} tokens, and the longest allowed is {self.max_prompt_length}",
-                    where=where,
-                    hint="Shorten or remove the row, lower max_completion_length, or raise max_prompt_length if the "
-                    "model can read more.",
-                )
+        def tokenise(row: dict[str, Any], index: int) -> dict[str, Any]:
+            where = row_name(row, index, name)
+            prompt = read_prompt(row, form, where, exact)[PROMPT]
+            ids = prompt_tokens(prompt, tokenizer, f"{where}, column {form.columns[0]}")
+            check_prompt_length(ids, longest, f"{where}, column {form.columns[0]}")
+            check_ids(ids, limits, where)
             return {"input_ids": ids}
 
-        return numbered.map(tokenise, remove_columns=numbered.column_names, desc="Tokenising prompts")
+        return rows.map(tokenise, with_indices=True, remove_columns=columns_of(rows))
 
 
-def prompt_tokens(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
+def check_prompt_length(ids: list[int], longest: int | None, where: str) -> None:
+    """Raise `DataError` for a prompt of more than `longest` tokens."""
+    if longest is not None and len(ids) > longest:
+        raise DataError(
+            f"has {len(ids)} tokens, and the longest allowed is {longest}",
+            where=where,
+            hint="Shorten or remove the row, lower max_completion_length, or raise max_prompt_length if the "
+            "model can read more.",
+        )
+
+
+def prompt_tokens(
+    prompt: str | list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    row: Mapping[str, Any] | None = None,
+) -> list[int]:
     """The tokens of one prompt, with the template's opening of an answer behind a conversation.
+
+    Args:
+        prompt: text that is continued, with one beginning of text, or messages as `read_messages` gives them.
+        tokenizer: of the base.
+        where: what to call the prompt.
+        row: what else the template is handed: `tools`, `chat_template_kwargs`.
 
     Raises:
         DataError: the chat template refuses it, or there are none.
+        TokenizerError: the prompt is a conversation, and there is no template.
     """
-    try:
-        if isinstance(prompt, str):
-            encoded: Any = tokenizer(text=prompt)
-        else:
-            encoded = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
-    except (TemplateError, TypeError) as error:
-        raise DataError(f"the chat template refuses it: {error}", where=where, hint="Mend the messages.") from error
-    ids = list(encoded["input_ids"])
+    if isinstance(prompt, str):
+        ids = text_tokens(tokenizer, prompt, where)
+    else:
+        check_has_template(tokenizer)
+        options = {"add_generation_prompt": True, **for_template(row or {})}
+        ids = list(chat_tokens(tokenizer, prompt, where, options)["input_ids"])
     if not ids:
         raise DataError("has no tokens", where=where, hint="Give a text to continue, or remove the row.")
     return ids
 
 
-def check_prompts(rows: Dataset, name: str = "dataset") -> str:
-    """Check every row and return the form of the prompts: "prompts, plain text" or "prompts, conversational".
+def read_prompts(file: Path) -> list[dict[str, Any]]:
+    """The prompts of a json, jsonl or csv file: each a dictionary with `prompt`, text or messages of standard roles,
+    and with `tools` and `chat_template_kwargs` where the row has them.
+
+    Raises:
+        DataError: the file cannot be read, or a row has no prompt; names the file and the row.
+    """
+    if not file.is_file():
+        raise DataError("there is no such file", where=str(file), hint=f"Looked in {file.absolute().parent}.")
+    rows = read_files([file])
+    assert isinstance(rows, Dataset)
+    return prompts_of(rows, str(file))
+
+
+def prompts_of(rows: Dataset, name: str = "dataset") -> list[dict[str, Any]]:
+    """The same of rows that are loaded."""
+    check_not_empty(rows, name)
+    form = prompt_form(rows, name, for_templates=True)
+    exact = are_exact(rows, form.columns)
+    return [read_prompt(row, form, where, exact) for row, where in numbered_rows(rows, form.columns, name)]
+
+
+def prompt_form(rows: Dataset | IterableDataset, name: str = "dataset", for_templates: bool = False) -> Form:
+    """Which column holds the prompt: `prompt`, else `messages` or ShareGPT's `conversations`.
+
+    Args:
+        rows: as loaded.
+        name: what to call them.
+        for_templates: whether `tools` and `chat_template_kwargs` are read, too; training has its own for all rows.
+
+    Raises:
+        DataError: none does.
+    """
+    there = [c for c in columns_of(rows) if c not in (ROW_COLUMN, FILE_COLUMN)]
+    column = next((c for c in _COLUMNS if c in there), None)
+    if column is None:
+        raise DataError(
+            f"the columns are {', '.join(sorted(there))}",
+            where=name,
+            hint=f"A row needs a column `{PROMPT}`: text, or a list of messages; others are left alone.",
+        )
+    columns = (column, *(c for c in FOR_TEMPLATES if for_templates and c in there))
+    return Form("prompts", columns, tuple(c for c in there if c not in columns))
+
+
+def check_prompts(rows: Dataset, name: str = "dataset") -> Form:
+    """Read every row and return the form of the prompts: "prompts, plain text" or "prompts, conversational".
 
     Raises:
         DataError: names the first bad row (counted from 1).
     """
     check_not_empty(rows, name)
-    columns = set(rows.column_names) - {ROW_COLUMN}
-    if PROMPT not in columns:
+    form = prompt_form(rows, name)
+    exact = are_exact(rows, form.columns)
+    kinds: set[type] = set()
+    roles: dict[str, str] = {}
+    for row, where in numbered_rows(rows, form.columns, name):
+        prompt = read_prompt(row, form, where, exact)[PROMPT]
+        kinds.add(type(prompt))
+        if len(kinds) > 1:
+            at = f"{where}, column {form.columns[0]}"
+            raise DataError("mixes text and messages", where=at, hint="All rows must have the same form.")
+        if isinstance(prompt, list):
+            roles |= renamed_roles(row[form.columns[0]])
+    return Form(f"prompts, {'plain text' if kinds == {str} else 'conversational'}", form.columns, form.left_out, roles)
+
+
+def read_prompt(row: Mapping[str, Any], form: Form, where: str, exact: Mapping[str, bool]) -> dict[str, Any]:
+    """A row's `prompt`, text or messages that do not end with an answer, and what it hands to the template.
+
+    Raises:
+        DataError: there is none.
+    """
+    column = form.columns[0]
+    value, at = row.get(column), f"{where}, column {column}"
+    if value is None or (isinstance(value, str | list) and not value) or (isinstance(value, str) and not value.strip()):
+        raise DataError("is empty", where=at, hint="Give a text to continue, or remove the row.")
+    if not is_messages(value):
+        if not isinstance(value, str):
+            raise DataError(f"is {value!r}", where=at, hint="Give text, or a list of messages.")
+        if column == PROMPT:
+            return {PROMPT: value}
+    messages = read_messages(value, at, exact.get(column, True))
+    if messages[-1]["role"] == "assistant":
         raise DataError(
-            f"the columns are {', '.join(sorted(columns))}",
-            where=name,
-            hint=f"A row needs a column `{PROMPT}`: text, or a list of messages; others are left alone.",
+            "ends with the assistant's turn",
+            where=at,
+            hint="End it with the user's: the answer is what the model gives.",
         )
-    kind = list if isinstance(rows[0][PROMPT], list) else str
-    for number, row in numbered_rows(rows, [PROMPT]):
-        problem = _problem(row[PROMPT], kind)
-        if problem:
-            raise DataError(problem[0], where=f"{name}, row {number}, column {PROMPT}", hint=problem[1])
-    return f"prompts, {'plain text' if kind is str else 'conversational'}"
-
-
-def _problem(prompt: Any, kind: type) -> Problem:
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        return "is empty", "Give a text to continue, or remove the row."
-    if not isinstance(prompt, str | list):
-        return f"is {prompt!r}", "Give text, or a list of messages."
-    if not isinstance(prompt, kind):
-        return "mixes text and messages", "All rows must have the same form."
-    if isinstance(prompt, str):
-        return None
-    problem = messages_problem(prompt, *ROLE_AND_CONTENT)
-    if problem is None and prompt[-1]["role"] == "assistant":
-        return "ends with the assistant's turn", "End it with the user's: the answer is what the model gives."
-    return problem
+    extras = {c: row[c] for c in form.columns[1:]}
+    return {PROMPT: messages, **read_for_template(extras, where, exact)}

@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset
 
+from renyi.data.files import exact_dataset
 from renyi.data.load import choose_split, load_splits
 from renyi.errors import ConfigError, DataError
 
@@ -30,7 +31,7 @@ def read_rows(rows: Any, split: str | None = None, config: str | None = None) ->
     if isinstance(rows, str | Path):
         rows = load_splits(name, config)
     elif isinstance(rows, Sequence) and all(isinstance(row, dict) for row in rows):
-        rows = Dataset.from_list(list(rows))
+        rows = exact_dataset(rows)
     if isinstance(rows, DatasetDict):
         rows = choose_split(rows, split or ("test" if "test" in rows else next(iter(rows))), name, "split")
     if isinstance(rows, IterableDataset):

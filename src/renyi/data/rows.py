@@ -1,177 +1,346 @@
-"""The forms a row may have, and which row is wrong, in which column, and why.
+"""The forms a row may have, and what a row of a form says once it is read.
 
-TRL decides what a row means; this file only refuses what TRL would fail on obscurely or train on in silence.
-It knows nothing about tokens.
+Every way to training, scoring and display goes through `read_row`, so that what is shown is what is trained. It takes
+the columns of the chosen form and leaves all others alone. `prepare.py` turns what it gives into tokens; read it next.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset, Json
 
-from renyi.errors import DataError
+from renyi.data.messages import is_messages, read_messages, renamed_roles, without_fillers
+from renyi.errors import ConfigError, DataError
 
 ROW_COLUMN = "__row__"  # the number of a row in its file, counted from 0, however rows are split or shuffled later
+FILE_COLUMN = "__file__"  # the name of that file, where a dataset has several
 
-# Each form of a row by the columns that make it, in TRL's order of precedence.
-_FORMS: dict[str, tuple[str, ...]] = {
+# Each form of a row by the columns that make it, in order of precedence.
+FORMS: dict[str, tuple[str, ...]] = {
     "tokenised": ("input_ids",),
     "prompt-completion": ("prompt", "completion"),
     "conversational": ("messages",),
     "ShareGPT": ("conversations",),
 }
+# Columns that make a form, of pairs, too: what a row has in one may say why it lacks another.
+RIVALS = ("input_ids", "prompt", "completion", "messages", "conversations", "text", "chosen", "rejected")
+_LABELS = ("labels", "completion_mask", "assistant_masks", "attention_mask")  # of tokenised rows
+WHOLE_LENGTH = "whole_length"  # of prepared rows: the number of tokens before they were cut
+FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # handed to the chat template
+_OURS = (ROW_COLUMN, FILE_COLUMN)
+# What `apply_chat_template` is told by us, and a row's settings of the template may not say.
+_RESERVED = {
+    *("conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
+    *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+    *("tokenizer_kwargs", "processor_kwargs", "messages"),
+}
 
 
-def number_rows(dataset: Dataset) -> Dataset:
-    """The dataset with its rows numbered, so that a later message can name the row of the file."""
-    if ROW_COLUMN in dataset.column_names:
-        return dataset
-    return dataset.add_column(ROW_COLUMN, list(range(len(dataset))))
+@dataclass(frozen=True)
+class Form:
+    """How the rows of a dataset are read; as text, what a plan says of it.
 
-
-ROLE_AND_CONTENT = ("role", "content")
-FROM_AND_VALUE = ("from", "value")  # ShareGPT's names for the same
-_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}  # of ShareGPT, and what templates know
-
-
-def with_messages(dataset: Any, where: str = "dataset") -> Any:
-    """ShareGPT `conversations` as `messages`; any other dataset as it is.
-
-    TRL renames the keys of ShareGPT messages but keeps its roles, and a chat template that knows no "gpt" would take
-    every turn for the user's.
-
-    Raises:
-        DataError: names the first bad row.
+    Attributes:
+        name: such as "text", "prompt-completion" or "conversational".
+        columns: that are read; the first ones make the form.
+        left_out: columns that have no part in training.
+        roles: roles of messages that are read under another name.
     """
-    if not isinstance(dataset, Dataset) or "conversations" not in dataset.column_names or len(dataset) == 0:
-        return dataset
-    if form_of(dataset, where=where) != "ShareGPT":
-        return dataset
-    check_rows(dataset, where=where)
 
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        return {"messages": read_share_gpt(row["conversations"])}
+    name: str
+    columns: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    roles: Mapping[str, str] = field(default_factory=dict)
 
-    return dataset.map(convert, remove_columns="conversations", desc="Reading ShareGPT conversations")
-
-
-def read_share_gpt(turns: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of `from` and `value` as messages of `role` and `content`."""
-    return [{"role": standard_role(turn["from"]), "content": turn["value"]} for turn in turns]
+    def __str__(self) -> str:
+        parts = [self.name]
+        if self.roles:
+            parts.append("roles " + ", ".join(f"{role} → {known}" for role, known in self.roles.items()))
+        if self.left_out:
+            parts.append(f"not read: {', '.join(self.left_out)}")
+        return " · ".join(parts)
 
 
-def standard_role(role: str) -> str:
-    """ShareGPT's name of a role as chat templates have it."""
-    return _ROLES.get(role, role)
+def columns_of(rows: Dataset | IterableDataset) -> list[str]:
+    """The names of columns; of a streamed dataset that does not know them, those of its first row."""
+    names = rows.column_names
+    return list(names if names is not None else next(iter(rows), {}))
 
 
-def form_of(dataset: Dataset, text_field: str = "text", where: str = "dataset") -> str:
-    """The form of a dataset's rows: "text", "prompt-completion", "conversational", "ShareGPT" or "tokenised".
+def form_of(rows: Dataset | IterableDataset, text_field: str = "text", where: str = "dataset") -> Form:
+    """The form of a dataset's rows by its columns.
+
+    A column that `text_field` names on purpose comes before all others; "text" comes last.
 
     Raises:
         DataError: no known form has these columns.
     """
-    columns = set(dataset.column_names) - {ROW_COLUMN}
-    for form, needed in _FORMS.items():
-        if columns.issuperset(needed):
-            return form
-    if text_field in columns:
-        return "text"
-    raise DataError(
-        f"the columns are {', '.join(sorted(columns))}",
-        where=where,
-        hint="A row is `text`, `messages`, `prompt` + `completion`, or ShareGPT `conversations`; rename the columns, "
-        "or point dataset_text_field at the one that holds the text.",
-    )
+    there = [c for c in columns_of(rows) if c not in _OURS]
+    name, needed = _matching(there, text_field)
+    if name is None:
+        raise DataError(
+            f"the columns are {', '.join(sorted(there))}",
+            where=where,
+            hint="A row is `text`, `messages`, `prompt` + `completion`, or ShareGPT `conversations`; rename the "
+            "columns, or point dataset_text_field at the one that holds the text.",
+        )
+    others = (*_LABELS, WHOLE_LENGTH) if name == "tokenised" else () if name == "text" else FOR_TEMPLATES
+    columns = (*needed, *(c for c in others if c in there))
+    return Form(name, columns, tuple(c for c in there if c not in columns))
 
 
-def check_rows(dataset: Dataset, text_field: str = "text", assistant_only: bool = False, where: str = "dataset") -> str:
-    """Check every row against the dataset's form and return the form.
+def _matching(there: Iterable[str], text_field: str) -> tuple[str | None, tuple[str, ...]]:
+    there = set(there)
+    if text_field != "text" and text_field in there:
+        return "text", (text_field,)
+    for form, needed in FORMS.items():
+        if there.issuperset(needed):
+            return form, needed
+    return ("text", (text_field,)) if text_field in there else (None, ())
+
+
+def check_rows(
+    rows: Dataset,
+    text_field: str = "text",
+    assistant_only: bool = False,
+    where: str = "dataset",
+    completion_only: bool | None = None,
+) -> Form:
+    """Read every row, and return the form with the roles that are read under another name.
 
     Args:
-        dataset: as it was loaded.
+        rows: as they were loaded.
         text_field: the column that holds the text of a row of text.
         assistant_only: whether every row needs a message of the assistant.
         where: what to call the dataset, such as its file name.
+        completion_only: whether only completions are trained; None: where there are any.
 
     Raises:
+        ConfigError: rows of this form have no completions, or no messages.
         DataError: names the first bad row (counted from 1) and its column.
     """
-    check_not_empty(dataset, where)
-    form = form_of(dataset, text_field, where)
-    if form == "tokenised":
-        return form
-    columns = _FORMS.get(form, (text_field,))
-    kinds: dict[str, type] = {}
-    for number, row in numbered_rows(dataset, columns):
-        for column, value in row.items():
-            problem = _problem(column, value, kinds, assistant_only)
-            if value is None:
-                rivals = [c for needed in [*_FORMS.values(), (text_field,)] for c in needed]
-                problem = what_is_there_instead(dataset[number - 1], rivals)
-            if problem:
-                what, hint = problem
-                raise DataError(what, where=f"{where}, row {number}, column {column}", hint=hint)
-    return form
+    check_not_empty(rows, where)
+    form = form_of(rows, text_field, where)
+    check_losses(form, assistant_only, completion_only)
+    exact = are_exact(rows, form.columns)
+    roles: dict[str, str] = {}
+    for row, at in numbered_rows(rows, (*form.columns, *RIVALS), where):
+        read_row(row, form, at, assistant_only, exact)
+        for column in ("messages", "conversations", "prompt", "completion"):
+            if column in form.columns and is_messages(row[column]):
+                roles |= renamed_roles(row[column])
+    return Form(form.name, form.columns, form.left_out, roles)
 
 
-def check_not_empty(dataset: Dataset, where: str) -> None:
+def check_losses(form: Form, assistant_only: bool, completion_only: bool | None) -> None:
+    """Raise `ConfigError` if a setting asks for a part of rows that rows of this form do not have."""
+    has_completion = form.name == "prompt-completion" or {"completion_mask", "labels"} & set(form.columns)
+    if completion_only and not has_completion:
+        is_chat = form.name in ("conversational", "ShareGPT")
+        raise ConfigError(
+            f"true, and the rows are {form.name}: they have no completion, and all of them would be trained",
+            where="completion_only_loss",
+            hint="Write assistant_only_loss: true to train the assistant's messages only."
+            if is_chat
+            else "Give rows of `prompt` and `completion`, or leave it out.",
+        )
+    if assistant_only and form.name == "text":
+        raise ConfigError(
+            "true, and the rows are text, where nobody speaks",
+            where="assistant_only_loss",
+            hint="Give rows of `messages`, or leave it out.",
+        )
+
+
+def are_exact(rows: Dataset | IterableDataset, columns: Iterable[str]) -> dict[str, bool]:
+    """Whether None in a column is what the source says, and does not fill a key of Arrow's structs."""
+    features = rows.features
+    return {c: features is None or isinstance(features.get(c), Json) for c in columns}
+
+
+def check_not_empty(rows: Dataset, where: str) -> None:
     """Raise `DataError` if there are no rows."""
-    if len(dataset) == 0:
+    if len(rows) == 0:
         raise DataError("the dataset is empty", where=where, hint="A dataset needs at least one row.")
 
 
-def numbered_rows(dataset: Dataset, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each row's number, counted from 1, and its values in `columns`."""
-    columns = list(columns)
-    number = 0
-    for batch in dataset.select_columns(columns).iter(batch_size=1000):
-        for values in zip(*(batch[column] for column in columns), strict=True):
-            number += 1
-            yield number, dict(zip(columns, values, strict=True))
+def number_rows(rows: Dataset) -> Dataset:
+    """The dataset with its rows numbered, so that a later message can name the row of the file."""
+    if ROW_COLUMN in rows.column_names:
+        return rows
+    return rows.add_column(ROW_COLUMN, list(range(len(rows))))
 
 
-Problem = tuple[str, str] | None  # what is wrong, and what to do about it
+def row_name(row: Mapping[str, Any], index: int, where: str) -> str:
+    """What a message calls a row: by its number in its file, counted from 1, where it has one; else by `index` + 1."""
+    number = row.get(ROW_COLUMN)
+    file = row.get(FILE_COLUMN)
+    return f"{where}, {f'{file}, ' if file else ''}row {(index if number is None else number) + 1}"
 
 
-def _problem(column: str, value: Any, kinds: dict[str, type], assistant_only: bool) -> Problem:
-    if value is None:
-        return None
-    if not isinstance(value, str | list):
-        return f"is {value!r}", "Give text, or a list of messages."
-    if kinds.setdefault(column, type(value)) is not type(value):
-        return "mixes text and messages", "All rows must have the same form."
-    if column != "prompt" and (not value or (isinstance(value, str) and not value.strip())):
-        return "is empty", "Remove the row: there is nothing to learn from it."
-    if not isinstance(value, list):
-        return None
-    role_key, content_key = FROM_AND_VALUE if column == "conversations" else ROLE_AND_CONTENT
-    problem = messages_problem(value, role_key, content_key)
-    if problem or not assistant_only or column == "prompt":
-        return problem
-    if not any(standard_role(m[role_key]) == "assistant" for m in value):
-        return "has no assistant message", "With assistant_only_loss every row needs one; remove the row."
-    return None
+def numbered_rows(rows: Dataset, columns: Iterable[str], where: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """The values of each row in `columns`, and what a message calls it."""
+    asked = [c for c in dict.fromkeys((*columns, *_OURS)) if c in rows.column_names]
+    index = 0
+    for batch in rows.select_columns(asked).iter(batch_size=1000):
+        for values in zip(*(batch[column] for column in asked), strict=True):
+            row = dict(zip(asked, values, strict=True))
+            yield row, row_name(row, index, where)
+            index += 1
 
 
-def messages_problem(messages: list[Any], role_key: str, content_key: str) -> Problem:
-    """What is wrong with the first malformed message of a list."""
-    for turn, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not message.get(role_key):
-            return f"has no {role_key} in message {turn}", f"A message has `{role_key}` and `{content_key}`."
-        if _is_empty(message.get(content_key)) and not message.get("tool_calls"):
-            return f"has an empty message {turn}", "Remove the row or fill the message."
-    return None
+def only_columns(rows: Any, form: Form) -> Any:
+    """A dataset, streamed or not, without the columns that say nothing of its form, nor number its rows."""
+    there = columns_of(rows)
+    kept = {*form.columns, *RIVALS, *_OURS}
+    return rows.remove_columns([c for c in there if c not in kept])
 
 
-def _is_empty(content: Any) -> bool:
-    """Whether a message says nothing; its content is text, or parts such as `{"type": "text", "text": …}`."""
-    if isinstance(content, list):
-        return all(isinstance(p, dict) and p.get("type") == "text" and _is_empty(p.get("text")) for p in content)
-    return not content.strip() if isinstance(content, str) else not content
+def read_row(
+    row: Mapping[str, Any],
+    form: Form,
+    where: str,
+    assistant_only: bool = False,
+    exact: Mapping[str, bool] | None = None,
+) -> dict[str, Any]:
+    """What a row says: `text`; or `messages`; or `prompt` and `completion`, both text or both messages; or tokens.
+
+    With messages come `tools` and `chat_template_kwargs`, where the row has them.
+
+    Args:
+        row: as it was loaded, with more columns than the form's or not.
+        form: of the dataset.
+        where: the row's name, for messages.
+        assistant_only: whether it needs a message of the assistant.
+        exact: of columns, see `are_exact`; all are if None.
+
+    Raises:
+        DataError: the row is malformed; names the column.
+    """
+    exact = exact or {}
+    needed = FORMS.get(form.name, form.columns[:1])
+    for column in needed:
+        if row.get(column) is None:
+            what, hint = what_is_there_instead(row, (*form.columns[:1], *RIVALS))
+            raise DataError(what, where=f"{where}, column {column}", hint=hint)
+    if form.name == "tokenised":
+        return _tokens(row, where)
+    if form.name == "text":
+        return {"text": _text(row[needed[0]], f"{where}, column {needed[0]}")}
+    read: dict[str, Any] = {}
+    if form.name == "prompt-completion":
+        read = _prompt_and_completion(row, where, exact)
+        answers = read["completion"]
+    else:
+        column = needed[0]
+        answers = read_messages(row[column], f"{where}, column {column}", exact.get(column, True))
+        read = {"messages": answers}
+    if isinstance(answers, str):
+        if assistant_only:
+            raise DataError("has no assistant message", where=where, hint="assistant_only_loss needs messages.")
+        return read
+    if assistant_only and not any(m["role"] == "assistant" for m in answers):
+        raise DataError(
+            "has no assistant message",
+            where=f"{where}, column {needed[-1]}",
+            hint="With assistant_only_loss every row needs one; remove the row.",
+        )
+    return read | read_for_template(row, where, exact)
 
 
-def what_is_there_instead(row: dict[str, Any], rivals: Iterable[str]) -> Problem:
+def _text(value: Any, where: str) -> str:
+    if isinstance(value, list) and is_messages(value) and value and isinstance(value[0], dict):
+        raise DataError("is messages, not text", where=where, hint="Call the column `messages`.")
+    if not isinstance(value, str):
+        raise DataError(f"is {value!r}", where=where, hint="Give text, or a list of messages.")
+    if not value.strip():
+        raise DataError("is empty", where=where, hint="Remove the row: there is nothing to learn from it.")
+    return value
+
+
+def _prompt_and_completion(row: Mapping[str, Any], where: str, exact: Mapping[str, bool]) -> dict[str, Any]:
+    prompt, completion = row["prompt"], row["completion"]
+    of_prompt, of_completion = f"{where}, column prompt", f"{where}, column completion"
+    if not is_messages(prompt):
+        if not isinstance(prompt, str):
+            raise DataError(f"is {prompt!r}", where=of_prompt, hint="Give text, or a list of messages.")
+        if is_messages(completion):
+            hint = 'Write the prompt as messages, too: [{"role": "user", "content": "…"}].'
+            raise DataError("is text, and completion is messages", where=of_prompt, hint=hint)
+        return {"prompt": prompt, "completion": _text(completion, of_completion)}
+    read = {"prompt": read_messages(prompt, of_prompt, exact.get("prompt", True))}
+    if is_messages(completion):
+        read["completion"] = read_messages(completion, of_completion, exact.get("completion", True))
+    else:  # to a chat, a text can only be the assistant's answer
+        read["completion"] = [{"role": "assistant", "content": _text(completion, of_completion)}]
+    return read
+
+
+def read_for_template(row: Mapping[str, Any], where: str, exact: Mapping[str, bool]) -> dict[str, Any]:
+    """A row's `tools` and `chat_template_kwargs`, if it has any; either may be JSON text."""
+    found: dict[str, Any] = {}
+    for column, kind, what in (("tools", list, "a list of tools"), ("chat_template_kwargs", dict, "settings by name")):
+        value = row.get(column)
+        if isinstance(value, str) and value.strip():
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                hint = f"Give {what}, the JSON of that, or null."
+                raise DataError("is no JSON", where=f"{where}, column {column}", hint=hint) from error
+        if not exact.get(column, True):
+            value = without_fillers(value)
+        if value is None or value == "" or value == {} or value == []:
+            continue
+        taken = sorted(_RESERVED & set(value)) if isinstance(value, dict) else []
+        if taken:
+            at = f"{where}, column {column}"
+            raise DataError(f"sets {taken[0]!r}", where=at, hint="Leave it out: it is no setting of a template.")
+        if not isinstance(value, kind):
+            hint = f"Give {what}, the JSON of that, or null."
+            raise DataError(f"is {value!r}", where=f"{where}, column {column}", hint=hint)
+        found[column] = value
+    return found
+
+
+def _tokens(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`input_ids`, and `labels` or masks of the same length; padding that `attention_mask` marks is left out."""
+    ids = row["input_ids"]
+    _check_ids(ids, f"{where}, column input_ids", least=0)
+    read: dict[str, Any] = {"input_ids": ids}
+    for column in _LABELS:
+        values = row.get(column)
+        if values is None:
+            continue
+        at = f"{where}, column {column}"
+        if column == "labels":
+            _check_ids(values, at, least=-100)
+        elif not isinstance(values, list) or not all(v in (0, 1) for v in values):
+            raise DataError("is no list of 0 and 1", where=at, hint="Give 1 for a token that counts.")
+        if len(values) != len(ids):
+            what = f"has {len(values)} values, and input_ids has {len(ids)}"
+            raise DataError(what, where=at, hint="Give one value a token (labels: −100 where it is not trained).")
+        read[column] = values
+    mask = read.pop("attention_mask", None)
+    if mask and not all(mask):
+        kept = [i for i, here in enumerate(mask) if here]
+        if not kept or kept != list(range(kept[0], kept[-1] + 1)):
+            hint = "It may be 0 for padding at an end only."
+            raise DataError("hides tokens within the row", where=f"{where}, column attention_mask", hint=hint)
+        read = {column: values[kept[0] : kept[-1] + 1] for column, values in read.items()}
+    return read
+
+
+def _check_ids(ids: Any, where: str, least: int) -> None:
+    if not isinstance(ids, list) or not ids:
+        raise DataError(f"is {ids!r}"[:80], where=where, hint="Give a list of token ids.")
+    for place, token in enumerate(ids):
+        if type(token) is not int or token < least or (least < token < 0) or token >= 2**31:
+            raise DataError(f"is {token!r} at place {place + 1}", where=where, hint="A token's id is 0 or above.")
+
+
+def what_is_there_instead(row: Mapping[str, Any], rivals: Iterable[str]) -> tuple[str, str]:
     """A missing value: either the row has another form than the others, made of `rivals`, or it has a hole."""
     there = [c for c in dict.fromkeys(rivals) if row.get(c) is not None]
     if there:

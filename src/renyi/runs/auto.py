@@ -107,7 +107,9 @@ def _fit_and_spread(settings: Settings, args: Any, folder: Path, watch: Watch) -
     save(run)
 
     with watch.doing("diagnosing the one adapter"):
-        rows = run.preparation.prepare(data.sample(run.train_rows, MAX_EXAMPLES), run.tokenizer)
+        rows = run.preparation.prepare(
+            data.sample(run.train_rows, MAX_EXAMPLES), run.tokenizer, limits=run.trainer.limits
+        )
         pairs = None
         if isinstance(run.trainer, RenyiDPOTrainer):
             preparation: Any = run.preparation

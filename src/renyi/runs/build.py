@@ -6,6 +6,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -40,7 +41,7 @@ class Run(NamedTuple):
         start: folder of the ensemble that is trained further; None if members are fresh.
         tokenizer: as the trainer uses it.
         preparation: how rows become tokens.
-        form: of the rows, or "streamed".
+        form: of the rows.
         train_rows: as loaded.
         eval_rows: as loaded; None if nothing is held out.
         checkpoints: what the output folder holds already.
@@ -53,7 +54,7 @@ class Run(NamedTuple):
     start: Path | None
     tokenizer: PreTrainedTokenizerBase
     preparation: data.RowPreparation
-    form: str
+    form: data.Form
     train_rows: Rows
     eval_rows: Rows | None
     checkpoints: Checkpoints
@@ -243,7 +244,7 @@ def _load_rows(
     own: RunArguments,
     preparation: data.RowPreparation,
     name: str,
-) -> tuple[str, Rows, Rows | None]:
+) -> tuple[data.Form, Rows, Rows | None]:
     """The form of the rows, the rows to train on, and the rows held out."""
     splits = data.load_splits(name, script.dataset_config, script.dataset_streaming)
     train = data.choose_split(splits, script.dataset_train_split, name, "dataset_train_split")
@@ -262,7 +263,8 @@ def _load_rows(
         if own.test_split_size is not None:
             train, test = _held_out(train, own.test_split_size, args.seed, name)
     else:
-        form = "streamed"
+        form = preparation.form(train, name)
+        form = replace(form, name=f"{form.name}, streamed")
         if args.max_steps <= 0:
             raise ConfigError("is not set, and the dataset is streamed", where="max_steps", hint="Give --max_steps.")
     if evaluates and test is None:

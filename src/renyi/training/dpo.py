@@ -130,6 +130,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
     routings = ("dense", "sampled", "sparse", "auto")  # a pair is not decided before its end
 
     args: RenyiDPOConfig
+    preparation: data.PairPreparation
 
     def __init__(
         self,
@@ -159,6 +160,9 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
             )
         kwargs["ref_model"] = _NoSecondModel(ensemble)
         super().__init__(ensemble, args, train_dataset, callbacks=callbacks, **kwargs)
+        if kwargs.get("data_collator") is None:  # TRL's, which cuts
+            collator: Any = self.data_collator
+            collator.max_length = self.preparation.within(self.limits).max_length
         _ = self.reference  # now, before a checkpoint is resumed or a step taken
 
     @cached_property
@@ -258,17 +262,13 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
     def _prepare_dataset(  # type: ignore[override]
         self, dataset: Any, processing_class: Any, args: RenyiDPOConfig, dataset_name: str
     ) -> Any:
-        """TRL's preparation, but a pair that leaves nothing to learn from is an error, where TRL drops it."""
-        trl = super()._prepare_dataset
-        if not isinstance(dataset, Dataset):
-            return trl(dataset, processing_class, args, dataset_name)
-        return data.checked_pairs(
-            data.with_pairs(dataset, f"{dataset_name} dataset"),
-            self._tokenizer,
-            data.PairPreparation.of(args),
-            f"{dataset_name} dataset",
-            lambda rows: trl(rows, processing_class, args, dataset_name),
+        """Our preparation in the place of TRL's."""
+        settings = self.preparation.within(self.limits)
+        prepared = data.prepare_pairs(
+            dataset, self._tokenizer, settings, f"{dataset_name} dataset", self.limits, args.dataset_num_proc
         )
+        self.cut_rows[dataset_name] = data.count_cut_pairs(prepared, settings)
+        return prepared
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         """TRL's, but kept by content and not by the dataset's own cache, which another run does not find."""
@@ -278,7 +278,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.output_dir)
         if self.args.should_save:
-            data.PairPreparation.of(self.args).write(folder)
+            self.preparation.write(folder)
         if self.args.should_save or self.model.mesh:
             write_preference(folder, self.args.preference_loss, self.reference)
 

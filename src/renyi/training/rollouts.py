@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
+from renyi.data import prompt_tokens
 from renyi.ensemble import IGNORED, LoraEnsemble
 from renyi.errors import ConfigError
 from renyi.training.trainer import EnsembleTrainer
@@ -96,6 +97,11 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
         scored = self.score_rollouts(rollouts, group_size)
         logs["advantages"].extend(self.accelerator.gather(scored.pop("advantage")).tolist())
         return scored
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """As scoring and display do it, with one beginning of text."""
+        row = {"tools": self.tools or None, "chat_template_kwargs": self.chat_template_kwargs}
+        return [prompt_tokens(prompt, self._tokenizer, "prompt", row) for prompt in prompts], None, {}
 
     def _generate_single_turn(
         self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, *args: Any

@@ -6,12 +6,11 @@ loop are TRL's; what any ensemble trainer changes in the loop stands in `trainer
 """
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 
@@ -71,6 +70,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
     _preparation = data.Preparation
 
     args: RenyiSFTConfig
+    preparation: data.Preparation
 
     def _loss_units(self) -> int:
         return data.count_tokens(self.train_dataset).trained
@@ -118,28 +118,27 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
         formatting_func: Any,
         name: str,
     ) -> Any:
-        """TRL's preparation, but a row that leaves nothing to train on is an error, where TRL drops it in silence."""
-        trl = super()._prepare_dataset
-        if not isinstance(dataset, Dataset):
-            return trl(dataset, processing_class, args, packing, formatting_func, name)
-        # First without packing, which forgets rows, and without shuffling, which TRL does before it packs.
-        plain_args = copy.copy(args)
-        plain_args.shuffle_dataset = args.shuffle_dataset and not packing
+        """Our preparation in the place of TRL's, and its packing."""
+        if "seq_lengths" in (dataset.column_names or ()):  # packed already
+            return dataset
+        settings = self.preparation
+        if formatting_func is not None:
+            dataset = dataset.map(lambda row: {"text": formatting_func(row)}).select_columns("text")
+            settings = replace(settings, dataset_text_field="text")
         if packing and args.packing_strategy == "bfd_split":
-            plain_args.max_length = None  # long examples are split, not cut
-        prepared = data.checked(
-            dataset,
-            self._tokenizer,
-            data.Preparation.of(plain_args),
-            f"{name} dataset",
-            lambda rows: trl(rows, processing_class, plain_args, False, formatting_func, name),
-            well_formed=formatting_func is not None,
+            settings = replace(settings, max_length=None)  # long examples are split, not cut
+        limits = self.limits
+        prepared = data.prepare(
+            dataset, self._tokenizer, settings, f"{name} dataset", limits, num_proc=args.dataset_num_proc
         )
+        self.cut_rows[name] = data.count_cut(prepared)
         if packing:
-            prepared = trl(prepared, processing_class, args, True, None, name)
-        return prepared
+            shorter = copy.copy(args)
+            shorter.max_length = limits.longest(args.max_length)
+            return super()._prepare_dataset(prepared, processing_class, shorter, True, None, name)
+        return prepared.shuffle(seed=args.seed) if args.shuffle_dataset else prepared
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            data.Preparation.of(self.args).write(Path(output_dir or self.output_dir))
+            self.preparation.write(Path(output_dir or self.output_dir))

@@ -9,6 +9,8 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,19 @@ LOGGING_STATE_FILE = "logging_state.json"
 STARVED_LOGS = 3
 
 
+@contextmanager
+def _unmasked(args: Any) -> Iterator[None]:
+    """Keep TRL from looking for messages to mask in its own way: rows of every form come to it with labels."""
+    asked = getattr(args, "assistant_only_loss", False)
+    if asked:
+        args.assistant_only_loss = False
+    try:
+        yield
+    finally:
+        if asked:
+            args.assistant_only_loss = True
+
+
 class EnsembleTrainer(RoutedSteps):
     """Mixin for a TRL trainer whose `model` is a `LoraEnsemble`. The TRL trainer must leave log-probabilities to us."""
 
@@ -81,11 +96,14 @@ class EnsembleTrainer(RoutedSteps):
                 raise ConfigError(f"{unsupported} needs logits, which are never built", hint="Leave it out.")
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise DataError("the dataset is empty", where="train dataset", hint="A dataset needs at least one row.")
-        readable, held_out = self._preparation.of(args).readable, kwargs.get("eval_dataset")
-        if isinstance(held_out, dict):
-            kwargs["eval_dataset"] = {k: readable(v, f"{k} dataset") for k, v in held_out.items()}
-        elif held_out is not None:
-            kwargs["eval_dataset"] = readable(held_out, "eval dataset")
+        self.preparation = self._preparation.of(args)
+        if kwargs.get("formatting_func") is None:  # which reads columns of its own
+            readable, held_out = self.preparation.readable, kwargs.get("eval_dataset")
+            train_dataset = readable(train_dataset, "train dataset")
+            if isinstance(held_out, dict):
+                kwargs["eval_dataset"] = {k: readable(v, f"{k} dataset") for k, v in held_out.items()}
+            elif held_out is not None:
+                kwargs["eval_dataset"] = readable(held_out, "eval dataset")
         callbacks = [MetricsFile(), *(callbacks or [])]
         if args.early_stopping_patience is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping_patience)]
@@ -99,13 +117,10 @@ class EnsembleTrainer(RoutedSteps):
             large = ensemble.base.num_parameters() >= LEAST_PARAMETERS
             if args.bf16_if_it_pays and large and bf16_pays():
                 args.bf16, args.mixed_precision = True, "bf16"
-        super().__init__(
-            model=ensemble,
-            args=args,
-            train_dataset=readable(train_dataset, "train dataset"),
-            callbacks=callbacks,
-            **kwargs,
-        )
+        self.limits = data.Limits.of(ensemble.base)
+        self.cut_rows: dict[str, int] = {}  # how many rows of each dataset are cut
+        with _unmasked(args):
+            super().__init__(model=ensemble, args=args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
         # TRL wraps the model's forward to add its own head, which ours makes needless.
         self.model.__dict__.pop("forward", None)
         self._watched = {mode: RunningMeans(args.device) for mode in ("train", "eval")}

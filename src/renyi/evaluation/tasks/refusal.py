@@ -186,25 +186,9 @@ def _answers(models: Models, prompts: "list[Prompt]", settings: RefusalSettings)
 
 def _prompts(file: File) -> "list[Prompt]":
     """Column `prompt`: text, or messages."""
-    from renyi.data.rows import ROLE_AND_CONTENT, messages_problem
+    from renyi.data import prompts_of
 
-    if "prompt" not in file.rows.column_names:
-        raise DataError(
-            f"the columns are {', '.join(file.rows.column_names)}",
-            where=file.name,
-            hint="A row has a `prompt`, text or messages; rename the column.",
-        )
-    prompts = list(file.rows["prompt"])
-    for number, prompt in enumerate(prompts, start=1):
-        where = f"{file.name}, row {number}, column prompt"
-        if not isinstance(prompt, str | list):
-            raise DataError(f"is {prompt!r}", where=where, hint="Give text, or a list of messages.")
-        if not (prompt.strip() if isinstance(prompt, str) else prompt):
-            raise DataError("is empty", where=where, hint="Fill it, or remove the row.")
-        problem = messages_problem(prompt, *ROLE_AND_CONTENT) if isinstance(prompt, list) else None
-        if problem:
-            raise DataError(problem[0], where=where, hint=problem[1])
-    return prompts
+    return [row["prompt"] for row in prompts_of(file.rows, file.name)]
 
 
 def _text(prompt: "Prompt") -> str:

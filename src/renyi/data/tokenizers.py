@@ -1,0 +1,164 @@
+"""A tokenizer that can be trained with: its padding, its chat template, its end of text.
+
+`rendering.py` makes tokens with it; read it next.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateSyntaxError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from renyi.data.rendering import syntax_error, told_ends
+from renyi.errors import TokenizerError, first_line
+
+# Special tokens that may pad, in order of choice, by what their names hold; the first of a kind is taken.
+_PADS = (r"\bpad\b|_pad_|^<\|?pad|pad\|?>$", r"reserved|unused|extra_|control_", r"^.?unk")
+_BRACKETED = re.compile(r"[<\[].*[>\]]")
+
+
+def load_tokenizer(name: str, pad_token: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer and settle its pad token, see `settle_padding`.
+
+    Raises:
+        TokenizerError: there is none, or `pad_token` cannot pad.
+    """
+    tokenizer = _loaded(name, f"tokenizer of {name}", **kwargs)
+    settle_padding(tokenizer, pad_token)
+    return tokenizer
+
+
+def load_tokenizer_of(folder: Path, base_name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that an ensemble's folder keeps, or its base's; for reading only, so its pad token is no matter.
+
+    Raises:
+        TokenizerError: there is none.
+    """
+    name = str(folder) if (folder / "tokenizer_config.json").is_file() else base_name
+    return _loaded(name, f"tokenizer of {name}")
+
+
+def _loaded(name: str, where: str, hint: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name, **kwargs)
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"could not be loaded ({first_line(error)})", where=where, hint=hint) from error
+
+
+# ---- Padding ---------------------------------------------------------------------------------------------------------
+
+
+def settle_padding(tokenizer: PreTrainedTokenizerBase, pad_token: str | None = None) -> None:
+    """Give the tokenizer a pad token that is not the end of text, if it has a special token to spare.
+
+    Padding is masked by length, so training never depends on the pad token. It matters to the next tool: one that masks
+    every pad token would mask the end of text if both were the same. Only a token that is special already is chosen:
+    another would be cut out of texts from then on, which changes their tokens.
+
+    Args:
+        tokenizer: is changed.
+        pad_token: what to take instead; the end of text is allowed.
+
+    Raises:
+        TokenizerError: `pad_token` is not in the vocabulary, or is an ordinary word.
+    """
+    if pad_token is None:
+        if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+            tokenizer.pad_token = _spare(tokenizer) or tokenizer.eos_token
+        return
+    if pad_token not in tokenizer.get_vocab():
+        example = _spare(tokenizer) or tokenizer.eos_token
+        raise TokenizerError(
+            f"{pad_token!r} is not in the vocabulary", where="pad_token", hint=f"For example: {example!r}."
+        )
+    if pad_token not in _special(tokenizer) and not _BRACKETED.fullmatch(pad_token):
+        raise TokenizerError(
+            f"{pad_token!r} is a word like any other: as a special token it would be cut out of every text",
+            where="pad_token",
+            hint=f"Leave it out: {_spare(tokenizer) or tokenizer.eos_token!r} will pad.",
+        )
+    tokenizer.pad_token = pad_token
+
+
+def told_padding(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A line of the plan on a pad token that is not the one the tokenizer was saved with; None if it is."""
+    own = str(tokenizer.init_kwargs.get("pad_token") or "")
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        return f"{tokenizer.pad_token}, the end of text: there is no other special token; padding is masked by length"
+    if tokenizer.pad_token == own:
+        return None
+    return f"{tokenizer.pad_token}: " + (f"its own, {own}, ends a text" if own else "the tokenizer has none of its own")
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The tokens that are cut out of a text before it is split, in the order of their ids."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    names = [token.content for _, token in sorted(added.items()) if token.special]
+    return [*names, *(t for t in tokenizer.all_special_tokens if t not in names)]
+
+
+def _spare(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A special token that could serve as padding; None without one."""
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    free = [t for t in _special(tokenizer) if t not in taken]
+    for pattern in _PADS:
+        found = [t for t in free if re.search(pattern, t, re.IGNORECASE)]
+        if found:
+            return found[0]
+    unknown = tokenizer.unk_token
+    return unknown if unknown in free else None
+
+
+# ---- Chat templates --------------------------------------------------------------------------------------------------
+
+
+def load_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Give `tokenizer` the chat template of a Jinja file or of another model's tokenizer.
+
+    With another model's template comes its end of text, because that is what closes a turn.
+
+    Raises:
+        TokenizerError: there is no such template, it is no program, or it needs tokens that this vocabulary lacks.
+    """
+    where = f"chat_template_path {path}"
+    if path.endswith((".jinja", ".j2")):
+        if not Path(path).is_file():
+            raise TokenizerError("there is no such file", where=where)
+        try:
+            tokenizer.chat_template = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"is not UTF-8 ({error})", where=where, hint="Write it in UTF-8.") from error
+        check_template(tokenizer, where)
+        return
+    source = _loaded(path, where, "Give a .jinja file, a folder with a tokenizer, or a hub id.")
+    if source.chat_template is None:
+        raise TokenizerError("has no chat template", where=where, hint="Give a .jinja file or another tokenizer.")
+    added = [token.content for token in source.added_tokens_decoder.values()]
+    vocabulary = tokenizer.get_vocab()
+    missing = [t for t in added if t in source.chat_template and t not in vocabulary]
+    missing += [t for t in (source.eos_token,) if t and t not in vocabulary]
+    if missing:
+        raise TokenizerError(
+            f"its template uses {', '.join(map(repr, dict.fromkeys(missing)))}, which this vocabulary lacks",
+            where=where,
+            hint="The base is frozen, so no new tokens can be learned: give a .jinja file that uses only known ones.",
+        )
+    tokenizer.chat_template, tokenizer.eos_token = source.chat_template, source.eos_token
+    check_template(tokenizer, where)
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise `TokenizerError`, with the line, if the chat template is no program. It may still refuse a conversation."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise syntax_error(error, where) from error
+    except Exception:  # of this conversation; the rows will say what it takes
+        return
+
+
+def told_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Lines of the plan on padding and on where answers end, by their names; only what a user may not expect."""
+    lines = {"padding": told_padding(tokenizer), "end of turn": told_ends(tokenizer)}
+    return {name: line for name, line in lines.items() if line}
