@@ -1,0 +1,91 @@
+"""The pages' Python is run as it stands: the code blocks of a page, in order, in one namespace.
+
+What a page names is there in the working directory: tiny models under the names of real ones, and files of rows.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import lora, pair_rows, scatter_members, tiny_model, tiny_tokenizer
+
+from renyi import LoraEnsemble
+from renyi.objectives import renyi_loss
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "docs/ensembles.md"]
+LONGEST = 6  # lines, without blank ones
+CHATS = [
+    {"messages": [{"role": "user", "content": f"w{n} w2"}, {"role": "assistant", "content": f"w{n + 3}"}]}
+    for n in range(8)
+]
+QUESTIONS = [{"question": f"w{n} w2", "choices": ["w3", "w4"], "answer": n % 2} for n in range(4)]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A working directory with all that pages name, and the names that they take for granted."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B-Instruct"):
+        tiny_model().save_pretrained(name)
+        tiny_tokenizer().save_pretrained(name)
+    pairs = pair_rows(8)
+    files = {"my_chats": CHATS, "more_chats": CHATS, "pairs": pairs.to_list(), "questions": QUESTIONS}
+    for file, rows in files.items():
+        Path(f"{file}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    made = scatter_members(LoraEnsemble.from_base("Qwen/Qwen2.5-0.5B", 2, lora()))
+    made.save("made")
+    for member, person in enumerate(("alice", "bob")):
+        shutil.copytree(f"made/member_{member}", f"adapters/{person}")
+    return {
+        "LoraConfig": LoraConfig,
+        "alpha": 0.8,
+        "dataset": Dataset.from_list(CHATS),
+        "num_members": 2,
+        "num_tokens": 6,
+        "pairs": pairs,
+        "renyi_loss": renyi_loss,
+        "tokenizer": tiny_tokenizer(),
+        "torch": torch,
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_code_runs(page: str, world: dict[str, Any]) -> None:
+    found = blocks(page)
+    assert len(found) >= 5
+    for number, block in enumerate(found, start=1):
+        if "init_process_group" in block:  # the lines of one of several processes
+            continue
+        exec(compile(block, f"{page}, block {number}", "exec"), world)
+    assert Path("runs/mine/ensemble.json").is_file()
+    assert Path("runs/preferred/preference.json").is_file()
+    assert world["score"].tokens > 0
+    assert len(world["score"].log_likelihood) == 4
+
+
+def test_what_users_need_first_is_short() -> None:
+    """Train, prefer, score, generate and evaluate take at most six lines each."""
+    for page in PAGES:
+        for call in (
+            r"runs\.Settings\.of\(\"sft\"|RenyiSFTTrainer\(",
+            r"Settings\.of\(\"dpo\"|RenyiDPOTrainer\(",
+            r"\.score\(",
+        ):
+            assert any(re.search(call, block) for block in blocks(page)), (page, call)
+        for call in (r"mine\.generate\(", r"mine\.evaluate\("):
+            assert any(re.search(call, block) for block in blocks(page)), (page, call)
+        for block in blocks(page):
+            if re.search(r"Settings\.of|Trainer\(|mine\.", block):
+                assert len([line for line in block.splitlines() if line.strip()]) <= LONGEST, block
