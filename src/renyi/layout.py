@@ -19,6 +19,16 @@ DISTRIBUTION_FILE = "distribution.safetensors"
 PREFERENCE_FILE = "preference.json"
 REFERENCE_FOLDER = "reference"
 
+# What is fetched of an ensemble on the hub: a run's checkpoints and anything else are left there.
+HUB_FILES = [
+    *(f"*{name}" for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, DISTRIBUTION_FILE)),
+    "*.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.jinja",
+]
+
 
 def member_name(member: int) -> str:
     """The folder of one member inside an ensemble's."""

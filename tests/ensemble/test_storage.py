@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, LoraModel, PeftModel, PrefixTuningConfig, get_peft_model
@@ -103,7 +105,7 @@ def test_a_list_of_members_keeps_its_order(saved):
 
 def test_a_hub_id_is_downloaded(saved, monkeypatch):
     asked = []
-    monkeypatch.setattr(storage, "snapshot_download", lambda name: asked.append(name) or str(saved))
+    monkeypatch.setattr(storage, "snapshot_download", lambda name, **_: asked.append(name) or str(saved))
     loaded = LoraEnsemble.load("somebody/ensemble", base=tiny_model()).eval()
     assert asked == ["somebody/ensemble"]
     assert torch.equal(scores(loaded), scores(tiny_ensemble(3)))
@@ -204,7 +206,7 @@ def refused(path, *parts: str, error: type[RenyiError] = EnsembleFormatError, ba
 
 
 def test_no_folder(tmp_path, monkeypatch):
-    def offline(name):
+    def offline(name, **_):
         raise OSError("no network")
 
     monkeypatch.setattr(storage, "snapshot_download", offline)
@@ -492,3 +494,142 @@ def test_members_are_plain_peft_adapters(saved):
         assert not config.use_dora
         model = PeftModel.from_pretrained(tiny_model(), str(saved / f"member_{member}"))
         assert isinstance(model.base_model, LoraModel)
+
+
+# A folder says where its members are, and cannot say that they are elsewhere
+
+
+def edited(folder: Path, **fields: object) -> None:
+    manifest = json.loads((folder / "ensemble.json").read_text())
+    (folder / "ensemble.json").write_text(json.dumps({**manifest, **fields}))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "..", ".", "", "a/b", "/tmp", "a\\b"])
+def test_a_member_outside_the_folder_is_refused(saved, name):
+    shutil.copytree(saved / "member_0", saved.parent / "elsewhere")
+    edited(saved, members=[name], weights=[1.0])
+    refused(saved, "ensemble.json", "leads out of the folder")
+
+
+def test_a_member_named_twice_or_a_link_is_refused(saved, tmp_path):
+    edited(saved, members=["member_0", "member_0"], weights=[0.5, 0.5])
+    refused(saved, "named twice")
+    shutil.move(saved / "member_1", tmp_path / "elsewhere")
+    (saved / "member_1").symlink_to(tmp_path / "elsewhere")
+    edited(saved, members=["member_0", "member_1"])
+    refused(saved, "member_1, which is a link")
+
+
+def test_a_base_that_looks_like_an_option_is_refused(saved):
+    edited(saved, base_model="--download-dir=/tmp")
+    refused(saved, "ensemble.json", "option")
+
+
+@pytest.mark.parametrize("members", [3, 6, 7])
+def test_mixture_weights_sum_to_one_in_any_precision(tmp_path, members):
+    ensemble = tiny_ensemble(members).to(torch.bfloat16)
+    assert ensemble.dtype == torch.bfloat16
+    assert torch.equal(ensemble.weights, torch.full((members,), 1 / members))
+    ensemble.save(tmp_path / "new")
+    loaded = LoraEnsemble.load(tmp_path / "new", base=tiny_model())
+    torch.testing.assert_close(loaded.weights, ensemble.weights)
+    # Folders of earlier versions hold weights as bfloat16 rounds them.
+    edited(tmp_path / "new", weights=torch.full((members,), 1 / members).bfloat16().tolist())
+    torch.testing.assert_close(LoraEnsemble.load(tmp_path / "new", base=tiny_model()).weights.sum(), torch.tensor(1.0))
+
+
+def test_adapters_of_two_bases_are_no_ensemble(saved):
+    for member, base in enumerate(["somebody/one", "somebody/two", "somebody/one"]):
+        file = saved / f"member_{member}" / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base}))
+    for path in (saved, [saved / "member_0", saved / "member_1"]):
+        refused(path, "somebody/two", "somebody/one", "member_1/adapter_config.json")
+    assert LoraEnsemble.load([saved / "member_0", saved / "member_2"], base=tiny_model()).num_members == 2
+
+
+def test_the_folder_of_one_peft_adapter_is_an_ensemble_of_one(tmp_path):
+    get_peft_model(tiny_model(), lora(init_lora_weights=False)).save_pretrained(tmp_path)
+    one, listed = (LoraEnsemble.load(path, base=tiny_model()) for path in (tmp_path, [tmp_path]))
+    assert one.num_members == 1
+    assert torch.equal(scores(one), scores(listed))
+
+
+def test_a_save_takes_away_nothing_but_the_ensemble_that_was_there(saved):
+    for name in ("member_7", "member_0.bak"):
+        (saved / name).mkdir()
+        (saved / name / "thesis.tex").write_text("mine")
+    tiny_ensemble(2).save(saved)
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "ensemble.json",
+        "member_0",
+        "member_0.bak",
+        "member_1",
+        "member_7",
+    ]
+    before = contents(saved)
+    with pytest.raises(SaveError, match="member_7"):
+        tiny_ensemble(8).save(saved)
+    assert contents(saved) == before
+
+
+def test_two_writers_do_not_meet(saved):
+    """The second waits for the first: whoever comes last is there, whole."""
+    members = [tiny_ensemble(m) for m in (2, 4)]
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(ensemble.save, saved) for ensemble in members * 3]:
+            future.result()
+    loaded = LoraEnsemble.load(saved, base=tiny_model())
+    assert loaded.num_members in (2, 4)
+    assert torch.equal(scores(loaded), scores(tiny_ensemble(loaded.num_members)))
+    assert not (saved / ".partial").exists()
+
+
+def test_of_a_hub_id_only_what_an_ensemble_is_made_of_is_downloaded(saved, monkeypatch):
+    files = [
+        "ensemble.json", "member_0/adapter_config.json", "member_0/adapter_model.safetensors", "tokenizer.json",
+        "reference/member_1/adapter_model.safetensors", "preference.json", "model.safetensors", "training.png",
+        "checkpoint-5/ensemble.json", "checkpoint-5/member_0/adapter_model.safetensors", "checkpoint-5/optimizer.pt",
+    ]  # fmt: skip
+    asked = {}
+    monkeypatch.setattr(storage, "snapshot_download", lambda name, **patterns: asked.update(patterns) or str(saved))
+    LoraEnsemble.load("somebody/ensemble", base=tiny_model())
+    assert list(filter_repo_objects(files, **asked)) == files[:6]
+
+
+def test_a_base_with_code_of_its_own_is_never_run(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mine", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}})
+    )
+    (tmp_path / "code.py").write_text("raise SystemExit('was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # whoever would ask
+    with pytest.raises(EnsembleFormatError, match="could not be loaded"):
+        LoraEnsemble.from_base(tmp_path, 2, lora())
+
+
+# Folders of earlier versions
+
+
+def test_a_folder_of_an_earlier_version_loads_and_resumes(tmp_path):
+    """Written by hand as 0.1 wrote it before members had kinds."""
+    ensemble = tiny_ensemble(2)
+    for member in range(2):
+        folder = tmp_path / f"member_{member}"
+        folder.mkdir()
+        lora(inference_mode=True, target_modules=sorted(ensemble.peft_config.target_modules)).save_pretrained(folder)
+        tensors = {}
+        for name, (lora_a, lora_b) in ensemble.adapter(member).items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = lora_a.detach().contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = lora_b.detach().contiguous()
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "ensemble.json").write_text(
+        '{"base_model": "", "members": ["member_0", "member_1"], "weights": [0.25, 0.75], "alpha": 0.8,'
+        ' "routing_quantity": "sequence", "renyi_version": "0.0.9", "format_version": 1}'
+    )
+    loaded = LoraEnsemble.load(tmp_path, base=tiny_model())
+    assert torch.equal(scores(loaded), scores(ensemble))
+    assert loaded.weights.tolist() == [0.25, 0.75]
+    resumed = tiny_ensemble(2, scattered=False)
+    resumed.restore(tmp_path)
+    assert torch.equal(scores(resumed), scores(ensemble))
+    resumed.save(tmp_path)
+    assert torch.equal(scores(LoraEnsemble.load(tmp_path, base=tiny_model())), scores(ensemble))

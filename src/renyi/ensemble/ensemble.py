@@ -3,7 +3,7 @@
 How they run at once stands in `joint.py`. This file knows nothing about objectives or trainers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,6 +106,14 @@ class LoraEnsemble(TrainableModel, JointModel):
         evaluate(ensemble)
         return ensemble
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoraEnsemble":
+        """As every module's (`to`, `half`, …), but mixture weights keep the precision that makes them sum to one."""
+        weights = self.weights
+        super()._apply(fn, recurse)
+        if self.weights.dtype not in (torch.float32, torch.float64):
+            self.weights = weights.to(self.weights.device)
+        return self
+
     def train(self, mode: bool = True) -> "LoraEnsemble":
         """As every module's; evaluation leaves alone what it would change for good, see `modes.py`."""
         super().train(mode)
@@ -120,11 +128,12 @@ class LoraEnsemble(TrainableModel, JointModel):
         base: PreTrainedModel | str | Path | None = None,
         mesh: MemberMesh | None = None,
     ) -> "LoraEnsemble":
-        """Load an ensemble folder, a hub id, or a list of existing PEFT adapters as an ensemble, in evaluation mode.
+        """Load an ensemble folder, a hub id, or existing PEFT adapters as an ensemble, in evaluation mode.
 
         Args:
-            path: a folder that `save` or a trainer wrote; a hub id; or a list of PEFT LoRA adapter folders of one
-                rank and one set of targets, which get uniform weights.
+            path: a folder that `save` or a trainer wrote; a hub id; the folder of one PEFT LoRA adapter, which makes
+                an ensemble of one; or a list of such folders of one base, one rank and one set of targets, which get
+                uniform weights.
             base: the base model, loaded or by name; by default the one that the ensemble names.
             mesh: the processes to split members over.
 
@@ -133,8 +142,8 @@ class LoraEnsemble(TrainableModel, JointModel):
         """
         if isinstance(path, str | Path):
             folder = storage.resolve_folder(path)
-            manifest = storage.read_manifest(folder)
-            folders = [folder / name for name in manifest.members]
+            manifest = None if storage.is_adapter(folder) else storage.read_manifest(folder)
+            folders = [folder / name for name in manifest.members] if manifest else [folder]
         else:
             folders = [storage.resolve_folder(p) for p in path]
             manifest = None
@@ -143,6 +152,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         read = [adapters.read_adapter(f) for f in folders]
         for adapter, where in zip(read[1:], folders[1:], strict=True):
             adapters.check_same_config(read[0].config, adapter.config, str(folders[0]), str(where))
+            adapters.check_same_base(read[0].config, adapter.config, str(folders[0]), str(where))
         named = manifest.base_model if manifest else read[0].config.base_model_name_or_path
         if base is None:
             if not named:

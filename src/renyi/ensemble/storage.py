@@ -1,18 +1,14 @@
-"""The ensemble folder: what is in it, and writing it so that a crash never leaves half of one.
+"""Reading and writing the ensemble folder, so that a crash never leaves half of one and a file never leads out of it.
 
-    OUT/ensemble.json                      this file's `Manifest`
-    OUT/member_0/adapter_config.json       an ordinary PEFT adapter, and so on for every member
-    OUT/member_0/adapter_model.safetensors
-
-`ensemble.json` is written last and removed first: where it stands, the members beside it are whole.
-This file knows nothing about models.
+`ensemble.json` is written last and removed first: where it stands, the members beside it are whole. `renyi.layout` has
+the names of the files.
 """
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +17,16 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 
 from renyi.errors import EnsembleFormatError, SaveError
-from renyi.layout import FORMAT_VERSION, MANIFEST_FILE
+from renyi.layout import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    DISTRIBUTION_FILE,
+    FORMAT_VERSION,
+    HUB_FILES,
+    MANIFEST_FILE,
+)
+
+_MEMBER_FILES = {ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, DISTRIBUTION_FILE, "README.md"}
 
 
 @dataclass
@@ -58,13 +63,18 @@ def resolve_folder(path: str | Path) -> Path:
     if Path(path).is_dir():
         return Path(path)
     try:
-        return Path(snapshot_download(str(path)))
+        return Path(snapshot_download(str(path), allow_patterns=HUB_FILES, ignore_patterns=["checkpoint-*"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise EnsembleFormatError(
             "there is no such folder, and no such repository could be fetched from the hub",
             where=str(path),
             hint="Give the output folder of a training run, or a hub id such as user/ensemble.",
         ) from error
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is one PEFT adapter and no ensemble."""
+    return (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / MANIFEST_FILE).is_file()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -102,6 +112,10 @@ def read_manifest(folder: Path) -> Manifest:
             hint="Upgrade renyi.",
         )
     for name in manifest.members:
+        if (folder / name).is_symlink():
+            raise EnsembleFormatError(
+                f"names {name}, which is a link", where=str(file), hint="Put a copy of the folder in its place."
+            )
         if not (folder / name).is_dir():
             raise EnsembleFormatError(
                 f"names {name}, but there is no such folder beside it",
@@ -127,14 +141,41 @@ def _refuse_whole_model(folder: Path) -> None:
 
 def _check_fields(manifest: Manifest) -> None:
     """Raise `ValueError` or `TypeError` unless every field is of its kind and in its range."""
-    names = [*manifest.members, manifest.base_model, manifest.routing_quantity]
+    names = [*manifest.members, manifest.base_model, manifest.routing_quantity, manifest.member_kind]
     if not isinstance(manifest.members, list) or not all(isinstance(name, str) for name in names):
         raise TypeError("a name is not text")
-    weights_fit = len(manifest.weights) == len(manifest.members) > 0 and abs(sum(manifest.weights) - 1) < 1e-3
+    for name in manifest.members:
+        if name in ("", ".", "..") or set(name) & set("/\\\0") or Path(name).is_absolute():
+            raise ValueError(f"the member name {name!r} leads out of the folder")
+    if len(set(manifest.members)) < len(manifest.members):
+        raise ValueError("a member is named twice")
+    if manifest.base_model.startswith("-"):
+        raise ValueError(f"base_model is {manifest.base_model!r}, which commands would take for an option")
+    # Versions before 0.1 could write weights rounded to bfloat16.
+    weights_fit = len(manifest.weights) == len(manifest.members) > 0 and abs(sum(manifest.weights) - 1) < 0.01
     if not weights_fit or min(manifest.weights) < 0:
         raise ValueError("members and weights do not match, or the weights do not sum to one")
+    if abs(sum(manifest.weights) - 1) > 1e-5:
+        manifest.weights = [weight / sum(manifest.weights) for weight in manifest.weights]
     if not 0 <= manifest.alpha <= 1:
         raise ValueError(f"alpha is {manifest.alpha}, not between 0 and 1")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process writes to a folder, and keep others waiting; where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_folder(folder: Path, manifest: Manifest, write_member: Callable[[int, Path], None]) -> None:
@@ -151,26 +192,30 @@ def write_folder(folder: Path, manifest: Manifest, write_member: Callable[[int, 
         SaveError: something could not be written. What was there before the call is still there, or, if only moving
             failed, the new ensemble is whole in `.partial`.
     """
-    staging = folder / ".partial"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(folder, error) from error
+    with alone_in(folder):
+        _write_folder(folder, manifest, write_member)
+
+
+def _write_folder(folder: Path, manifest: Manifest, write_member: Callable[[int, Path], None]) -> None:
+    staging = folder / ".partial"
+    try:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
         for member, name in enumerate(manifest.members):
             write_member(member, staging / name)
         (staging / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+        old = _replaceable(folder, manifest.members)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise SaveError(
-            f"could not be written ({error})",
-            where=str(folder),
-            hint="Free some space and run the command again.",
-        ) from error
+        raise error if isinstance(error, SaveError) else _not_written(folder, error) from error
     try:
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        for old in folder.iterdir():
-            if old.is_dir() and re.fullmatch(r"member_\d+", old.name):
-                shutil.rmtree(old)
+        for member_folder in old:
+            shutil.rmtree(member_folder)
         for name in manifest.members:
             os.replace(staging / name, folder / name)
         os.replace(staging / MANIFEST_FILE, folder / MANIFEST_FILE)
@@ -181,3 +226,27 @@ def write_folder(folder: Path, manifest: Manifest, write_member: Callable[[int, 
             where=str(folder),
             hint=f"Save again, or move what is in {staging} there by hand, {MANIFEST_FILE} last.",
         ) from error
+
+
+def _not_written(folder: Path, error: Exception) -> SaveError:
+    return SaveError(
+        f"could not be written ({error})", where=str(folder), hint="Free some space and run the command again."
+    )
+
+
+def _replaceable(folder: Path, new: list[str]) -> list[Path]:
+    """The folders that a save takes away: the members of the ensemble that is there, and what new ones replace.
+
+    Raises:
+        SaveError: a new member would replace something else.
+    """
+    old: list[str] = []
+    with suppress(EnsembleFormatError):  # a save that was interrupted, or no ensemble
+        old = read_manifest(folder).members
+    for name in new:
+        there = folder / name
+        inside = {file.name for file in there.iterdir()} if there.is_dir() and not there.is_symlink() else None
+        is_member = inside is not None and ADAPTER_CONFIG_FILE in inside and inside <= _MEMBER_FILES
+        if name not in old and os.path.lexists(there) and not is_member:
+            raise SaveError(f"{name} is there and is no member of an ensemble", where=str(folder), hint="Move it away.")
+    return [folder / name for name in dict.fromkeys([*old, *new]) if (folder / name).is_dir()]

@@ -292,6 +292,18 @@ def check_same_config(first: LoraConfig, other: LoraConfig, first_where: str, ot
             )
 
 
+def check_same_base(first: LoraConfig, other: LoraConfig, first_where: str, other_where: str) -> None:
+    """Raise `EnsembleFormatError` if two adapters name different base models."""
+    names = [config.base_model_name_or_path or "" for config in (first, other)]
+    resolved = [str(Path(name).resolve()) if Path(name).is_dir() else name for name in names]
+    if all(names) and resolved[0] != resolved[1]:
+        raise EnsembleFormatError(
+            f"is an adapter of {names[1]}, but {first_where} is one of {names[0]}",
+            where=f"{other_where}/{ADAPTER_CONFIG_FILE}",
+            hint="Members of one ensemble share their base. If both names mean one model, give it one name.",
+        )
+
+
 def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     """A copy of a base that carries joint layers, without them and with one adapter merged in by PEFT."""
     plain = copy.deepcopy(base)
@@ -306,7 +318,7 @@ def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
 def load_base(name: str | Path) -> PreTrainedModel:
     """The base model in a folder or of a hub id; raises `EnsembleFormatError`."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise EnsembleFormatError(
             f"the base model could not be loaded ({error})",

@@ -10,6 +10,7 @@ import math
 import os
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from renyi import __version__
 from renyi.data import load_tokenizer_of
@@ -118,7 +120,9 @@ def export_merged(
             )
         tokenizer = load_tokenizer_of(source.folder, source.base)
         for member, folder in zip(source.members, source.folders, strict=True):
-            loaded.merged(member).save_pretrained(staging / folder.name)
+            plain = loaded.merged(member)
+            plain.generation_config.eos_token_id = _ends(plain.generation_config.eos_token_id, tokenizer)
+            plain.save_pretrained(staging / folder.name)
             tokenizer.save_pretrained(str(staging / folder.name))
     return Export([target / folder.name for folder in source.folders], source.weights, source.base)
 
@@ -234,6 +238,8 @@ def _read(ensemble: str | Path, members: Sequence[int] | None, base: str | None)
     if sum(weights) == 0:
         raise EnsembleFormatError("every member chosen has weight 0", where=str(folder), hint="Choose others.")
     named = base or manifest.base_model
+    if named.startswith("-"):
+        raise ConfigError(f"{named!r} is no model: vLLM would take it for an option", where="--base")
     return _Source(
         folder,
         chosen,
@@ -244,6 +250,15 @@ def _read(ensemble: str | Path, members: Sequence[int] | None, base: str | None)
     )
 
 
+def _ends(of_base: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """The tokens that end an answer: the base's and the tokenizer's, whose template may close turns with another."""
+    found = [of_base] if isinstance(of_base, int) else list(of_base or [])
+    if tokenizer.eos_token_id is not None:
+        found.append(tokenizer.eos_token_id)
+    found = list(dict.fromkeys(found))
+    return found[0] if len(found) == 1 else found or None
+
+
 def _has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer_config.json").is_file()
 
@@ -252,10 +267,14 @@ def _has_tokenizer(folder: Path) -> bool:
 def _written(output: Path, form: str, source: _Source) -> Iterator[Path]:
     """A folder to write to, which becomes `output` when everything is in it and vanishes if anything fails."""
     _check_replaceable(output)
-    staging, old = (output.with_name(f".{output.name}.{suffix}") for suffix in ("partial", "old"))
-    shutil.rmtree(staging, ignore_errors=True)
     try:
-        staging.mkdir(parents=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
+        staging.chmod(0o755)  # as any new folder; others may read an export
+    except OSError as error:
+        raise _not_written(output, error) from error
+    old = staging.with_name(staging.name.replace(".partial-", ".old-"))  # this process's own
+    try:
         yield staging
         facts = {
             "format": form,
@@ -280,12 +299,16 @@ def _written(output: Path, form: str, source: _Source) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise SaveError(
-            f"could not be written ({error})", where=str(output), hint="Free some space and run the command again."
-        ) from error
+        raise _not_written(output, error) from error
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _not_written(output: Path, error: Exception) -> SaveError:
+    return SaveError(
+        f"could not be written ({error})", where=str(output), hint="Free some space and run the command again."
+    )
 
 
 def _check_replaceable(output: Path) -> None:
