@@ -478,3 +478,39 @@ def test_a_layer_and_its_updates_as_one_node_have_autograds_gradients(bias):
     upstream = torch.randn(found.shape, generator=generator, dtype=torch.float64)
     for one, two in zip(*(torch.autograd.grad(y, (x, A, B), upstream) for y in (found, expected)), strict=True):
         torch.testing.assert_close(one, two)
+
+
+# Rows that do not stay equal, and rows that begin late
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox"])
+def test_left_padded_rows_are_the_right_padded_ones_in_every_forward(kind):
+    """One rule for positions: `forward`, `logits`, log-likelihoods and hidden states count from the first token."""
+    ensemble = tiny_ensemble(2, kind)
+    (right, right_mask), (left, left_mask) = padded_batch("right"), padded_batch("left")
+    with torch.no_grad():
+        logits, hidden = (f(right, right_mask)[:, right_mask.bool()] for f in (ensemble.logits, ensemble.hidden_states))
+        torch.testing.assert_close(ensemble.logits(left, left_mask)[:, left_mask.bool()], logits, atol=2e-5, rtol=1e-5)
+        found = ensemble.hidden_states(left, left_mask)[:, left_mask.bool()]
+        torch.testing.assert_close(found, hidden, atol=2e-5, rtol=1e-5)
+        expected = ensemble(right, right_mask).log_probs.sum(-1)
+        torch.testing.assert_close(ensemble(left, left_mask).log_probs.sum(-1), expected, atol=5e-5, rtol=1e-5)
+        torch.testing.assert_close(ensemble.log_likelihood(left, left_mask), expected, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_noise_on_embeddings_is_each_members_own(kind):
+    """As of NEFTune: members whose rows get different noise answer as each does alone with its noise."""
+    ensemble, (ids, mask) = tiny_ensemble(3, kind), padded_batch()
+    noise = 0.3 * torch.randn(3, *ids.shape, 32, generator=torch.Generator().manual_seed(0))
+    embedding = ensemble.base.get_input_embeddings()
+    with torch.no_grad():
+        with_hook = embedding.register_forward_hook(lambda module, given, output: output + noise.flatten(0, 1))
+        together = ensemble(ids, mask).log_probs
+        with_hook.remove()
+        for member in range(3):
+            hook = embedding.register_forward_hook(lambda module, given, output, m=member: output + noise[m])
+            with ensemble.using([member]):
+                alone = ensemble(ids, mask).log_probs[0]
+            hook.remove()
+            torch.testing.assert_close(together[member], alone, atol=2e-5, rtol=1e-5)

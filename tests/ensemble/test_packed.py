@@ -6,12 +6,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import SPECIAL, VOCABULARY, tiny_ensemble
+from tiny import SPECIAL, VOCABULARY, lora, scatter_members, tiny_ensemble, tiny_model, trainer_of
 from torch import Tensor
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from renyi import LoraEnsemble
 from renyi.ensemble import JointOutput, example_log_likelihood
 from renyi.ensemble.rows import repeat_packed
+from renyi.errors import ConfigError
+from renyi.training.packing import check_packing
 
 
 def examples(lengths: list[int], seed: int = 0) -> list[list[int]]:
@@ -117,3 +130,47 @@ def test_repeated_boundaries_are_those_of_the_members_rows_one_after_another():
     # The boundaries are where positions begin anew.
     starts = (repeated["position_ids"][0] == 0).nonzero().flatten()
     assert torch.equal(repeated["cu_seq_lens_q"][:-1].long(), starts)
+
+
+# What a model does with packed rows, tried before training
+
+COLLATE = DataCollatorForLanguageModeling(0, padding_free=True)
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+CROSSING = {
+    "OPT": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0)),
+    "Bloom": lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
+    "Falcon": lambda: FalconForCausalLM(FalconConfig(**SIZES)),
+    "FalconH1": lambda: FalconH1ForCausalLM(
+        FalconH1Config(
+            **SIZES, num_key_value_heads=2, intermediate_size=48, mamba_d_ssm=64, mamba_n_heads=8, mamba_d_head=8,
+            mamba_n_groups=1, mamba_d_state=16, mamba_chunk_size=8,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CROSSING)
+def test_models_that_cross_packed_examples_are_refused_by_name(name, dtype):
+    """Weights as a config initialises them, so that log-likelihoods differ little: it must be found all the same."""
+    torch.manual_seed(0)
+    model = CROSSING[name]().to(dtype).eval()
+    targets = ["q_proj"] if name == "FalconH1" else "all-linear"
+    ensemble = LoraEnsemble.from_base(model, 2, lora(target_modules=targets))
+    with pytest.raises(ConfigError, match=f"{name}ForCausalLM") as error:
+        check_packing(ensemble, COLLATE)
+    assert error.value.where == "packing"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "gemma2"])
+def test_models_that_keep_packed_examples_apart_are_taken(kind, dtype):
+    check_packing(scatter_members(LoraEnsemble.from_base(tiny_model(kind).to(dtype), 2, lora())), COLLATE)
+
+
+@pytest.mark.parametrize("setting", ["packing", "padding_free"])
+def test_a_run_that_would_cross_examples_does_not_begin(tmp_path, setting):
+    model = OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=0, eos_token_id=1))
+    with pytest.raises(ConfigError, match="OPTForCausalLM"):
+        trainer_of(tmp_path, model=model, max_length=64 if setting == "packing" else None, **{setting: True})
+    assert not list(tmp_path.iterdir())

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from float64 import SAME
 from peft import PeftModel
-from tiny import adapter_distance, logged, lora, quiet, text_rows, tiny_model, tiny_tokenizer, trainer_of
+from tiny import adapter_distance, logged, lora, pair_rows, quiet, text_rows, tiny_model, tiny_tokenizer, trainer_of
 from trl import SFTConfig, SFTTrainer
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -23,6 +24,10 @@ def trl_run(output_dir, dataset, model=None, peft_config=None, **settings) -> SF
     )
     trainer.train()
     return trainer
+
+
+def completion_rows(number: int) -> Dataset:
+    return pair_rows(number).remove_columns("rejected").rename_column("chosen", "completion")
 
 
 def assert_equal_curves(ours, theirs, names: list[str]) -> None:
@@ -64,7 +69,8 @@ def test_one_member_is_trl_at_any_alpha(tmp_path, alpha):
 def test_one_member_is_trl_with_other_settings(tmp_path, kind, settings):
     config = {key: settings.pop(key) for key in ("lora_dropout", "use_rslora") if key in settings}
     own = {key: settings.pop(key) for key in ("routing_quantity",) if key in settings}
-    dataset = text_rows(48)
+    # Of GPT-2's rows transformers counts the first token as trained, which no model predicts; a prompt's it does not.
+    dataset = text_rows(48) if kind != "gpt2" else completion_rows(48)
     ours = trainer_of(
         tmp_path / "ours",
         dataset,

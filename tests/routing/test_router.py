@@ -8,6 +8,7 @@ from tiny import VOCABULARY, padded_batch, tiny_ensemble
 from torch import Tensor
 
 from renyi import LoraEnsemble
+from renyi.errors import ConfigError
 from renyi.objectives import renyi_loss, responsibilities
 from renyi.routing import Router, RoutingPlan
 from renyi.routing.race import race
@@ -55,15 +56,39 @@ def test_no_pass_is_larger_than_the_budget(monkeypatch):
     assert max(tokens for _, tokens in seen) == 27
 
 
-def test_checkpointed_steps_are_those_without_checkpoints():
+@pytest.mark.parametrize("alpha", [0.0, ALPHA])
+@pytest.mark.parametrize("kind", ["dense", "sparse", "sampled", "raced"])
+def test_checkpointed_steps_are_those_without_checkpoints(kind, alpha):
+    """Blocks that run again in the backward see the members that they saw first, also those that were drawn."""
     ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
-    _, gradient = step(ensemble, None, ids, mask)
+    plan = RoutingPlan(kind, 0.0, 27 if kind in ("sampled", "raced") else 20)
+    torch.manual_seed(0)
+    _, gradient = step(ensemble, plan, ids, mask, alpha)
     ensemble.activation_checkpointing_enable()
-    for kind in ("dense", "sparse", "raced"):
-        routing = RoutingPlan(kind, 0.0, 20)
-        _, found = step(ensemble, routing, ids, mask)
-        if kind != "raced":  # which draws
-            assert (found - gradient).norm() <= 1e-6 * gradient.norm()
+    torch.manual_seed(0)
+    _, found = step(ensemble, plan, ids, mask, alpha)
+    assert (found - gradient).norm() <= 1e-6 * gradient.norm()
+
+
+def test_as_many_rows_as_members_are_still_told_apart_when_blocks_run_again(monkeypatch):
+    """Three rows and three members: shapes alone would not show that all rows went to other members."""
+    ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
+    ensemble.activation_checkpointing_enable()
+    monkeypatch.setattr(torch, "multinomial", lambda *_: torch.tensor([2, 2, 0])[:, None])
+    _, found = step(ensemble, RoutingPlan("sampled"), ids, mask, 0.0)
+    ensemble.zero_grad()
+    (-ensemble(ids, mask).log_probs.sum(-1)[[2, 2, 0], [0, 1, 2]].sum()).backward()
+    expected = torch.cat([p.grad.flatten() for p in ensemble.parameters() if p.requires_grad])
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("plan", [RoutingPlan("sampled"), RoutingPlan("sparse"), RoutingPlan(token_budget=20)])
+def test_reentrant_checkpoints_are_refused_where_members_would_be_mixed_up(plan):
+    ensemble, (ids, mask) = tiny_ensemble().train(), padded_batch()
+    ensemble.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ConfigError, match="use_reentrant"):
+        Router(ensemble, plan).forward({"input_ids": ids, "attention_mask": mask}, 0.0)
+    Router(ensemble, RoutingPlan()).forward({"input_ids": ids, "attention_mask": mask}, 0.0)
 
 
 def test_autocast_reaches_the_second_pass():

@@ -28,6 +28,9 @@ SETTINGS = {"num_members": 3, "alpha": 0.7, "alpha_hold_ratio": 0.0, "alpha_ramp
 SETTINGS |= {"optim": "sgd", "learning_rate": 0.1}
 
 
+REENTRANT = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+
+
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A trained trainer of each kind, made once."""
@@ -243,6 +246,8 @@ def test_a_rehearsal_takes_the_longest_rows_and_leaves_no_trace(tmp_path):
         (trainer_of, {"routing": "sparse", "routing_threshold": 0.6}, "routing_threshold"),
         (trainer_of, {"routing": "sampled", "packing": True}, "routing"),
         (trainer_of, {"token_budget": 0}, "token_budget"),
+        (trainer_of, {"routing": "sampled", **REENTRANT}, "gradient_checkpointing_kwargs"),
+        (dpo_trainer_of, {"token_budget": 100, **REENTRANT}, "gradient_checkpointing_kwargs"),
         (dpo_trainer_of, {"routing": "raced"}, "routing"),
         (powerflow_trainer_of, {"routing": "sparse"}, "routing"),
     ],

@@ -1,11 +1,16 @@
 """What trainers ask of a model, answered by the base of an ensemble."""
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import noop_context_fn
 from transformers import PreTrainedModel
+
+from renyi.members.layer import MemberSelection
 
 
 class TrainableModel(nn.Module):
@@ -13,9 +18,13 @@ class TrainableModel(nn.Module):
 
     Attributes:
         base: the transformers model.
+        recomputes_members: whether blocks that gradient checkpointing runs again see the members that they saw first.
+            False after checkpointing with `use_reentrant`, which only suits passes of all members.
     """
 
     base: PreTrainedModel
+    recomputes_members = True
+    _selection: MemberSelection
 
     @property
     def base_model_name(self) -> str:
@@ -58,8 +67,30 @@ class TrainableModel(nn.Module):
             if type(module).__name__ in (self.base._no_split_modules or ()):
                 module.compile(**settings)
 
-    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
-        self.base.activation_checkpointing_enable(**kwargs)
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """As transformers', and a block that is run again in the backward sees the members that it saw first.
+
+        With `use_reentrant` nothing can be said to a block that is run again: see `recomputes_members`.
+        """
+        given = dict(activation_checkpointing_kwargs or {"use_reentrant": False})
+        self.recomputes_members = not given.get("use_reentrant", True)
+        if self.recomputes_members:
+            contexts = given.get("context_fn", noop_context_fn)
+
+            def with_members() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+                first, again = contexts()
+                return first, _both(self._selection.as_now(), again)
+
+            given["context_fn"] = with_members
+        self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=given, **kwargs)
 
     def add_model_tags(self, tags: list[str] | str) -> None:
         self.base.add_model_tags(tags)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield

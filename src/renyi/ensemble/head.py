@@ -208,6 +208,8 @@ def check_head(base: PreTrainedModel) -> None:
     transform = LogitTransform.from_config(base.config)
     with torch.no_grad(), evaluating(base):  # a base with dropout of its own answers differently each time
         hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        if head.weight.is_floating_point():  # some backbones hand on float32, which the model then rounds
+            hidden = hidden.to(head.weight.dtype)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         size = _logits_by_parts(head, hidden).std().clamp(min=torch.finfo(torch.float32).tiny)
         factor = (CHECKED_LOGITS / size).clamp(min=1.0)

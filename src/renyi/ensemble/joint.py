@@ -4,6 +4,7 @@ Training and scoring both go through it: token ids go in, log-likelihoods come o
 done with members, and `renyi.routing` wraps this forward where a training step leaves pairs out.
 """
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -35,6 +36,7 @@ class JointModel(nn.Module):
         self.base, self.mesh = base, mesh
         self._selection = selection
         self._has_dropout = _has_dropout(base)
+        self._takes_positions = "position_ids" in inspect.signature(base.base_model.forward).parameters
         self._logit_transform = LogitTransform.from_config(base.config)
         self.register_buffer("weights", torch.full((num_members,), 1 / num_members, device=base.device))
 
@@ -74,7 +76,7 @@ class JointModel(nn.Module):
 
         Args:
             input_ids: [B, T].
-            attention_mask: [B, T], 1 where there is a token.
+            attention_mask: [B, T], 1 where there is a token; either side may be padded.
             labels: [B, T], −100 where not trained; by default every attended token is.
             kwargs: what TRL's collators add for packed batches (`position_ids`, `cu_seq_lens_q`, …) and anything
                 else that the backbone takes; tensors whose first dimension is B are repeated for every member.
@@ -114,7 +116,8 @@ class JointModel(nn.Module):
         """Last hidden states [M, B, T, D] of the backbone over member-major rows; arguments as for `forward`."""
         num_members = self._num_active()
         batch, length = input_ids.shape
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **(kwargs or {})}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        inputs |= self._positions(attention_mask, length) | (kwargs or {})
         if "cu_seq_lens_q" in inputs and "flash" in str(self.base.config._attn_implementation):
             # Variable-length kernels see one long row: the members' copies of the packed row, one after another.
             inputs = repeat_packed(inputs, num_members)
@@ -124,9 +127,26 @@ class JointModel(nn.Module):
             inputs = {k: repeat_rows(v, num_members, batch) for k, v in inputs.items()}
         # Without a gradient nothing is trained, so nothing drops.
         mode = nullcontext() if torch.is_grad_enabled() else evaluating(self.base)
-        with mode, nullcontext() if self._has_dropout else self._selection.repeating():
+        with mode, self._selection.repeating() if self._keeps_rows_equal() else nullcontext():
             hidden = self.base.base_model(**inputs).last_hidden_state
         return hidden.view(num_members, batch, length, hidden.shape[-1])
+
+    def _positions(self, attention_mask: Tensor | None, length: int) -> dict[str, Tensor]:
+        """Position ids of the last tokens of left-padded rows, counted from the first real token.
+
+        Empty for other rows, whose positions the model counts itself, and for models without position ids (those of
+        ALiBi count along the mask).
+        """
+        if attention_mask is None or not self._takes_positions or not bool((attention_mask[:, 0] == 0).any()):
+            return {}
+        return {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]}
+
+    def _keeps_rows_equal(self) -> bool:
+        """Whether equal rows stay equal on their way to the first joint layer, so that one member's are enough.
+
+        Dropout of the base's own and hooks on the embedding (NEFTune's noise) make them differ.
+        """
+        return not self._has_dropout and not self.base.get_input_embeddings()._forward_hooks
 
     def _num_active(self) -> int:
         selected = self._selection.members
@@ -142,11 +162,7 @@ class JointModel(nn.Module):
 
         Entry t is log p_m(label_t | x_<t); it is zero at t = 0 and where the label is −100.
         """
-        kwargs = {}
-        if attention_mask is not None and bool((attention_mask[:, 0] == 0).any()):
-            # Left-padded rows: positions count from the first real token.
-            kwargs["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        log_probs = self(input_ids, attention_mask, labels, **kwargs).log_probs
+        log_probs = self(input_ids, attention_mask, labels).log_probs
         return torch.cat([log_probs.new_zeros(*log_probs.shape[:2], 1), log_probs], dim=-1)
 
     def log_likelihood(
@@ -165,10 +181,9 @@ class JointModel(nn.Module):
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token logits [M, B, T, V] as the model's own forward computes them; for small inputs only."""
         num_members = self._num_active()
-        rows = {
-            "input_ids": repeat_rows(input_ids, num_members, len(input_ids)),
-            "attention_mask": repeat_rows(attention_mask, num_members, len(input_ids)),
-        }
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= self._positions(attention_mask, input_ids.shape[1])
+        rows = {name: repeat_rows(value, num_members, len(input_ids)) for name, value in inputs.items()}
         with nullcontext() if torch.is_grad_enabled() else evaluating(self.base):
             logits = self.base(**rows, use_cache=False).logits
         return logits.view(num_members, *input_ids.shape, logits.shape[-1])

@@ -5,7 +5,7 @@ on. What a member consists of is the business of its kind (`kind.py`); this file
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -38,13 +38,24 @@ class MemberSelection:
 
     @contextmanager
     def using(self, members: Sequence[int], paired: bool = False, examples: Tensor | None = None) -> Iterator[None]:
-        """Select `members` for the forwards inside. A backward under gradient checkpointing must run inside, too."""
-        before = self.members, self.paired, self.examples, self._index
-        self.members, self.paired, self.examples, self._index = tuple(members), paired, examples, None
+        """Select `members` for the forwards inside."""
+        with self._set(tuple(members), paired, examples, self.noise):
+            yield
+
+    def as_now(self) -> AbstractContextManager[None]:
+        """A context, for later, in which all is selected as now: there, checkpointed blocks run again."""
+        return self._set(self.members, self.paired, self.examples, self.noise)
+
+    @contextmanager
+    def _set(
+        self, members: tuple[int, ...] | None, paired: bool, examples: Tensor | None, noise: Noise | None
+    ) -> Iterator[None]:
+        before = self.members, self.paired, self.examples, self.noise, self._index
+        self.members, self.paired, self.examples, self.noise, self._index = members, paired, examples, noise, None
         try:
             yield
         finally:
-            self.members, self.paired, self.examples, self._index = before
+            self.members, self.paired, self.examples, self.noise, self._index = before
 
     @contextmanager
     def of_examples(self, examples: Tensor) -> Iterator[None]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from renyi.ensemble import IGNORED, JointOutput, LoraEnsemble, evaluating
+from renyi.errors import ConfigError
 from renyi.routing.plan import SHARE, Batch, RoutingPlan, take_examples
 from renyi.routing.race import race
 from renyi.routing.statistics import AutoRouting, PassStatistics, member_shares
@@ -72,6 +73,12 @@ class Router:
         return _through(wrapper, self.ensemble, self._forward, batch, alpha)
 
     def _forward(self, batch: Batch, alpha: float) -> Routed:
+        if not self.ensemble.recomputes_members:
+            raise ConfigError(
+                "use_reentrant is true, and this step runs some pairs of members and examples at a time",
+                where="gradient_checkpointing_kwargs",
+                hint="Set use_reentrant to false, or train with routing 'dense' and no token budget.",
+            )
         draws = self.plan.kind in ("sampled", "raced")
         if draws and alpha == 0 and self.plan.takes(*batch["input_ids"].shape):
             return self._drawn_forward(batch)

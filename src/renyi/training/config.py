@@ -163,6 +163,10 @@ class EnsembleConfig(_BeforeConfig):
         require("routing", self.routing, one_place, "'dense' where members or the base are split over processes")
         unasked = budget is None or not self.shard_base
         require("token_budget", budget, unasked, "none: processes that share the base run it equally often")
+        again = self.recomputes_reentrantly
+        plain = not again or (self.routing == "dense" and budget is None)
+        expected = "use_reentrant: false, or neither routing nor token_budget"
+        require("gradient_checkpointing_kwargs", {"use_reentrant": again}, plain, expected)
         rate, std = self.mixture_weights_rate, self.prior_std
         require("mixture_weights_rate", rate, 0 < rate <= 1, "a number above 0 and at most 1")
         require("prior_std", std, std is None or 0 < std < math.inf, "above 0, or unset")
@@ -173,6 +177,12 @@ class EnsembleConfig(_BeforeConfig):
         )
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every adapter takes part in every step
+
+    @property
+    def recomputes_reentrantly(self) -> bool:
+        """Whether gradient checkpointing runs blocks again with `use_reentrant`, where members cannot be told apart."""
+        args: Any = self
+        return args.gradient_checkpointing and bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
 
     @property
     def data_processes(self) -> int:

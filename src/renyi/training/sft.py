@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from trl import SFTConfig, SFTTrainer
 
 from renyi import data
-from renyi.ensemble import example_log_likelihood
+from renyi.ensemble import LoraEnsemble, example_log_likelihood
 from renyi.routing import routing_sums, share_of
 from renyi.training.config import EnsembleConfig, require
+from renyi.training.packing import check_packing
 from renyi.training.statistics import mean_of_members
 from renyi.training.trainer import EnsembleTrainer
 
@@ -71,6 +74,17 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
 
     args: RenyiSFTConfig
     preparation: data.Preparation
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | LoraEnsemble,
+        args: RenyiSFTConfig,
+        train_dataset: Dataset | IterableDataset,
+        **kwargs: Any,
+    ):
+        super().__init__(model, args, train_dataset, **kwargs)
+        if self.padding_free:
+            check_packing(self.model, self.data_collator)
 
     def _loss_units(self) -> int:
         return data.count_tokens(self.train_dataset).trained

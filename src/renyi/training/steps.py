@@ -47,7 +47,7 @@ class RoutedSteps(Trainer):
         """What one member's largest batch takes, so that memory does not grow with the members."""
         length = getattr(self.args, "max_length", None)
         # Processes that share a base run it equally often.
-        if not self.splits_batches or length is None or self.args.shard_base:
+        if not self.splits_batches or length is None or self.args.shard_base or self.args.recomputes_reentrantly:
             return None
         return max(LEAST_BUDGET, self.args.per_device_train_batch_size * self.rows_per_example * length)
 

@@ -121,6 +121,9 @@ class EnsembleTrainer(RoutedSteps):
         self.cut_rows: dict[str, int] = {}  # how many rows of each dataset are cut
         with _unmasked(args):
             super().__init__(model=ensemble, args=args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
+        # Count the tokens that are trained. For models whose class names no loss (GPT-2), transformers counts the
+        # first token of each row, too, which nothing predicts.
+        self._loss_shifts_labels = True
         # TRL wraps the model's forward to add its own head, which ours makes needless.
         self.model.__dict__.pop("forward", None)
         self._watched = {mode: RunningMeans(args.device) for mode in ("train", "eval")}
