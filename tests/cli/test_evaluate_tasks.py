@@ -162,7 +162,20 @@ def test_a_threshold_is_kept_with_the_ensemble(files: Files, tmp_path: Path) -> 
     other = Path(shutil.copytree(files.ensemble, tmp_path / "other"))
     ended = choice(other, files.quiz, "--target_risk", "0.01")
     assert "No threshold on total" in ended.out
+    assert "removed" not in ended.out
     assert not (other / "abstention.json").exists()
+
+
+def test_a_search_that_finds_nothing_leaves_no_threshold_in_force(files: Files, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(files.ensemble, tmp_path / "three"))
+    choice(copy, files.quiz, "--target_risk", "0.95")
+    assert (copy / "abstention.json").exists()
+    assert choice(copy, files.quiz).code == 0  # no search: what is in force stays
+    assert (copy / "abstention.json").exists()
+    ended = choice(copy, files.quiz, "--target_risk", "0.01")
+    assert "The threshold of an earlier search" in ended.out
+    assert "is removed" in " ".join(ended.out.split())
+    assert not (copy / "abstention.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -230,4 +243,70 @@ def test_the_report_of_preferences(files: Files, tmp_path: Path) -> None:
     page = (report / "report.html").read_text(encoding="utf-8")
     assert "<h1>Preferences</h1>" in page
     assert page.count("data:image/png;base64,") == 4
-    assert json.loads((report / "evaluation.json").read_text(encoding="utf-8")) == json.loads(ended.out)
+    assert "question" not in page
+    told = json.loads(ended.out)
+    assert json.loads((report / "evaluation.json").read_text(encoding="utf-8")) == told
+    # The page's Brier score is the terminal's and the JSON's: one table of one number.
+    shown = renyi("evaluate", files.ensemble, data, "--task", "preference").out
+    row = next(line for line in shown.splitlines() if line.startswith("mixture")).split()
+    figures = re.sub(r"<[^>]+>", " ", re.search(r"<tr><td>mixture</td>.*?</tr>", page)[0]).split()  # type: ignore[index]
+    assert row == figures
+    assert row[3] == f"{told['mixture']['brier']:.4f}"
+
+
+def test_one_question_has_no_interval(files: Files, tmp_path: Path) -> None:
+    quiz = write_quiz(tmp_path / "one.csv", 1, "one")
+    ended = choice(files.ensemble, quiz, "--report", tmp_path / "report")
+    assert ended.code == 0, ended.err
+    assert "±0.0" not in ended.out
+    row = next(line for line in ended.out.splitlines() if line.startswith("mixture"))
+    assert "±–" in row
+    told = json.loads(choice(files.ensemble, quiz, "--json").out)
+    assert told["systems"][0]["nll"]["low"] is None
+    assert "[–]" in (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    without = renyi("evaluate", files.ensemble, quiz, "--task", "choice", "--choice_by", "text", "--resamples", 0).out
+    assert "±" not in without.partition("Does it know")[0]
+
+
+NAMES = ["$x^$", "\\frac{$", "a$b", "\x1b[31mred", "\u202eabc", "<b>bold</b>", "[bold]"]
+
+
+def test_names_from_data_are_shown_as_they_are(files: Files, tmp_path: Path) -> None:
+    """Neither a formula, a colour, markup nor a change of direction; and none of them loses the evaluation."""
+    draw = random.Random(0)
+    rows = [
+        {"question": f"w{i} {NAMES[i % len(NAMES)]}", "choices": ["w1", "w2 w3"], "answer": draw.randrange(2)}
+        | {"who": NAMES[i % len(NAMES)]}
+        for i in range(14)
+    ]
+    data, report = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "report"
+    named = Path(shutil.copytree(files.single, tmp_path / "$\\frac$"))
+    ended = choice(files.ensemble, data, "--group", "who", "--report", report, "--baseline", named)
+    assert ended.code == 0, ended.err
+    assert "members_by_groups.png" in {f.name for f in report.iterdir()}
+    page = (report / "report.html").read_text(encoding="utf-8")
+    assert "could not be drawn" not in page
+    for text in (ended.out, page):
+        assert not set(text) & {"\x1b", "\u202e"}
+        assert "\\x1b[31mred" in text
+        assert "\\u202eabc" in text
+    assert "<b>bold" not in page
+    assert "[bold]" in ended.out
+    told = json.loads((report / "evaluation.json").read_text(encoding="utf-8"))
+    assert {group["group"] for group in told["groups"]} == set(NAMES)
+
+
+def test_a_chart_that_fails_loses_nothing(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from renyi.evaluation import plots
+
+    def fails(*_: object) -> bytes:
+        raise ValueError("no such font")
+
+    monkeypatch.setattr(plots, "draw_risk_coverage", fails)
+    ended = choice(files.ensemble, files.quiz, "--report", tmp_path / "report", "--json")
+    assert ended.code == 0, ended.err
+    kept = json.loads((tmp_path / "report" / "evaluation.json").read_text(encoding="utf-8"))
+    assert kept == json.loads(ended.out)
+    page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
+    assert "This chart could not be drawn (ValueError: no such font)." in page
+    assert page.count("data:image/png;base64,") == 3

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from renyi.evaluation import RefusalEvaluation, RefusalRates, evaluate_refusal, is_refusal
+from renyi.evaluation.refusal_classifier import without_quotes
 
 LABELLED = Path(__file__).parents[3] / "shared/data/xstest/completions_mistralinstruct_gpteval.csv"
 
@@ -122,7 +124,16 @@ def test_a_long_text_takes_no_time() -> None:
     started = time.perf_counter()
     for text in ("i cannot " * 20_000, "sorry i am not " * 20_000, "is not " * 20_000, "however, here " * 20_000):
         is_refusal(text, text[:-1])
+    for quotes in ('"' + "a b " * 50_000, '"a b c" ' * 20_000, '"' * 100_000, '" ' * 50_000, '"\n' * 50_000):
+        is_refusal(quotes)
     assert time.perf_counter() - started < 5
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet='"a \n.', max_size=40))
+def test_quoted_speech_is_what_the_plain_pattern_finds(text: str) -> None:
+    """The pattern, which takes the cube of the length, is the definition."""
+    assert without_quotes(text) == re.sub(r'"[^"\n]*\s[^"\n]*\s[^"\n]*"', '""', text)
 
 
 # ---- Figures by hand -------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """Truths about scoring options: against the ensemble's own likelihoods, for letters, texts, and cut prompts."""
 
+import weakref
+from collections.abc import Iterator
+
 import pytest
 import torch
 from tiny import WORDS, tiny_ensemble, tiny_tokenizer
@@ -100,3 +103,24 @@ def test_letters_in_one_pass_are_letters_one_by_one(monkeypatch: pytest.MonkeyPa
     one_by_one = score_choices(ensemble, QUESTIONS, tokenizer, "letter")
     torch.testing.assert_close(at_once.log_likelihood, one_by_one.log_likelihood, rtol=1e-5, atol=1e-5)
     assert torch.equal(at_once.tokens, one_by_one.tokens)
+
+
+def test_of_a_vocabulary_only_the_options_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By letter, a chunk [M, n, V] of log-probabilities is gone before the next one is made."""
+    ensemble, tokenizer = tiny_ensemble(3), lettered_tokenizer()
+    expected = score_choices(ensemble, QUESTIONS * 3, tokenizer).log_likelihood
+    whole, most = ensemble.next_token_log_probs, 0
+
+    def in_chunks_of_one(*inputs: torch.Tensor) -> Iterator[torch.Tensor]:
+        nonlocal most
+        alive: list[weakref.ref[torch.Tensor]] = []
+        for one in torch.cat(list(whole(*inputs)), dim=1).split(1, dim=1):
+            made = one.clone()
+            most = max(most, sum(chunk() is not None for chunk in alive) + 1)
+            alive.append(weakref.ref(made))
+            yield made
+            del made
+
+    monkeypatch.setattr(ensemble, "next_token_log_probs", in_chunks_of_one)
+    assert torch.equal(score_choices(ensemble, QUESTIONS * 3, tokenizer).log_likelihood, expected)
+    assert most <= 2  # the one in hand, and the one that comes

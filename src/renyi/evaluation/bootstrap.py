@@ -36,7 +36,7 @@ def intervals(
         seed: of the draws.
     """
     drawn: dict[str, list[Array]] = {name: [] for name in values}
-    for counts in _draws(examples, resamples, seed):
+    for counts in _draws(examples, resamples if examples > 1 else 0, seed):  # one example has no spread to draw from
         for name, found in drawn.items():
             found.append(statistics[name](counts))
     return {name: Estimate(value, *_percentiles(drawn[name])) for name, value in values.items()}
@@ -55,7 +55,7 @@ def _draws(examples: int, resamples: int, seed: int) -> Iterator[Array]:
 def _percentiles(blocks: list[Array]) -> tuple[float, float]:
     values = np.concatenate(blocks) if blocks else np.empty(0)
     values = values[np.isfinite(values)]
-    if not len(values) or np.ptp(values) == 0:  # one value tells nothing of how others would fall
+    if not len(values):
         return np.nan, np.nan
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from renyi.evaluation import bootstrap, metrics
 from renyi.evaluation.bootstrap import RESAMPLES, Estimate, Statistic, intervals
-from renyi.evaluation.member_groups import Specialisation, specialisation
+from renyi.evaluation.member_groups import Specialisation, rows_by_group, specialisation
 from renyi.evaluation.metrics import Array, ReliabilityBin
 from renyi.measures import token_uncertainty
 from renyi.objectives import renyi_loss
@@ -309,19 +309,22 @@ def _told_apart(here: Array, elsewhere: Array, resamples: int, seed: int) -> Out
 
 def _groups(names: Sequence[str], opinion: Opinion, labels: NDArray[np.int64], epistemic: Array) -> list[ChoiceGroup]:
     probs, members = opinion.mixture(), opinion.members()
-    found = []
-    for name in sorted(set(names)):
-        rows = np.flatnonzero([n == name for n in names])
-        p, y = probs[rows], labels[rows]
-        found.append(
-            ChoiceGroup(
-                name,
-                len(rows),
-                metrics.accuracy(p, y),
-                metrics.nll(p, y),
-                metrics.ece(p, y),
-                float(epistemic[rows].mean()),
-                [metrics.accuracy(q[rows], y) for q in members],
-            )
+    rows_of = rows_by_group(names)
+    group_N = np.empty(len(names), np.int64)
+    for g, rows in enumerate(rows_of.values()):
+        group_N[rows] = g
+    right_MN = [metrics.is_right(q, labels) for q in members]
+    ece_G = metrics.ece_by_group(probs, labels, group_N)
+    right_N, nll_N = metrics.is_right(probs, labels), metrics.example_nll(probs, labels)
+    return [
+        ChoiceGroup(
+            name,
+            len(rows),
+            float(right_N[rows].mean()),
+            float(nll_N[rows].mean()),
+            float(ece_G[g]),
+            float(epistemic[rows].mean()),
+            [float(right[rows].mean()) for right in right_MN],
         )
-    return found
+        for g, (name, rows) in enumerate(rows_of.items())
+    ]

@@ -6,9 +6,8 @@ from typing import NamedTuple
 class Estimate(NamedTuple):
     """A figure, and the interval that holds 95 % of its values on resampled examples.
 
-    The value is NaN where the figure is undefined. The interval is NaN where there is none: without resamples, and
-    where all resamples give one value (a single example, or examples that are all alike), which says nothing about
-    how sure the figure is.
+    The value is NaN where the figure is undefined, the interval where there is none: without resamples, and of a single
+    example.
     """
 
     value: float

@@ -1,13 +1,13 @@
 """Which member explains which group of examples, and whether the members are the groups.
 
-Knows log-likelihoods, weights and names of groups. It does not know what the examples say.
+`specialisation` compares members with groups; `rows_by_group` is how every evaluation finds the rows of a group.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from sklearn.metrics import adjusted_rand_score
 
 
@@ -45,11 +45,19 @@ def specialisation(log_likelihood: ArrayLike, weights: ArrayLike, groups: Sequen
     with np.errstate(divide="ignore"):
         best_N = (ell_MN + np.log(w_M)[:, None]).argmax(axis=0)
     names, group_N = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    belongs_NG = np.eye(len(names))[group_N]
-    share_NG = belongs_NG / belongs_NG.sum(axis=0)
+    size_G = np.bincount(group_N)
+    led_MG = [np.bincount(group_N[best_N == m], minlength=len(names)) / size_G for m in range(len(ell_MN))]
     return Specialisation(
         groups=[str(name) for name in names],
-        log_likelihood=(ell_MN @ share_NG).tolist(),
-        led=(np.eye(len(ell_MN))[:, best_N] @ share_NG).tolist(),
+        log_likelihood=[(np.bincount(group_N, ell_N) / size_G).tolist() for ell_N in ell_MN],
+        led=[led_G.tolist() for led_G in led_MG],
         adjusted_rand=float(adjusted_rand_score(group_N, best_N)),
     )
+
+
+def rows_by_group(groups: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """The rows of each group, ascending; groups in alphabetical order. Linear in the number of rows."""
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    return {group: np.array(rows[group]) for group in sorted(rows)}

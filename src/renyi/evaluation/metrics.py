@@ -76,6 +76,19 @@ def calibration_error(confidence: ArrayLike, is_right: ArrayLike, bins: int = BI
     return float(binary_calibration_error(sure, torch.as_tensor(is_right).long(), n_bins=bins, norm="l1"))
 
 
+def ece_by_group(probs: ArrayLike, labels: ArrayLike, groups: ArrayLike, bins: int = BINS) -> Array:
+    """`ece` of each of G groups, in one pass: [G].
+
+    Args:
+        probs, labels: as for `ece`.
+        groups: which group each example belongs to, [N], from 0 to G − 1; none is empty.
+    """
+    sure, right, group_N = confidence(probs), is_right(probs, labels), np.asarray(groups)
+    at_N, number = group_N * bins + equal_width_bin(sure, bins), int(group_N.max()) + 1
+    excess_GB = np.bincount(at_N, sure - right, minlength=number * bins).reshape(number, bins)
+    return np.abs(excess_GB).sum(axis=1) / np.bincount(group_N)
+
+
 def adaptive_ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
     """Expected calibration error of the likeliest class in bins of equal mass (Nixon et al. 2019, arXiv 1904.01685).
 

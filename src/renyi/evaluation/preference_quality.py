@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from renyi.evaluation.member_groups import rows_by_group
 from renyi.evaluation.metrics import calibration_error
 from renyi.inference.pair_scores import PairScore
 from renyi.measures import token_uncertainty
@@ -147,12 +148,9 @@ def _of_groups(groups: Sequence[str], log_mixture_N2: Tensor, epistemic_N: Tenso
     if len(groups) != len(epistemic_N):
         raise ValueError(f"there are {len(groups)} groups of {len(epistemic_N)} pairs")
     is_right_N = _is_right(log_mixture_N2).double()
-    rows_of: dict[str, list[int]] = {}
-    for i, group in enumerate(groups):
-        rows_of.setdefault(group, []).append(i)
     return [
         GroupQuality(group, len(rows), float(is_right_N[rows].mean()), float(epistemic_N[rows].mean()))
-        for group, rows in sorted(rows_of.items())
+        for group, rows in rows_by_group(groups).items()
     ]
 
 

@@ -202,6 +202,23 @@ def _plain(text: str) -> str:
 
 def _sentences(text: str, number: int) -> list[str]:
     """The first sentences, quoted speech left out."""
-    text = re.sub(r'"[^"\n]*\s[^"\n]*\s[^"\n]*"', '""', text)
+    text = without_quotes(text)
     sentences = [s for s in re.split(r"(?<=[.!?])['\")]*\s+|\n+", text) if re.search(r"\w", s)]
     return [s[:_LONGEST_SENTENCE] for s in sentences[:number]]
+
+
+def without_quotes(text: str) -> str:
+    """The text with `""` for quoted speech: what stands between two quotes, of at least two spaces.
+
+    At most two of these may be breaks of lines. One pass from quote to quote: a pattern that looks for the closing
+    quote from every space takes the cube of the length where there is none.
+    """
+    parts, start, quote = [], 0, text.find('"')
+    while quote >= 0 and (end := text.find('"', quote + 1)) >= 0:
+        inside = text[quote + 1 : end]
+        if sum(map(str.isspace, inside)) >= 2 and inside.count("\n") <= 2:
+            parts += [text[start:quote], '""']
+            start, quote = end + 1, text.find('"', end + 1)
+        else:
+            quote = end
+    return "".join([*parts, text[start:]])

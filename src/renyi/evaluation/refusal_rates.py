@@ -9,6 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from renyi.evaluation.member_groups import rows_by_group
+
 
 class RefusalRates(NamedTuple):
     """The share of prompts that are refused, from 0 to 1; None where there are no such prompts.
@@ -126,9 +128,7 @@ def _variance(rates: Sequence[float | None], weights_M: NDArray[np.float64]) -> 
 
 
 def _of_groups(groups: Sequence[str], z_PM: NDArray[np.float64], variance_P: NDArray[np.float64]) -> list[GroupRefusal]:
-    group_P = np.asarray(groups, dtype=object)
     return [
-        GroupRefusal(group, int(of.sum()), z_PM[of].mean(axis=0).tolist(), float(variance_P[of].mean()))
-        for group in sorted(set(groups))
-        for of in [group_P == group]
+        GroupRefusal(group, len(rows), z_PM[rows].mean(axis=0).tolist(), float(variance_P[rows].mean()))
+        for group, rows in rows_by_group(groups).items()
     ]

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 import numpy as np
@@ -37,9 +38,31 @@ def normalised(text: str) -> str:
     return stripped
 
 
+# A number as it is written in a text: 3, -3, 3.5, .5, 3,000. Neither a part of a longer one (1.3.1, 3/4, 3:30, 3,00)
+# nor of a word (w3). A minus between two operands is no sign.
+_NUMBER = re.compile(
+    r"(?:(?<![\w)])[-+])?(?<!\w)(?<!\d[.,/:])(?<!\.)(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\w)(?![.,/:]\d)",
+    re.ASCII,
+)
+
+
 def contains_answer(text: str, answer: str) -> bool:
-    """Whether a text holds an answer as whole words, both normalised: "3" is in "It is 3." and not in "It is 13."."""
-    return re.search(rf"(?<!\w){re.escape(normalised(answer))}(?!\w)", normalised(text)) is not None
+    """Whether a text holds an answer, both normalised.
+
+    An answer that is a number is compared by value with every number of the text: "3" is in "It is 3." and "3.0", and
+    neither in "13", "3.5", "-3", "3,000" nor "3/4". Any other answer has to be there as whole words.
+    """
+    wanted, within = normalised(answer), normalised(text)
+    if _NUMBER.fullmatch(wanted):
+        return any(_value(found[0]) == _value(wanted) for found in _NUMBER.finditer(within))
+    # An answer that begins or ends with digits may not continue into a longer number either: "june 3" in "june 3.5".
+    before = r"(?<!\w)(?<!\d[.,/:])" if wanted[:1].isdigit() else r"(?<!\w)"
+    after = r"(?!\w)(?![.,/:]\d)" if wanted[-1:].isdigit() else r"(?!\w)"
+    return re.search(f"{before}{re.escape(wanted)}{after}", within) is not None
+
+
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", ""))
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

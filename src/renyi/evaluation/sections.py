@@ -121,7 +121,10 @@ class Report(NamedTuple):
 
 
 def cell_text(cell: Cell, column: Column | str, has_intervals: bool = True, brackets: bool = False) -> str:
-    """A cell as text: an estimate as `0.40 ±0.05`, or with brackets as `0.40 [0.35, 0.45]`."""
+    """A cell as text: an estimate as `0.40 ±0.05`, or with brackets as `0.40 [0.35, 0.45]`.
+
+    An interval of no width is shown as a dash: examples that are all alike do not say how others would fall.
+    """
     if isinstance(cell, str):
         return cell
     form = column.form if isinstance(column, Column) else ""
@@ -131,9 +134,10 @@ def cell_text(cell: Cell, column: Column | str, has_intervals: bool = True, brac
     text = format(value, form)
     if not has_intervals or low is None or high is None:
         return text
+    is_known = high > low  # false of NaN
     if brackets:
-        return f"{text} [{UNDEFINED}]" if low != low else f"{text} [{format(low, form)}, {format(high, form)}]"
-    return f"{text} ±{UNDEFINED}" if low != low else f"{text} ±{format((high - low) / 2, form)}"
+        return f"{text} [{format(low, form)}, {format(high, form)}]" if is_known else f"{text} [{UNDEFINED}]"
+    return f"{text} ±{format((high - low) / 2, form) if is_known else UNDEFINED}"
 
 
 def best_cells(table: Table) -> set[tuple[int, int]]:

@@ -187,7 +187,7 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, files: Sequence[File], settings: Any) -> Any:
-        """What rows say; every bad row is refused here, before a model is loaded."""
+        """What rows say. A bad row is refused here, before a model is loaded, unless only a tokenizer shows it."""
 
     @abstractmethod
     def ask(self, models: Models, data: Any, settings: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from renyi.evaluation import bootstrap
 from renyi.evaluation.bootstrap import RESAMPLES, Estimate
-from renyi.evaluation.member_groups import Specialisation, specialisation
+from renyi.evaluation.member_groups import Specialisation, rows_by_group, specialisation
 from renyi.inference import Score
 
 
@@ -107,8 +107,7 @@ def _groups(
     groups: Sequence[str], tokens_N: np.ndarray, nll_N: np.ndarray, ell_MN: np.ndarray, gap_N: np.ndarray
 ) -> list[TextGroup]:
     found = []
-    for name in sorted(set(groups)):
-        rows = np.flatnonzero([g == name for g in groups])
+    for name, rows in rows_by_group(groups).items():
         tokens = tokens_N[rows].sum()
         members = (-ell_MN[:, rows].sum(axis=1) / tokens).tolist()
         sums = (float(x[rows].sum() / tokens) for x in (nll_N, gap_N))

@@ -102,10 +102,14 @@ def _score_next_tokens(
         lengths = torch.tensor([len(prompts[i]) for i in rows])[:, None]
         position = torch.arange(input_ids.shape[1])
         inputs = (input_ids, (position < lengths).long(), position == lengths - 1)
-        log_p_MBV = torch.cat(list(ensemble.next_token_log_probs(*(x.to(ensemble.device) for x in inputs))), dim=1)
         there = options[rows] >= 0
-        picked = options[rows].clamp(min=0).to(log_p_MBV.device).expand(ensemble.num_members, -1, -1)
-        log_p_MBC = log_p_MBV.gather(-1, picked).double().cpu()
+        picked = options[rows].clamp(min=0).to(ensemble.device).expand(ensemble.num_members, -1, -1)
+        of_chunks, start = [], 0
+        for log_p_MnV in ensemble.next_token_log_probs(*(x.to(ensemble.device) for x in inputs)):
+            # Only the options' columns are kept of each chunk, never the whole vocabulary of all rows.
+            of_chunk = picked[:, start : (start := start + log_p_MnV.shape[1])]
+            of_chunks.append(log_p_MnV.gather(-1, of_chunk).double().cpu())
+        log_p_MBC = torch.cat(of_chunks, dim=1)
         bad = ~log_p_MBC.isfinite().all(dim=0) & there
         if bad.any():
             raise EnsembleFormatError(
