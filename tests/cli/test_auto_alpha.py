@@ -12,6 +12,7 @@ from tiny import tiny_ensemble, trainer_of
 from renyi import LoraEnsemble
 from renyi.ensemble import read_preference
 from renyi.errors import ConfigError
+from renyi.runs import auto as auto_module
 
 AUTO = {"alpha": "auto", "max_steps": 10, "save_steps": 2, "learning_rate": 1e-2}
 
@@ -47,6 +48,37 @@ def test_one_adapter_decides_and_members_start_round_it(auto: Path, tmp_path: Pa
     for m in range(2):
         pairs = [(start[n], start[n.replace(f"member_{m}", f"member_{m + 1}")]) for n in start if f"member_{m}" in n]
         assert sum(float((a - b).norm()) for a, b in pairs) > 1e-3
+
+
+def test_rows_that_are_diagnosed_were_not_fitted_to(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distinct = write_rows(
+        tmp_path / "distinct.jsonl", [{"prompt": f"w{i % 8}", "completion": f" w{10 + i // 8}"} for i in range(96)]
+    )
+    runs, diagnosed = [], []
+    build, diagnose = auto_module.build, auto_module.diagnose
+    monkeypatch.setattr(auto_module, "build", lambda *a, **k: runs.append(build(*a, **k)) or runs[-1])
+    monkeypatch.setattr(
+        auto_module, "diagnose", lambda e, rows, *a, **k: diagnosed.append(rows) or diagnose(e, rows, *a, **k)
+    )
+    ended = renyi("sft", "--config", settings(dataset_name=distinct, num_members=2, **AUTO))
+    assert ended.code == 0, ended
+    fitted, asked = (
+        {tuple(ids) for ids in rows["input_ids"]} for rows in (runs[0].trainer.train_dataset, diagnosed[0])
+    )
+    assert (len(fitted), len(asked)) == (56, 40)
+    assert not fitted & asked
+    # The members are trained on all rows.
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["data"]["train"]["rows"] == 96
+
+
+def test_an_epoch_of_the_members_is_one_of_all_rows(settings: Settings, many_rows: Path, tmp_path: Path) -> None:
+    given = {**AUTO, "max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 8}
+    assert renyi("sft", "--config", settings(dataset_name=many_rows, num_members=2, **given)).code == 0
+    chosen = json.loads((tmp_path / "out" / "auto" / "chosen.json").read_text())
+    # 12 steps: two fifths of them for the adapter, four fifths for the members.
+    assert (chosen["fit_steps"], chosen["steps"]) == (5, 10)
 
 
 def test_it_goes_on_wherever_it_was_killed(auto: Path, tmp_path: Path) -> None:
@@ -106,7 +138,12 @@ def test_preferences_are_measured_against_the_base(settings: Settings, tmp_path:
 
 def test_it_is_refused_where_it_cannot_be(auto: Path, settings: Settings, many_rows: Path, tmp_path: Path) -> None:
     few = write_rows(tmp_path / "few.jsonl", contradicting_rows(30))
-    assert_refused(renyi("sft", "--config", auto, "--dataset_name", few), "30 rows", "at least 40")
+    assert_refused(
+        renyi("sft", "--config", auto, "--dataset_name", few),
+        "30 rows are too few for alpha: auto",
+        "keeps 40",
+        "at least 80",
+    )
     assert_refused(renyi("sft", "--config", auto, "--alpha", "aut"), "alpha", "'aut'", "between 0 and 1, or auto")
     with pytest.raises(ConfigError, match="ahead of training"):
         trainer_of(tmp_path / "run", alpha="auto")

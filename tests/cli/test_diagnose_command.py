@@ -184,6 +184,16 @@ def test_what_else_it_may_be_is_said(changed: dict[str, float], part: str) -> No
     assert "fitted to" in doubt.what
 
 
+def test_rows_of_the_training_are_warned_of(trained: tuple[Path, Ended], rows_file: Path, tmp_path: Path) -> None:
+    """By what they hold, wherever they lie and whether a run or one of its adapters is named."""
+    copied = Path(shutil.copy(rows_file, tmp_path / "copied.jsonl"))
+    others = write_rows(tmp_path / "others.jsonl", contradicting_rows(48, seed=1))
+    for adapter in (trained[0], trained[0] / "member_0"):
+        for data, is_fitted_to in ((rows_file, True), (copied, True), (others, False)):
+            warnings = told(renyi("diagnose", adapter, data, *FEW, "--json"))["warnings"]
+            assert any("fitted to" in warning for warning in warnings) == is_fitted_to, (adapter, data, warnings)
+
+
 def test_the_routed_quantity_is_the_ensembles_unless_it_is_given(trained: tuple[Path, Ended], rows_file: Path) -> None:
     """All answers of the rows have as many tokens, so the figures differ by that factor."""
     whole, normalised = (

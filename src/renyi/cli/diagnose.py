@@ -62,6 +62,7 @@ class _Case(NamedTuple):
         numbers: of those rows in the dataset, counted from 0.
         of: how many rows the dataset has.
         pairs: what pairs are compared by; None if the rows are no pairs.
+        is_fitted_to: whether the rows are known to be those of the adapter's training.
     """
 
     args: argparse.Namespace
@@ -70,6 +71,7 @@ class _Case(NamedTuple):
     numbers: list[int]
     of: int
     pairs: "Pairs | None"
+    is_fitted_to: bool
 
 
 def run(argv: Sequence[str]) -> int:
@@ -99,7 +101,7 @@ def run(argv: Sequence[str]) -> int:
         write_lines(named, args.output)
     if args.figure:
         _draw(found, args.figure)
-    sides, doubts = _sides(found, case), doubts_of(found, _is_trained(case))
+    sides, doubts = _sides(found, case), doubts_of(found, _is_trained(case), case.is_fitted_to)
     if args.json:
         emit_json(_as_json(case, found, sides, doubts) | {"memory_bytes": memory, "seconds": seconds})
         return 0
@@ -212,7 +214,22 @@ def _read(args: argparse.Namespace) -> _Case:
         raise ConfigError(what, where="--member", hint="They are counted from 0.")
     # Numbered before they are chosen, so that a message about one names it as the file has it.
     prepared, pairs = _prepared(args, loaded, number_rows(rows).select(numbers))
-    return _Case(args, loaded, prepared, numbers, len(rows), pairs)
+    return _Case(args, loaded, prepared, numbers, len(rows), pairs, _is_fitted_to(args, loaded.folder, rows))
+
+
+def _is_fitted_to(args: argparse.Namespace, folder: Path, rows: "Dataset") -> bool:
+    """Whether a run's folder, or that of an adapter in one, says that it was trained on these rows."""
+    from renyi.runs.record import Record, Rows
+
+    kept = Record.read(folder) or Record.read(folder.parent)
+    if kept is None or kept.train is None:
+        return False
+    if kept.held_out is not None and kept.train.rows + kept.held_out.rows == len(rows):
+        # Perhaps the whole file, of which the run held out a share.
+        seed = kept.settings.get("seed")
+        if Rows.of(rows.train_test_split(test_size=kept.held_out.rows, seed=seed)["train"]) == kept.train:
+            return True
+    return Rows.of(rows) == kept.train
 
 
 def _prepared(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset") -> "tuple[Dataset, Pairs | None]":

@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from datasets import Dataset
+
 from renyi import data
 from renyi.ensemble.curvature import AdapterSpace
 from renyi.errors import ConfigError, EnsembleFormatError
@@ -96,9 +98,13 @@ def _fit_and_spread(settings: Settings, args: Any, folder: Path, watch: Watch) -
     early = {"early_stopping_patience": ..., "metric_for_best_model": ..., "load_best_model_at_end": False}
     one = {"alpha": 0.0, "num_members": 1, "output_dir": folder / "fit", "eval_strategy": "no", "push_to_hub": False}
     with watch.doing("loading the data and the base model"):
-        run = build(settings.replaced(**one, **early))
+        run = build(settings.replaced(**one, **early), probes=MAX_EXAMPLES)
     Record.of(settings, run.trainer.args, run.train_rows, None, run.tokenizer).write(folder.parent)
+    assert run.probe_rows is not None
     total = run.trainer.num_steps
+    if args.max_steps <= 0 and isinstance(run.train_rows, Dataset) and isinstance(run.probe_rows, Dataset):
+        # An epoch of the members' is longer: they see the probes as well.
+        total = round(total * len(run.train_rows) / (len(run.train_rows) - len(run.probe_rows)))
     # One adapter costs a member's share: it may train as long as members otherwise take to be apart.
     fit_steps = max(1, round((hold + ramp) * total))
     run.trainer.args.max_steps = fit_steps
@@ -107,9 +113,9 @@ def _fit_and_spread(settings: Settings, args: Any, folder: Path, watch: Watch) -
     save(run)
 
     with watch.doing("diagnosing the one adapter"):
-        rows = run.preparation.prepare(
-            data.sample(run.train_rows, MAX_EXAMPLES), run.tokenizer, limits=run.trainer.limits
-        )
+        # On rows that it was fitted to, the adapter would look better than it is.
+        probes = data.sample(run.probe_rows, MAX_EXAMPLES)
+        rows = run.preparation.prepare(probes, run.tokenizer, limits=run.trainer.limits)
         pairs = None
         if isinstance(run.trainer, RenyiDPOTrainer):
             preparation: Any = run.preparation

@@ -18,6 +18,7 @@ from renyi import data
 from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.storage import Manifest, read_manifest
 from renyi.errors import ConfigError, DataError, RenyiError, SaveError
+from renyi.inference.diagnose import FEWEST_MEASURED
 from renyi.keys import explained
 from renyi.layout import MANIFEST_FILE
 from renyi.members.adapters import read_adapter
@@ -27,6 +28,9 @@ from renyi.runs.settings import MemberConfig, PolicyConfig, RunArguments, Settin
 from renyi.training.checkpoints import Checkpoints
 from renyi.training.config import EnsembleConfig
 from renyi.training.trainer import EnsembleTrainer
+
+# Rows that a fit must leave for its diagnosis: half of them are measured.
+FEWEST_PROBES = 2 * FEWEST_MEASURED
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -44,6 +48,7 @@ class Run(NamedTuple):
         form: of the rows.
         train_rows: as loaded.
         eval_rows: as loaded; None if nothing is held out.
+        probe_rows: those of the train rows that the trainer does not see; None if it sees all.
         checkpoints: what the output folder holds already.
         finished: whether the newest checkpoint is the last one of this run.
     """
@@ -57,6 +62,7 @@ class Run(NamedTuple):
     form: data.Form
     train_rows: Rows
     eval_rows: Rows | None
+    probe_rows: Rows | None
     checkpoints: Checkpoints
     finished: bool
 
@@ -93,12 +99,13 @@ class Watch:
         """The folder is complete."""
 
 
-def build(settings: Settings, asked: Settings | None = None) -> Run:
+def build(settings: Settings, asked: Settings | None = None, probes: int = 0) -> Run:
     """Load the data and the base model, check both and the output folder, and build the trainer.
 
     Args:
         settings: of the run; they stay as they are.
         asked: what the user asked for, which the folder's record keeps; `settings` if None.
+        probes: how many rows to keep from the trainer at most: a fifth, and at least `FEWEST_PROBES`.
 
     Raises:
         RenyiError: whatever is wrong with settings, data, tokenizer or output folder, before anything is written.
@@ -119,6 +126,9 @@ def build(settings: Settings, asked: Settings | None = None) -> Run:
     tokenizer = _tokenizer(name, start, args, model, of_tokenizer)
     preparation = settings.trainer._preparation.of(args)
     form, train_rows, eval_rows = _load_rows(script, args, own, preparation, dataset_name)
+    fit_rows, probe_rows = (
+        _without_probes(train_rows, probes, args.seed, dataset_name) if probes else (train_rows, None)
+    )
     record = Record.of(asked or settings, args, train_rows, eval_rows, tokenizer)
     record.check(output_dir)
     args.model_init_kwargs = {
@@ -131,7 +141,7 @@ def build(settings: Settings, asked: Settings | None = None) -> Run:
         trainer = settings.trainer(
             name,
             args,
-            train_rows,
+            fit_rows,
             peft_config=None if start else get_peft_config(model),
             quantization_config=get_quantization_config(model),
             eval_dataset=eval_rows if args.eval_strategy != "no" else None,
@@ -153,6 +163,7 @@ def build(settings: Settings, asked: Settings | None = None) -> Run:
         form,
         train_rows,
         eval_rows,
+        probe_rows,
         checkpoints,
         finished,
     )
@@ -289,6 +300,24 @@ def _held_out(rows: Dataset, share: float, seed: int, name: str) -> tuple[Datase
             hint=f"{name} needs at least one row on either side.",
         )
     parts = rows.train_test_split(test_size=held_out, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _without_probes(rows: Rows, most: int, seed: int, name: str) -> tuple[Rows, Rows]:
+    """Rows to fit to, and rows to diagnose the fit with: a fifth, at least `FEWEST_PROBES`; of a stream the first.
+
+    Raises:
+        DataError: there are fewer rows than twice the fewest.
+    """
+    if not isinstance(rows, Dataset):
+        return rows.skip(most), rows.take(most)
+    if len(rows) < 2 * FEWEST_PROBES:
+        raise DataError(
+            f"{len(rows)} rows are too few for alpha: auto, which keeps {FEWEST_PROBES} to diagnose the fit with",
+            where=name,
+            hint=f"Give at least {2 * FEWEST_PROBES} rows, or a number for alpha.",
+        )
+    parts = rows.train_test_split(test_size=min(most, max(FEWEST_PROBES, len(rows) // 5)), seed=seed)
     return parts["train"], parts["test"]
 
 
