@@ -149,7 +149,7 @@ def test_padding_is_settled_and_said(pad_token: str | None, why: str, settings: 
         ({"alpha": float("nan")}, ["alpha (", "nan is not allowed", "between 0 and 1"]),
         ({"num_members": 0}, ["num_members (", "0 is not allowed", "at least 1"]),
         ({"lora_r": 0}, ["lora_r is 0", "positive integer"]),
-        ({"lora_target_modules": ["query"]}, ["query", "fit no layer of LlamaForCausalLM", "q_proj", "all-linear"]),
+        ({"lora_target_modules": ["query"]}, ["query", "fits no layer of LlamaForCausalLM", "q_proj", "all-linear"]),
         ({"lora_target_modules": ["lm_head"]}, ["lm_head", "lora_target_modules"]),
         ({"use_dora": True}, ["use_dora is set", "not a low-rank update"]),
         ({"use_peft": False}, ["use_peft", "Members are LoRA adapters"]),

@@ -46,8 +46,7 @@ def toy_ensemble(members: int = 3) -> LoraEnsemble:
 def test_a_new_kind_trains_a_step_and_comes_back_from_its_folder(tmp_path):
     ensemble = toy_ensemble()
     before = [p.detach().clone() for p in ensemble.stack.parameters()]
-    trainer = trainer_of(tmp_path / "run", model=ensemble, num_members=3, max_steps=1, prior_std=0.1)
-    trainer.train()
+    trainer_of(tmp_path / "run", model=ensemble, num_members=3, max_steps=1).train()  # σ learns from its noise only
     assert all(not torch.equal(p, q) for p, q in zip(before, ensemble.stack.parameters(), strict=True))
     ensemble.save(tmp_path / "saved")
     loaded = LoraEnsemble.load(tmp_path / "saved", base=tiny_model())
@@ -56,6 +55,13 @@ def test_a_new_kind_trains_a_step_and_comes_back_from_its_folder(tmp_path):
         assert torch.equal(p, q)
     ensemble.eval()
     torch.testing.assert_close(loaded.log_likelihood(*padded_batch()), ensemble.log_likelihood(*padded_batch()))
+
+
+def test_the_prior_reaches_all_that_a_member_is(tmp_path):
+    """A prior so narrow that it is all of the loss pulls σ down to its own width."""
+    ensemble = toy_ensemble()
+    trainer_of(tmp_path, model=ensemble, num_members=3, max_steps=2, prior_std=1e-4, max_grad_norm=0.0).train()
+    assert all((layer.members.log_sigma < -2.0).all() for layer in ensemble.stack.layers.values())
 
 
 def test_its_folder_without_what_is_beside_the_mean_is_damaged_and_its_members_are_peft_adapters(tmp_path):

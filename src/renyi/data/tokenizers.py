@@ -41,7 +41,7 @@ def load_tokenizer_of(folder: Path, base_name: str) -> PreTrainedTokenizerBase:
 
 def _loaded(name: str, where: str, hint: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name, **kwargs)
+        return AutoTokenizer.from_pretrained(name, **{"trust_remote_code": False, **kwargs})
     except (OSError, ValueError) as error:
         raise TokenizerError(f"could not be loaded ({first_line(error)})", where=where, hint=hint) from error
 

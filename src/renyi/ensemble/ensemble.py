@@ -3,6 +3,7 @@
 How they run at once stands in `joint.py`. This file knows nothing about objectives or trainers.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,9 +18,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from renyi import __version__
 from renyi.ensemble import storage
+from renyi.ensemble.base import check_base, load_base, outside_language_model
 from renyi.ensemble.decode import Generation, OnToken, decode
 from renyi.ensemble.facade import TrainableModel
-from renyi.ensemble.head import check_head
 from renyi.ensemble.joint import JointModel
 from renyi.ensemble.mesh import MemberMesh
 from renyi.ensemble.modes import evaluate, evaluating
@@ -95,10 +96,33 @@ class LoraEnsemble(TrainableModel, JointModel):
         Raises:
             ConfigError: `peft_config`, `num_members` or `member_kind` cannot make an ensemble on this model.
         """
-        base = adapters.load_base(model) if isinstance(model, str | Path) else model
+        base = cls._checked(model)
+        adapters.check_targets(base, peft_config)
+        unused = outside_language_model(base)
+        if unused and getattr(peft_config, "exclude_modules", ()) is None:
+            narrowed: Any = copy.copy(peft_config)
+            narrowed.exclude_modules = unused
+            peft_config = narrowed
+        return cls._drawn(base, num_members, peft_config, seed, mesh, member_kind)
+
+    @staticmethod
+    def _checked(model: PreTrainedModel | str | Path) -> PreTrainedModel:
+        base = load_base(model) if isinstance(model, str | Path) else model
         if adapters.joint_layers(base):
             raise ConfigError("the model already carries an ensemble", hint="Load the base model anew.")
-        check_head(base)
+        check_base(base)
+        return base
+
+    @classmethod
+    def _drawn(
+        cls,
+        base: PreTrainedModel,
+        num_members: int,
+        peft_config: PeftConfig,
+        seed: int,
+        mesh: MemberMesh | None,
+        member_kind: str,
+    ) -> "LoraEnsemble":
         selection = MemberSelection()
         drawn = mesh.share(num_members) if mesh else range(num_members)
         resolved = adapters.draw_members(base, peft_config, drawn, seed, selection, kind_of(member_kind))
@@ -159,7 +183,7 @@ class LoraEnsemble(TrainableModel, JointModel):
                 raise EnsembleFormatError("the base model is not named", where=str(folders[0]), hint="Give `base`.")
             base = named
         kind = manifest.member_kind if manifest else "point"
-        ensemble = cls.from_base(base, len(folders), read[0].config, mesh=mesh, member_kind=kind)
+        ensemble = cls._drawn(cls._checked(base), len(folders), read[0].config, 0, mesh, kind)
         for place, member in enumerate(ensemble.members):
             ensemble.stack.read(place, read[member], str(folders[member]))
         if manifest:

@@ -5,6 +5,7 @@ matrices, stack them over members and put our joint layer (`layer.py`) in the pl
 """
 
 import copy
+import difflib
 import math
 import tempfile
 import warnings
@@ -21,7 +22,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from renyi.errors import ConfigError, EnsembleFormatError
@@ -174,11 +175,34 @@ def _check_layer(name: str, layer: LoraLayer, model: PreTrainedModel) -> None:
             hint="Leave it out: the head is frozen so that log-likelihoods need no logits in memory.",
         )
     if ".experts." in f".{name}.":
+        attention = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if "attn" in n and _is_linear(m)})
         raise ConfigError(
-            f"{name} is inside a mixture of experts",
+            f"{name} is inside a mixture of experts, whose tokens are not in member-major order",
             where="lora_target_modules",
-            hint="Adapt the attention layers instead: routed tokens are not in member-major order.",
+            hint=f"Adapt attention: {', '.join(attention) or 'its projections'}.",
         )
+
+
+def check_targets(model: nn.Module, config: PeftConfig) -> None:
+    """Raise `ConfigError` if a name among `target_modules` fits no module: PEFT passes over it in silence."""
+    targets = getattr(config, "target_modules", None)
+    if targets is None or isinstance(targets, str):
+        return
+    names = [name for name, _ in model.named_modules()]
+    for target in sorted(targets):
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            linear = _linear_names(model)
+            near = difflib.get_close_matches(target.rpartition(".")[2], linear, n=1)
+            raise ConfigError(
+                f"{target} fits no layer of {type(model).__name__}",
+                where="lora_target_modules",
+                hint=(f"Did you mean {near[0]}? " if near else "")
+                + f"Its linear layers: {', '.join(linear)}. Or use 'all-linear'.",
+            )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _quantised(weight: Tensor) -> bool:
@@ -187,7 +211,7 @@ def _quantised(weight: Tensor) -> bool:
 
 def _linear_names(model: nn.Module) -> list[str]:
     """The distinct last names of the model's linear layers, such as q_proj."""
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
     return sorted({name.rpartition(".")[2] for name in linear})
 
 
@@ -313,15 +337,3 @@ def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as folder:
         write_adapter(Path(folder) / "member", adapter)
         return PeftModel.from_pretrained(plain, str(Path(folder) / "member")).merge_and_unload()
-
-
-def load_base(name: str | Path) -> PreTrainedModel:
-    """The base model in a folder or of a hub id; raises `EnsembleFormatError`."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise EnsembleFormatError(
-            f"the base model could not be loaded ({error})",
-            where=str(name),
-            hint="Give `base`: a folder or a hub id.",
-        ) from error

@@ -41,6 +41,7 @@ class RoutedSteps(Trainer):
         if kind not in self.routings:
             raise ConfigError(f"{kind!r} is not built here", where="routing", hint=f"Give {', '.join(self.routings)}.")
         budget = args.token_budget or self._default_budget()
+        self._micro_batch = (-1, 0)  # the step, and the micro-batch in it
         self.router = Router(self.model, RoutingPlan(kind, args.routing_threshold, budget, self.rows_per_example))
 
     def _default_budget(self) -> int | None:
@@ -64,14 +65,22 @@ class RoutedSteps(Trainer):
         if plan.kind == "dense" and self.splits_batches:  # otherwise the router splits pairs
             parts = plan.parts(inputs, len(self.model.members))
         started, syncs = time.perf_counter(), self.accelerator.sync_gradients
+        self.model.redraw(self._noise_seed())  # the same for every forward of this batch
         losses = []
         for number, part in enumerate(parts, 1):
             # Gradients of all parts travel together.
             self.accelerator.gradient_state._set_sync_gradients(syncs and number == len(parts))
             with self.accelerator.no_sync(model) if number < len(parts) else nullcontext():
                 losses.append(super().training_step(model, part, num_items_in_batch))
+        self.model.redraw(None)
         self._seconds = time.perf_counter() - started
         return torch.stack(losses).sum()
+
+    def _noise_seed(self) -> int:
+        """Of the micro-batch at hand: another one for each, and the same again after resuming."""
+        step = self.state.global_step
+        self._micro_batch = (step, self._micro_batch[1] + 1) if self._micro_batch[0] == step else (step, 0)
+        return (self.args.seed * 1_000_003 + step) * 1_009 + self._micro_batch[1]
 
     def joint_forward(self, model: nn.Module, batch: dict[str, Any], alpha: float) -> Routed:
         """The ensemble's forward, in training through the router.

@@ -1,0 +1,68 @@
+"""The base model of an ensemble: loaded by its architecture, and checked for what an ensemble can stand on."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from renyi.ensemble.head import check_head
+from renyi.ensemble.modes import evaluating
+from renyi.errors import ConfigError, EnsembleFormatError
+
+
+def load_base(name: str | Path) -> PreTrainedModel:
+    """The base model in a folder or of a hub id, by the class that its config names, as training loads it.
+
+    A vision-language model is then the same one in training and here. Code that comes with a model is never run.
+
+    Raises:
+        EnsembleFormatError: it cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        # A checkpoint of a bare backbone or of another head names a class that cannot write text.
+        writes = getattr(named, "__name__", "").endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
+        kind: Any = named if writes else AutoModelForCausalLM
+        return kind.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise EnsembleFormatError(
+            f"the base model could not be loaded ({str(error).splitlines()[0]})",
+            where=str(name),
+            hint="Give `base`: a folder, a hub id, or a model that you loaded yourself.",
+        ) from error
+
+
+def check_base(base: PreTrainedModel) -> None:
+    """Raise `ConfigError` unless a model is a causal language model whose head is known."""
+    kind, hint = type(base).__name__, "Give a causal language model, such as Llama, Qwen or GPT-2."
+    if base.config.is_encoder_decoder:
+        raise ConfigError(f"{kind} is an encoder with a decoder", where="model", hint=hint)
+    if base.get_output_embeddings() is None:
+        raise ConfigError(f"{kind} has no language-model head", where="model", hint=hint)
+    if base.device.type != "meta" and base.base_model is not base and _sees_what_follows(base):
+        raise ConfigError(f"{kind} is an encoder: its tokens see those that follow", where="model", hint=hint)
+    check_head(base)
+
+
+def _sees_what_follows(base: PreTrainedModel) -> bool:
+    """Whether the last token changes the hidden states before it, as in BERT."""
+    ids = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]], device=base.device)
+    with torch.no_grad(), evaluating(base):
+        states = base.base_model(input_ids=ids).last_hidden_state[:, :-1].float()
+    rounding = 1e-5 if base.dtype == torch.float32 else 1e-2
+    return bool((states[0] - states[1]).abs().max() > rounding * states.abs().max())
+
+
+def outside_language_model(base: PreTrainedModel) -> list[str]:
+    """The names of linear layers that text does not pass through: of a vision tower and of its projector."""
+    decoder = base.get_decoder() if hasattr(base.config, "vision_config") else None
+    if decoder is None or decoder is base:
+        return []
+    inside = {id(module) for module in decoder.modules()}
+    head = base.get_output_embeddings()
+    linear = ((n, m) for n, m in base.named_modules() if isinstance(m, nn.Linear) and m is not head)
+    return [name for name, module in linear if id(module) not in inside]
