@@ -211,7 +211,13 @@ def _show_resuming(out: Console, ready: Run) -> None:
     elif ready.finished:
         out.print(f"already finished: {newest.name} is the last of this run, nothing is left to train{ignoring}")
     else:
-        out.print(f"resuming from {newest.name} of {ready.trainer.num_steps}{ignoring}")
+        steps = ready.trainer.num_steps
+        out.print(f"resuming from {newest.name} of {steps}{ignoring}")
+        if ready.steps_before not in (None, steps):
+            out.print(
+                f"the run had {ready.steps_before} steps: from here alpha and the learning rate follow the schedules of "
+                f"{steps}"
+            )
 
 
 # ---- After -----------------------------------------------------------------------------------------------------------

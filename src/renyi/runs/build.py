@@ -22,7 +22,7 @@ from renyi.inference.diagnose import FEWEST_MEASURED
 from renyi.keys import explained
 from renyi.layout import MANIFEST_FILE
 from renyi.members.adapters import read_adapter
-from renyi.runs.output import check_length, check_output_dir, check_targets, checkpoints_of
+from renyi.runs.output import check_length, check_output_dir, check_targets, checkpoints_of, steps_of
 from renyi.runs.record import Record, defaults
 from renyi.runs.settings import MemberConfig, PolicyConfig, RunArguments, Settings
 from renyi.training.checkpoints import Checkpoints
@@ -51,6 +51,7 @@ class Run(NamedTuple):
         probe_rows: those of the train rows that the trainer does not see; None if it sees all.
         checkpoints: what the output folder holds already.
         finished: whether the newest checkpoint is the last one of this run.
+        steps_before: steps that the run had when the newest checkpoint was written; None if there is no checkpoint.
     """
 
     settings: Settings
@@ -65,6 +66,7 @@ class Run(NamedTuple):
     probe_rows: Rows | None
     checkpoints: Checkpoints
     finished: bool
+    steps_before: int | None
 
     @property
     def ensemble(self) -> LoraEnsemble:
@@ -166,6 +168,7 @@ def build(settings: Settings, asked: Settings | None = None, probes: int = 0) ->
         probe_rows,
         checkpoints,
         finished,
+        steps_of(checkpoints.newest),
     )
 
 

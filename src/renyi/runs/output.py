@@ -3,12 +3,14 @@
 What a checkpoint or an ensemble tells of itself is compared here; `record.py` compares what `run.json` tells.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig
 
 from renyi.ensemble import LoraEnsemble
@@ -59,6 +61,13 @@ def check_length(newest: Path | None, num_steps: int, where: Where = str) -> Non
             where=where("max_steps"),
             hint="Choose another output_dir, or as many steps or more.",
         )
+
+
+def steps_of(checkpoint: Path | None) -> int | None:
+    """The steps that a run had in all when it wrote a checkpoint."""
+    if checkpoint is None:
+        return None
+    return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["max_steps"])
 
 
 def _ensemble_in(output_dir: Path) -> Path | None:
