@@ -214,10 +214,8 @@ def _show_resuming(out: Console, ready: Run) -> None:
         steps = ready.trainer.num_steps
         out.print(f"resuming from {newest.name} of {steps}{ignoring}")
         if ready.steps_before not in (None, steps):
-            out.print(
-                f"the run had {ready.steps_before} steps: from here alpha and the learning rate follow the schedules of "
-                f"{steps}"
-            )
+            then = f"from here alpha and the learning rate follow the schedules of {steps}"
+            out.print(f"the run had {ready.steps_before} steps: {then}")
 
 
 # ---- After -----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -512,6 +513,21 @@ class _RestoreLogging(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer._restore_logging_state()
+        follow_schedule(kwargs.get("lr_scheduler"))
+
+
+def follow_schedule(scheduler: Any) -> None:
+    """Give the optimizer the learning rates of its schedule at the step where it stands.
+
+    A checkpoint brings the rates of the schedule that it was written under. A run that goes on for longer has another
+    one, and would take its first step at the old rate, which is 0 at the end of a linear schedule.
+    """
+    if isinstance(scheduler, LambdaLR):
+        step = scheduler.last_epoch
+        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})  # which is what is logged
 
 
 def scale_gradient(loss: Tensor, factor: float) -> Tensor:
