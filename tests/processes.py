@@ -91,7 +91,7 @@ def interrupted_run(rank: int, output_dir: str, kill: tuple[str, int] | None, me
     from transformers import TrainerCallback
 
     import renyi.training.trainer as training
-    from renyi.ensemble import adapters
+    from renyi.members import adapters
 
     _quiet()
     torch.set_num_threads(1)
