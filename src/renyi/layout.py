@@ -5,6 +5,7 @@
     OUT/member_0/adapter_model.safetensors
     OUT/member_0/distribution.safetensors    what a member has beside its mean, if it is a distribution
     OUT/preference.json, OUT/reference/      what margins are measured against, after training on preferences
+    OUT/abstention.json                      the uncertainty above which answers are not trusted, after a search for it
 
 Other rooms add files of their own and say so beside the code that writes them. `ensemble/storage.py` reads and writes
 the folder.
@@ -18,6 +19,7 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 DISTRIBUTION_FILE = "distribution.safetensors"
 PREFERENCE_FILE = "preference.json"
 REFERENCE_FOLDER = "reference"
+ABSTENTION_FILE = "abstention.json"
 
 # What is fetched of an ensemble on the hub: a run's checkpoints and anything else are left there.
 HUB_FILES = [

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from renyi.errors import ConfigError, EnsembleFormatError, SaveError
+from renyi.layout import ABSTENTION_FILE
 
 if TYPE_CHECKING:
     from renyi.inference.generate import Answer
 
-ABSTENTION_FILE = "abstention.json"
 FIND_ONE = "`renyi evaluate --task choice --target_risk 0.05` finds a threshold."
 OF_ANSWERS = ("mean_epistemic", "max_epistemic", "disagreement", "mixture_nll", "effective_members")
 OF_TOKENS = ("total", "aleatoric", "epistemic")

@@ -21,10 +21,11 @@ from renyi.ensemble.reference import KeptPreference
 from renyi.errors import ConfigError
 from renyi.evaluation import Evaluated, Opinion, evaluate
 from renyi.inference import Prompt, Score, choice_log_probs, generate, score, score_choices
-from renyi.inference.abstention import ABSTENTION_FILE, FIND_ONE, Abstention, read_abstention
+from renyi.inference.abstention import FIND_ONE, Abstention, read_abstention
 from renyi.inference.choices import ChoiceBy
 from renyi.inference.generate import MAX_NEW_TOKENS, OnPiece, as_chat
 from renyi.inference.model import load_model
+from renyi.layout import ABSTENTION_FILE
 
 Progress = Callable[[int], object]
 

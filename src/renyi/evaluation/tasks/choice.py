@@ -13,6 +13,7 @@ from renyi.evaluation.files import File, Groups, file_groups, load_files
 from renyi.evaluation.sections import Cell, Column, Example, Examples, Note, Report, Section, Table, shortened
 from renyi.evaluation.shared_sections import best_member, calibration_charts, detection, system_name, who_knows_what
 from renyi.evaluation.task import Compared, Grouped, Model, Models, Resampled, Task, as_json, setting
+from renyi.layout import ABSTENTION_FILE
 from renyi.text import plural
 
 if TYPE_CHECKING:
@@ -221,7 +222,7 @@ def _abstention(
     """
     from renyi.evaluation.metrics import is_right
     from renyi.evaluation.selective import risk_threshold
-    from renyi.inference.abstention import ABSTENTION_FILE, remove_abstention, write_abstention
+    from renyi.inference.abstention import remove_abstention, write_abstention
 
     if settings.target_risk is None:
         return None, None
