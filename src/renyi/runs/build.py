@@ -126,7 +126,7 @@ def build(settings: Settings, asked: Settings | None = None, probes: int = 0) ->
     checkpoints = checkpoints_of(args)
 
     tokenizer = _tokenizer(name, start, args, model, of_tokenizer)
-    preparation = settings.trainer._preparation.of(args)
+    preparation = settings.trainer.preparation_class.of(args)
     form, train_rows, eval_rows = _load_rows(script, args, own, preparation, dataset_name)
     fit_rows, probe_rows = (
         _without_probes(train_rows, probes, args.seed, dataset_name) if probes else (train_rows, None)

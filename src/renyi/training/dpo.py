@@ -125,7 +125,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
     _tag_names = ["renyi", "lora", "ensemble", "dpo", "trl"]  # noqa: RUF012 (TRL's own form)
     _name = "Rényi DPO"
     unit = "pair"
-    _preparation = data.PairPreparation
+    preparation_class = data.PairPreparation
     rows_per_example = 2
     routings = ("dense", "sampled", "sparse", "auto")  # a pair is not decided before its end
 

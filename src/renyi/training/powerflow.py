@@ -182,7 +182,7 @@ class PowerFlowTrainer(RolloutTrainer):
     _tag_names = ["renyi", "lora", "powerflow", "trl"]  # noqa: RUF012 (TRL's own form)
     _name = "PowerFlow"
     unit = "trajectory"
-    _preparation = data.PromptPreparation
+    preparation_class = data.PromptPreparation
 
     routings = ("dense",)
     splits_batches = False
@@ -215,7 +215,7 @@ class PowerFlowTrainer(RolloutTrainer):
         for name, rows in {"train": self.train_dataset, "eval": self.eval_dataset}.items():
             for part, prompts in rows.items() if isinstance(rows, dict) else [(name, rows)]:
                 if isinstance(prompts, Dataset):
-                    self._preparation.of(args).prepare(prompts, self._tokenizer, f"{part} dataset")
+                    self.preparation_class.of(args).prepare(prompts, self._tokenizer, f"{part} dataset")
         self.base_score = base_score or self._reference(ensemble)
         self._form: Form | None = form_of(args.format_penalty, args.format_penalty_size)
         if args.use_vllm:
@@ -385,7 +385,7 @@ class PowerFlowTrainer(RolloutTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.output_dir)
-            self._preparation.of(self.args).write(folder)
+            self.preparation_class.of(self.args).write(folder)
             if self.args.partition == "learned":
                 save_file(self._partition.state_dict(), folder / PARTITION_FILE)
 

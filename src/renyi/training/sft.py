@@ -70,7 +70,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
     _name = "Rényi SFT"
 
     unit = "trained token"
-    _preparation = data.Preparation
+    preparation_class = data.Preparation
 
     args: RenyiSFTConfig
     preparation: data.Preparation

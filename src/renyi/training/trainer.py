@@ -74,7 +74,7 @@ class EnsembleTrainer(RoutedSteps):
     args: Any  # an EnsembleConfig and the config of the TRL trainer that this is mixed into
     unit: str  # what losses are per, such as "trained token"
     _tag_names: list[str]
-    _preparation: type[data.RowPreparation]
+    preparation_class: type[data.RowPreparation]
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class EnsembleTrainer(RoutedSteps):
                 raise ConfigError(f"{unsupported} needs logits, which are never built", hint="Leave it out.")
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise DataError("the dataset is empty", where="train dataset", hint="A dataset needs at least one row.")
-        self.preparation = self._preparation.of(args)
+        self.preparation = self.preparation_class.of(args)
         if kwargs.get("formatting_func") is None:  # which reads columns of its own
             readable, held_out = self.preparation.readable, kwargs.get("eval_dataset")
             train_dataset = readable(train_dataset, "train dataset")
