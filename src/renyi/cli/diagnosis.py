@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from renyi.cli.tables import LONGEST_TEXT, shortened, titled
+from renyi.labels import IGNORED
 from renyi.text import plural
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def text_of(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Text:
         names = (("chosen    ", "dim"), ("\nrejected  ", "dim"))
         rivals = [shortened(text, LONGEST_TEXT) for text in (chosen, rejected)]
         return Text.assemble((f"{prompt}\n", "dim"), names[0], rivals[0], names[1], rivals[1])
-    text, start, ids, trained = Text(), 0, row["input_ids"], [label != -100 for label in row["labels"]]
+    text, start, ids, trained = Text(), 0, row["input_ids"], [label != IGNORED for label in row["labels"]]
     for end in range(1, len(ids) + 1):
         if end == len(ids) or trained[end] != trained[start]:
             part = " ".join(str(tokenizer.decode(ids[start:end], skip_special_tokens=True)).split())

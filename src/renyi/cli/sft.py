@@ -48,7 +48,7 @@ class SFT(TrainingCommand):
 
     def first(self, ready: "Run", prepared: "Dataset", coloured: bool) -> RenderableType:
         from renyi.cli.tokens import example_panel, shown, spans
-        from renyi.data import IGNORED
+        from renyi.labels import IGNORED
 
         ids, is_trained = prepared[0]["input_ids"], [label != IGNORED for label in prepared[0]["labels"]]
         is_trained[0] = False  # nothing predicts the first token
@@ -59,8 +59,8 @@ class SFT(TrainingCommand):
 
     def learned(self, ready: "Run", prepared: "Dataset", of: str) -> RenderableType:
         from renyi.cli.tokens import one_line
-        from renyi.data import IGNORED
         from renyi.inference import score, summarise_members
+        from renyi.labels import IGNORED
 
         def snippet(example: int | None) -> str:
             if example is None:

@@ -41,9 +41,9 @@ from renyi.data.rows import (
     row_name,
 )
 from renyi.errors import ConfigError, DataError, EnsembleFormatError
+from renyi.labels import IGNORED
 
 PREPARATION_FILE = "preparation.json"
-IGNORED = -100  # the label of a token that is not trained, as everywhere in transformers
 _VERSION = 2  # of what is computed here, for the datasets that are kept on disk
 
 Rows = TypeVar("Rows", Dataset, IterableDataset)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from renyi.ensemble.ensemble import LoraEnsemble, Snapshot
-from renyi.ensemble.rows import IGNORED
 from renyi.errors import EnsembleFormatError
+from renyi.labels import IGNORED
 from renyi.layout import PREFERENCE_FILE, REFERENCE_FOLDER
 from renyi.objectives import PreferenceLoss, completion_log_prob
 

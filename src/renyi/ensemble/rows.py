@@ -1,14 +1,12 @@
 """Rows of a batch, once for every member and member-major, and what comes out of them by example.
 
-It knows tensors and how packed batches say where examples begin; nothing about layers or models.
+`joint.py` runs them. Packed batches say in `position_ids` where examples begin.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-IGNORED = -100  # the label of a token that is not trained, as everywhere in transformers
 
 
 class JointOutput(NamedTuple):

@@ -11,11 +11,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from renyi.data import IGNORED, LETTERS, Question
+from renyi.data import LETTERS, Question
 from renyi.ensemble import LoraEnsemble, evaluating
 from renyi.errors import DataError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.inference.score import score
+from renyi.labels import IGNORED
 
 ChoiceBy = Literal["letter", "text", "text_normalised"]
 

@@ -10,9 +10,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from renyi.data import IGNORED
 from renyi.ensemble import LoraEnsemble, evaluating
 from renyi.inference.batches import batches_by_length, padded
+from renyi.labels import IGNORED
+from renyi.objectives import running_log_weights
 
 
 class TokenConfidence(NamedTuple):
@@ -58,8 +59,11 @@ def _of_batch(ensemble: LoraEnsemble, columns: dict[str, list[list[int]]]) -> li
     next_BT = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
     is_trained_BT = next_BT != IGNORED
     ell_MBT = ensemble.token_log_likelihood(input_ids, attention_mask, labels).double()  # 0 where not trained
-    log_w_MBT = ensemble.weights.double().log()[:, None, None] + ell_MBT.cumsum(dim=-1)  # of what comes after t
-    log_w_MK, target_K = log_w_MBT[:, is_trained_BT].log_softmax(dim=0), next_BT[is_trained_BT]
+    after = []  # log w_m of what follows token t
+    log_w_MB = ensemble.weights.double().log()[:, None].expand(ell_MBT.shape[:2])
+    for ell_MB in ell_MBT.unbind(dim=-1):
+        after.append(log_w_MB := running_log_weights(log_w_MB, ell_MB))
+    log_w_MK, target_K = torch.stack(after, dim=-1)[:, is_trained_BT], next_BT[is_trained_BT]
 
     found, start = [], 0
     for log_p_MnV in ensemble.next_token_log_probs(input_ids, attention_mask, is_trained_BT):

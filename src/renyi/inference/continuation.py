@@ -1,6 +1,6 @@
 """How likely continuations are under the mixture, and whether it would have chosen them greedily.
 
-Tokens in, nats out. It knows neither text nor files, nor who asks.
+Tokens in, nats out. `lm_eval.py` asks it for lm-evaluation-harness.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 from renyi.ensemble import LoraEnsemble, evaluating
 from renyi.errors import DataError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length
+from renyi.objectives import running_log_weights
 
 
 class ContinuationScore(NamedTuple):
@@ -102,19 +103,20 @@ def _along(chunks: Iterator[Tensor], targets_N: Tensor, rows_N: Tensor, log_weig
         rows_N: the row that each position belongs to.
         log_weights: log π, [M].
     """
-    log_w_M1 = log_weights.double()[:, None]
-    first_N = torch.searchsorted(rows_N, rows_N)  # where the row of each position begins
-    log_p_MN = log_w_M1.new_zeros(len(log_weights), len(targets_N))
-    before_MN = torch.zeros_like(log_p_MN)  # Σ log p_m of all positions before, other rows' too
+    log_pi_M = log_weights.double().log_softmax(0)
+    is_first = [True, *(rows_N.diff() != 0).tolist()]
+    log_p_MN = log_pi_M.new_zeros(len(log_pi_M), len(targets_N))
     is_top1_N = torch.zeros_like(targets_N, dtype=torch.bool)
-    start = 0
+    log_w_M, start = log_pi_M, 0
     for log_p_MnV in chunks:
         at = slice(start, start := start + log_p_MnV.shape[1])
         log_p_MN[:, at] = log_p_MnV.gather(2, targets_N[at].expand(len(log_p_MnV), -1)[..., None])[..., 0].double()
-        passed = before_MN[:, at.start - 1, None] + log_p_MN[:, at.start - 1, None] if at.start else 0.0
-        before_MN[:, at] = passed + log_p_MN[:, at].cumsum(1) - log_p_MN[:, at]
-        log_w_Mn = log_w_M1 + before_MN[:, at] - before_MN.gather(1, first_N[at].expand(len(log_p_MnV), -1))
-        mixture_nV = (log_w_Mn.log_softmax(0).float()[..., None] + log_p_MnV).logsumexp(0)
+        before = []  # log w_m ahead of each position
+        for n in range(at.start, at.stop):
+            log_w_M = log_pi_M if is_first[n] else log_w_M
+            before.append(log_w_M)
+            log_w_M = running_log_weights(log_w_M, log_p_MN[:, n])
+        mixture_nV = (torch.stack(before, dim=1).float()[..., None] + log_p_MnV).logsumexp(0)
         of_target = mixture_nV.gather(1, targets_N[at, None])[:, 0]
         is_top1_N[at] = of_target == mixture_nV.amax(-1)
     return log_p_MN, is_top1_N

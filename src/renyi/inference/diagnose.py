@@ -15,11 +15,12 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from renyi.data import IGNORED, PairPreparation
+from renyi.data import PairPreparation
 from renyi.ensemble import LoraEnsemble, Reference, completion_labels
 from renyi.ensemble.curvature import AdapterSpace, Batch, Curvature, Score, diagnose_curvature
 from renyi.errors import ConfigError, DataError, RenyiError
 from renyi.inference.batches import batches_by_length, padded
+from renyi.labels import IGNORED
 from renyi.measures import cross_fitted, stability_spectrum
 from renyi.objectives import QUANTITIES, LogRatios, PreferenceLoss, completion_log_prob, preference_margin, routed_units
 

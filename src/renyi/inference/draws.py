@@ -18,11 +18,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from renyi.data import IGNORED
 from renyi.ensemble import LoraEnsemble, evaluating
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.inference.generate import Prompt, end_tokens, generate, prompt_ids
+from renyi.labels import IGNORED
 
 # A base's own generation config may hold any of these, and a sample would then not be the model's.
 _PLAIN: dict[str, Any] = {

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from renyi.data import IGNORED
 from renyi.ensemble import Generation, LoraEnsemble
 from renyi.inference.batches import padded
 from renyi.inference.generate import end_tokens
+from renyi.labels import IGNORED
 
 # Whatever the base's own generation config says, a rollout is a sample of the policy itself.
 _ITSELF = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}

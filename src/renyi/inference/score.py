@@ -11,10 +11,11 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from renyi.data import IGNORED, Preparation, prepare
+from renyi.data import Preparation, prepare
 from renyi.ensemble import LoraEnsemble, evaluating
 from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
+from renyi.labels import IGNORED
 from renyi.objectives import example_responsibilities, jensen_gap, renyi_loss
 
 

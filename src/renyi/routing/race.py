@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import DynamicCache
 
-from renyi.ensemble import IGNORED, JointOutput
+from renyi.ensemble import JointOutput
+from renyi.labels import IGNORED
 from renyi.objectives import example_responsibilities
 from renyi.routing.plan import Batch, RoutingPlan
 from renyi.routing.statistics import PassStatistics

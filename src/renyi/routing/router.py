@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from renyi.ensemble import IGNORED, JointOutput, LoraEnsemble, evaluating
+from renyi.ensemble import JointOutput, LoraEnsemble, evaluating
 from renyi.errors import ConfigError
+from renyi.labels import IGNORED
 from renyi.routing.plan import SHARE, Batch, RoutingPlan, take_examples
 from renyi.routing.race import race
 from renyi.routing.statistics import AutoRouting, PassStatistics, member_shares

@@ -18,8 +18,9 @@ from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
 from renyi.data import prompt_tokens
-from renyi.ensemble import IGNORED, LoraEnsemble
+from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
+from renyi.labels import IGNORED
 from renyi.training.trainer import EnsembleTrainer
 
 # What a processor of logits may be set to without changing what is sampled from.
