@@ -90,7 +90,7 @@ def interrupted_run(rank: int, output_dir: str, kill: tuple[str, int] | None, me
     from tiny import lora
     from transformers import TrainerCallback
 
-    import renyi.training.trainer as training
+    import renyi.training.checkpoints as training
     from renyi.members import adapters
 
     _quiet()

@@ -29,7 +29,7 @@ def test_responsibilities_are_uniform_at_the_first_step(tmp_path, alpha_hold_rat
 
     class Watch(TrainerCallback):
         def on_substep_end(self, args, state, control, **kwargs):
-            watched = trainer._watched["train"]
+            watched = trainer.logged.watched["train"]
             seen.append([pair[0] for name, pair in watched.state(watched.sums).items() if "load" in name])
 
         on_pre_optimizer_step = on_substep_end

@@ -81,7 +81,7 @@ def test_a_packed_form_trains_on_the_same_tokens(tmp_path, form):
     assert (counts.examples, counts.trained) == (8, 8 * len(expected.split()))
     assert len(trainer.train_dataset) < 8
     trainer.train()
-    assert not trainer._watched["train"].names  # everything was logged
+    assert not trainer.logged.watched["train"].names  # everything was logged
 
 
 def test_evaluation_rows_are_prepared_in_the_same_way(tmp_path):

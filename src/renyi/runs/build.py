@@ -25,7 +25,7 @@ from renyi.members.adapters import read_adapter
 from renyi.runs.output import check_length, check_output_dir, check_targets, checkpoints_of, steps_of
 from renyi.runs.record import Record, defaults
 from renyi.runs.settings import MemberConfig, PolicyConfig, RunArguments, Settings
-from renyi.training.checkpoints import Checkpoints
+from renyi.training.checkpoints import Checkpoints, state_at_end
 from renyi.training.config import EnsembleConfig
 from renyi.training.trainer import EnsembleTrainer
 
@@ -154,7 +154,7 @@ def build(settings: Settings, asked: Settings | None = None, probes: int = 0) ->
     check_targets(output_dir, trainer.model)
     check_length(checkpoints.newest, trainer.num_steps, where)
 
-    finished = checkpoints.newest is not None and trainer.state_at_end(checkpoints.newest) is not None
+    finished = checkpoints.newest is not None and state_at_end(checkpoints.newest, trainer.num_steps) is not None
     return Run(
         settings,
         record,

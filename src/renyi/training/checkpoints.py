@@ -1,14 +1,24 @@
-"""Which checkpoints are whole.
+"""Checkpoints of a run: which are whole, how one is written so that it is whole or gone, and whether it is the end.
 
 A checkpoint is sealed when everything in it is written: the seal lists every file with its size. A run that was
-killed while writing leaves an unsealed folder, which nobody resumes from. This file knows nothing about trainers.
+killed while writing leaves an unsealed folder, which nobody resumes from. `trainer.py` has the Trainer hooks that use
+this.
 """
 
 import json
 import os
 import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+from safetensors import SafetensorError
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from renyi.errors import RenyiError, SaveError
 
 SEAL_FILE = "complete.json"
 
@@ -52,5 +62,65 @@ def find_checkpoints(output_dir: str | Path) -> Checkpoints:
     return Checkpoints(None, half_written)
 
 
+@contextmanager
+def written_whole(checkpoint: Path, is_writer: bool, wait_for_everyone: Callable[[], None]) -> Iterator[None]:
+    """Write a checkpoint folder inside: it is sealed at the end, or gone if something could not be written.
+
+    Args:
+        checkpoint: the folder. What an earlier run left half-written there is removed first.
+        is_writer: whether this process removes and seals.
+        wait_for_everyone: returns when every process has come here.
+
+    Raises:
+        SaveError: a file could not be written. Earlier checkpoints are untouched.
+    """
+    if is_writer:
+        shutil.rmtree(checkpoint, ignore_errors=True)  # sealed ones are never written twice
+    wait_for_everyone()  # before another process writes its own random state there
+    try:
+        yield
+        wait_for_everyone()
+        if is_writer:
+            seal(checkpoint)
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        (checkpoint / SEAL_FILE).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        survivor = find_checkpoints(checkpoint.parent).newest
+        raise SaveError(
+            f"the checkpoint could not be written ({_first_line(error)})",
+            where=str(checkpoint),
+            hint=(f"{survivor} is untouched. " if survivor else "")
+            + "Free some space and run the same command: it goes on from there.",
+        ) from error
+
+
+def is_write_error(error: BaseException) -> bool:
+    """Whether an error says that a file could not be written.
+
+    torch raises RuntimeError for that, safetensors an error of its own, and tokenizers a plain Exception.
+    """
+    if isinstance(error, RenyiError):
+        return isinstance(error, SaveError)
+    return isinstance(error, OSError | RuntimeError | SafetensorError) or type(error) is Exception
+
+
+def state_at_end(checkpoint: Path, num_steps: int) -> TrainerState | None:
+    """The trainer's state in `checkpoint` if a run of `num_steps` ended there: it took them all or stopped early."""
+    state_file = checkpoint / TRAINER_STATE_NAME
+    if not state_file.is_file():
+        return None
+    state = TrainerState.load_from_json(str(state_file))
+    control = state.stateful_callbacks.get("TrainerControl", {})
+    stopped = control.get("args", {}).get("should_training_stop", False)
+    ended = state.global_step >= num_steps or (stopped and state.global_step < state.max_steps)
+    return state if ended else None
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith(SEAL_FILE))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

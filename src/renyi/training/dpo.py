@@ -190,8 +190,8 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         ratios = LogRatios(*(logps_M2B - reference_S2B).chunk(2, dim=1), *mask.sum(dim=1).chunk(2))
         ell_MB = preference_log_likelihood(ratios, self.args.preference_loss)
         tokens_B = output.label_mask.sum(dim=1).view(2, -1).sum(dim=0)
-        loss_B, r_MB = self.routed(ell_MB, tokens_B, alpha)
-        loss = self.to_minimise(share_of(inputs) * loss_B.mean(), ell_MB, r_MB, inputs, num_items_in_batch)
+        loss_B, r_MB = self.objective.of_examples(ell_MB, tokens_B, alpha)
+        loss = self.minimised(share_of(inputs) * loss_B.mean(), ell_MB, r_MB, inputs, num_items_in_batch)
         pair_sums = self.pair_sums(loss, routed, r_MB)
         self._watch_pairs(inputs, output, logps_M2B.detach(), ratios, ell_MB.detach(), r_MB, pair_sums)
         return loss
@@ -250,7 +250,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         measures = {**card.measures, "accuracy of the mixture's preference": ACCURACY}
         return card._replace(settings={"preference loss": loss}, measures=measures)
 
-    def _loss_units(self) -> int:
+    def loss_units(self) -> int:
         if not isinstance(self.train_dataset, Dataset):
             raise ConfigError(
                 "the number of pairs of a streamed dataset is unknown",

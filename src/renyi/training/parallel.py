@@ -5,12 +5,16 @@ that changes of batches, gradients and sums over processes; the mesh itself stan
 here knows a loss.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from renyi.ensemble.mesh import MemberMesh
 
@@ -87,6 +91,21 @@ def own_state(state: dict[str, Any], members: range) -> dict[str, Any]:
         return value[members.start : members.stop] if _by_member(value) else value
 
     return {**state, "state": {i: {k: own(v) for k, v in of.items()} for i, of in state["state"].items()}}
+
+
+def save_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, mesh: MemberMesh, writes: bool) -> None:
+    """Write the optimizer's state of all members, and the scheduler's, as one process without a mesh does."""
+    state = gather_state(optimizer.state_dict(), mesh)
+    if writes:
+        torch.save(state, folder / OPTIMIZER_NAME)
+        torch.save(scheduler.state_dict(), folder / SCHEDULER_NAME)
+
+
+def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, members: range) -> None:
+    """Read back what these members' optimizer needs, and the scheduler's state."""
+    state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(own_state(state, members))
+    scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))
 
 
 def _gathered(value: Any, mesh: MemberMesh) -> Any:

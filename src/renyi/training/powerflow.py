@@ -304,8 +304,8 @@ class PowerFlowTrainer(RolloutTrainer):
         ratio = importance_weight(log_policy_MB, inputs["log_behaviour"], low, high)
         terms = (log_policy_MB, inputs["log_base"].T, tokens_B, log_partition_MB, self.args.power, inputs["penalty"])
         loss_MB = trajectory_balance(*terms, self.args.balance, ratio.weight)
-        loss_B, r_MB = self.routed(-loss_MB, tokens_B, alpha)
-        loss = self.to_minimise(loss_B.mean(), -loss_MB, r_MB, inputs, num_items_in_batch)
+        loss_B, r_MB = self.objective.of_examples(-loss_MB, tokens_B, alpha)
+        loss = self.minimised(loss_B.mean(), -loss_MB, r_MB, inputs, num_items_in_batch)
 
         with torch.no_grad():
             watched = Balance(
@@ -375,7 +375,7 @@ class PowerFlowTrainer(RolloutTrainer):
     def method_card(self) -> Method:
         return card_of(self.args, self.base_score)
 
-    def _loss_units(self) -> int:
+    def loss_units(self) -> int:
         prompts: Any = self.train_dataset
         if not isinstance(prompts, Dataset):
             raise ConfigError("the number of streamed prompts is unknown", where="prior_std", hint="Leave it out.")

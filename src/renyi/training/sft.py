@@ -86,7 +86,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
         if self.padding_free:
             check_packing(self.model, self.data_collator)
 
-    def _loss_units(self) -> int:
+    def loss_units(self) -> int:
         return data.count_tokens(self.train_dataset).trained
 
     def compute_loss(
@@ -102,14 +102,14 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
         output = routed.output
         ell_ME, tokens_E = example_log_likelihood(output, inputs.get("position_ids"))
         ell_ME = self.model.gathered(ell_ME)
-        loss_E, r_ME = self.routed(ell_ME, tokens_E, alpha)
+        loss_E, r_ME = self.objective.of_examples(ell_ME, tokens_E, alpha)
 
         own_tokens = tokens_E.sum() / share_of(inputs)
         num_tokens = own_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = loss_E.sum() / num_tokens.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the tokens are everyone's, and DDP averages gradients
-        loss = self.to_minimise(loss, ell_ME, r_ME, inputs, num_items_in_batch)
+        loss = self.minimised(loss, ell_ME, r_ME, inputs, num_items_in_batch)
 
         tokens = tokens_E.sum()
         self.watch(

@@ -1,14 +1,16 @@
-"""What any trainer over an ensemble changes in transformers' Trainer.
+"""What any trainer over an ensemble changes in transformers' Trainer: hooks, each a few lines.
 
-Mixed in before a TRL trainer, this decides how an ensemble is made, routed, clipped, saved, resumed and logged. It is
-the one file that touches the private methods of transformers' Trainer, because it has no public hook for these. What
-an example's log-likelihood is, a trainer says.
+Mixed in before a TRL trainer. The work behind the hooks stands by itself: `objective.py` (what is minimised),
+`clipping.py`, `checkpoints.py`, `log.py`, `parallel.py` (members split over processes), `steps.py` (parts of a batch,
+and the router), `start.py` (where the ensemble comes from). What an example's log-likelihood is, a trainer says:
+`sft.py` is the shortest.
+
+Transformers' Trainer has no public hook for much of this, so this file and `steps.py` override and read its private
+methods and counters. Nothing else does.
 """
 
 import json
-import logging
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,6 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -28,30 +29,26 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from renyi import data
 from renyi.ensemble import LoraEnsemble
-from renyi.errors import ConfigError, DataError, RenyiError, SaveError, TrainingDivergedError
-from renyi.objectives import example_loss, example_responsibilities
+from renyi.errors import ConfigError, DataError, TrainingDivergedError
 from renyi.routing import AutoRouting, Sums, share_of
 from renyi.training import card
-from renyi.training.checkpoints import SEAL_FILE, find_checkpoints, seal
+from renyi.training.checkpoints import find_checkpoints, state_at_end, written_whole
+from renyi.training.clipping import clip_by_member
 from renyi.training.config import AUTO
+from renyi.training.log import TrainingLog
 from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
-from renyi.training.parallel import MemberAccelerator, gather_state, own_state
+from renyi.training.objective import Objective, Prior
+from renyi.training.parallel import MemberAccelerator, load_optimizer, save_optimizer
 from renyi.training.report import FIGURE_FILE, MetricsFile, draw_training
-from renyi.training.schedule import scheduled_alpha
 from renyi.training.start import as_ensemble
-from renyi.training.statistics import LearnMixtureWeights, RunningMeans
+from renyi.training.statistics import LearnMixtureWeights
 from renyi.training.steps import RoutedSteps
 
-logger = logging.getLogger(__name__)
-
 LOGGING_STATE_FILE = "logging_state.json"
-# A member whose load stays below a tenth of its fair share over this many logs is called starved.
-STARVED_LOGS = 3
 
 
 @contextmanager
@@ -71,6 +68,8 @@ class EnsembleTrainer(RoutedSteps):
     """Mixin for a TRL trainer whose `model` is a `LoraEnsemble`. The TRL trainer must leave log-probabilities to us."""
 
     model: LoraEnsemble
+    objective: Objective
+    logged: TrainingLog
     args: Any  # an EnsembleConfig and the config of the TRL trainer that this is mixed into
     unit: str  # what losses are per, such as "trained token"
     _tag_names: list[str]
@@ -127,22 +126,19 @@ class EnsembleTrainer(RoutedSteps):
         self._loss_shifts_labels = True
         # TRL wraps the model's forward to add its own head, which ours makes needless.
         self.model.__dict__.pop("forward", None)
-        self._watched = {mode: RunningMeans(args.device) for mode in ("train", "eval")}
-        self._seen_tokens: Tensor | int = 0  # of the step at hand, in this process
-        self._starved_logs = [0] * self.model.num_members
-        self._warned_starved = False
+        self.logged = TrainingLog(args.device, self.model.num_members, self.accelerator.reduce)
         self._restored_logging: dict[str, Any] | None = None
         self._step_of_first_loss = 0  # what the total loss is summed from
         self.add_callback(_RestoreLogging(self))
         self.start_routing()
-        self._learned_weights: LearnMixtureWeights | None = None
+        learned_weights = None
         if args.mixture_weights == "learned":
-            rate = args.mixture_weights_rate
-            self._learned_weights = LearnMixtureWeights(self.model, self.accelerator.reduce, rate)
-            self.add_callback(self._learned_weights)
+            learned_weights = LearnMixtureWeights(self.model, self.accelerator.reduce, args.mixture_weights_rate)
+            self.add_callback(learned_weights)
+        prior = None
         if args.prior_std is not None:
-            self._prior_units = self._loss_units()
-            self._divergence = self.model.stack.prior(args.prior_std)
+            prior = Prior(self.model.stack.prior(args.prior_std), self.loss_units())
+        self.objective = Objective(self.model, args, prior, learned_weights)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -175,50 +171,28 @@ class EnsembleTrainer(RoutedSteps):
 
     @property
     def _scheduled_alpha(self) -> float:
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        return scheduled_alpha(progress, self.args.alpha, self.args.alpha_hold_ratio, self.args.alpha_ramp_ratio)
+        return self.objective.alpha(self.state.global_step / max(self.state.max_steps, 1))
 
-    def routed(self, ell_ME: Tensor, tokens_E: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-        """The α-Rényi loss [E] of examples, and their responsibilities [M, E].
-
-        Args:
-            ell_ME: log-likelihoods, nats.
-            tokens_E: trained tokens, which length-normalised routing divides by.
-            alpha: the order.
-        """
-        given = tokens_E, alpha, self.model.weights.log(), self.args.routing_quantity
-        return example_loss(ell_ME, *given), example_responsibilities(ell_ME.detach(), *given)
-
-    def to_minimise(
+    def minimised(
         self, loss: Tensor, ell_ME: Tensor, r_ME: Tensor, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """The loss of a micro-batch with the prior, checked, and with M times its gradient.
+        """What `compute_loss` returns: a micro-batch's loss with the prior, checked, and with M times its gradient.
 
         Raises:
             TrainingDivergedError: it is no finite number.
         """
-        loss = scale_gradient(loss, self.model.num_members)
+        share = None
         if self.model.training:
-            if self.args.prior_std is not None:
-                loss = loss + scale_gradient(self._prior(share_of(inputs), num_items_in_batch), len(self.model.members))
-            if self._learned_weights is not None:
-                self._learned_weights.add(r_ME)
+            parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            share = share_of(inputs) / parts
+        loss = self.objective.of_batch(loss, r_ME, share)
         if not math.isfinite(loss.item()):
             raise self._diverged(inputs, ell_ME)
         return loss
 
-    def _loss_units(self) -> int:
+    def loss_units(self) -> int:
         """How many units (tokens, or pairs) of the training data the reported loss is a mean over."""
         raise NotImplementedError
-
-    def _prior(self, share: float, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """The prior's part of a micro-batch: (1/M) Σ_m KL(member m, its prior), spread over the dataset's units.
-
-        On a mesh it is the mean over this process's members; the loss that is logged is the mean over processes.
-        """
-        divergence = share * self._divergence().mean()
-        steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return divergence / (self._prior_units * steps)
 
     def _diverged(self, inputs: dict[str, Any], ell_ME: Tensor) -> TrainingDivergedError:
         bad_M = (~ell_ME.isfinite()).any(dim=1).nonzero().flatten().tolist()
@@ -235,11 +209,7 @@ class EnsembleTrainer(RoutedSteps):
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip every member's gradient by itself, as an independent run would; return the mean of their norms."""
         self.accelerator.unscale_gradients()
-        stacked = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norms_M = torch.stack([_at_least_float32(g).flatten(1).norm(dim=1) for g in stacked]).norm(dim=0)
-        factor_M = (self.args.max_grad_norm / (norms_M + 1e-6)).clamp(max=1.0)
-        for grad in stacked:
-            grad.mul_(factor_M.to(grad.dtype).view(-1, *[1] * (grad.dim() - 1)))
+        norms_M = clip_by_member(self.model.parameters(), self.args.max_grad_norm)
         return self.model.gathered(norms_M).mean()
 
     # ---- Checkpoints -------------------------------------------------------------------------------------------
@@ -261,7 +231,7 @@ class EnsembleTrainer(RoutedSteps):
 
     def _ended(self, checkpoint: Path) -> TrainOutput | None:
         """What training to the end returned, with the members as they were then, if `checkpoint` is that end."""
-        state = self.state_at_end(checkpoint)
+        state = state_at_end(checkpoint, self.num_steps)
         if state is None:
             return None
         self._load_from_checkpoint(str(checkpoint))
@@ -272,17 +242,6 @@ class EnsembleTrainer(RoutedSteps):
         loss = (logging_state["total_loss"] + logging_state["loss"]) / max(state.global_step, 1)
         return TrainOutput(state.global_step, loss, {"train_loss": loss})
 
-    def state_at_end(self, checkpoint: Path) -> TrainerState | None:
-        """The state in `checkpoint` if the run ended there: it took all of its steps, or it stopped early."""
-        state_file = checkpoint / TRAINER_STATE_NAME
-        if not state_file.is_file():
-            return None
-        state = TrainerState.load_from_json(str(state_file))
-        control = state.stateful_callbacks.get("TrainerControl", {})
-        stopped = control.get("args", {}).get("should_training_stop", False)
-        ended = state.global_step >= self.num_steps or (stopped and state.global_step < state.max_steps)
-        return state if ended else None
-
     @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run, as the training loop will count them."""
@@ -291,30 +250,12 @@ class EnsembleTrainer(RoutedSteps):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            # A half-written folder of an earlier run; sealed ones are never written twice.
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        self.accelerator.wait_for_everyone()  # before another process writes its own random state there
         # Older checkpoints may go only when this one is sealed.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
-            self._write_logging_state(checkpoint)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                seal(checkpoint)
-        except (RuntimeError, OSError, SafetensorError) as error:
-            if isinstance(error, RenyiError) and not isinstance(error, SaveError):
-                raise
-            (checkpoint / SEAL_FILE).unlink(missing_ok=True)
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            survivor = find_checkpoints(self.output_dir).newest
-            raise SaveError(
-                f"the checkpoint could not be written ({_first_line(error)})",
-                where=str(checkpoint),
-                hint=(f"{survivor} is untouched. " if survivor else "")
-                + "Free some space and run the same command: it goes on from there.",
-            ) from error
+            with written_whole(checkpoint, self.args.should_save, self.accelerator.wait_for_everyone):
+                super()._save_checkpoint(model, trial)
+                self._write_logging_state(checkpoint)
         finally:
             self.args.save_total_limit = limit
         if self.args.should_save:
@@ -348,10 +289,7 @@ class EnsembleTrainer(RoutedSteps):
             return
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        state = gather_state(self.optimizer.state_dict(), self.model.mesh)
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        save_optimizer(Path(output_dir), self.optimizer, self.lr_scheduler, self.model.mesh, self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.model.mesh is None or checkpoint is None:
@@ -359,9 +297,7 @@ class EnsembleTrainer(RoutedSteps):
             return
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(own_state(state, self.model.members))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler, self.model.members)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._restore_members(resume_from_checkpoint)
@@ -389,15 +325,13 @@ class EnsembleTrainer(RoutedSteps):
         if "loss" in logs or "train_loss" in logs:
             logs["alpha"] = self._scheduled_alpha
             logs["num_tokens"] = self._total_train_tokens
-            if self._learned_weights is not None:
+            if self.objective.learned_weights is not None:
                 logs.update({f"mixture_weight/{m}": w for m, w in enumerate(self.model.weights.tolist())})
-        if self._watched[mode].names:
-            sums = self.accelerator.reduce(self._watched[mode].sums)
-            means = self.derived(self._watched[mode].means(sums))
-            logs.update({prefix + k: v for k, v in means.items()})
+        if means := self.logged.take(mode):
+            logs.update({prefix + name: value for name, value in self.derived(means).items()})
             if mode == "train":
-                self._watch_starvation(logs)
-            self._watched[mode] = RunningMeans(self.args.device)
+                loads = [logs[f"member_load/{m}"] for m in range(self.model.num_members)]
+                self.logged.starved.see(loads, is_settled=logs.get("alpha", 0.0) >= self.args.alpha > 0)
         super().log(logs, start_time)
 
     def derived(self, means: dict[str, float]) -> dict[str, float]:
@@ -412,55 +346,30 @@ class EnsembleTrainer(RoutedSteps):
 
     def watch(self, batch: Sums, inputs: dict[str, Any]) -> None:
         """Add what is logged of a batch, and in training the tokens of its inputs."""
-        self._watched["train" if self.model.training else "eval"].add(batch)
+        self.logged.add(batch, "train" if self.model.training else "eval")
         if self.model.training:
-            seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-            self._seen_tokens = self._seen_tokens + seen
+            self.logged.add_tokens(inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)
-        # Once a step: processes may take it in different numbers of parts.
-        seen = torch.as_tensor(self._seen_tokens, device=self.args.device)
-        self._total_train_tokens += int(self.accelerator.reduce(seen))
-        self._seen_tokens = 0
+        self._total_train_tokens += self.logged.take_tokens()
         return loss
-
-    def _watch_starvation(self, logs: dict[str, float]) -> None:
-        """Warn, once a run, of a member whose load stays far below its share after the ramp."""
-        threshold = 1 / (10 * self.model.num_members)
-        settled = logs.get("alpha", 0.0) >= self.args.alpha > 0
-        for m in range(self.model.num_members):
-            low = settled and logs[f"member_load/{m}"] < threshold
-            self._starved_logs[m] = self._starved_logs[m] + 1 if low else 0
-            if self._starved_logs[m] == STARVED_LOGS and not self._warned_starved:
-                self._warned_starved = True
-                logger.warning(
-                    "Member %d starves: it explains %.1f%% of the examples (a fair share is %.1f%%), so it learns next "
-                    "to nothing and its answers pollute every uncertainty. Hold alpha at 0 for longer "
-                    "(alpha_hold_ratio), train fewer members (num_members), or drop it afterwards with "
-                    "LoraEnsemble.drop_member(%d).",
-                    m, 100 * logs[f"member_load/{m}"], 100 / self.model.num_members, m,
-                )  # fmt: skip
 
     def _write_logging_state(self, checkpoint: Path) -> None:
         """What lies between two logs, so that a resumed run logs what an uninterrupted one does."""
-        watched = self._watched["train"]
-        sums = self.accelerator.reduce(watched.sums)
         loss = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean")
+        state = {
+            **self.logged.state(),
+            "loss": loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "step_last_logged": self._globalstep_last_logged,
+            "num_tokens": self._total_train_tokens,
+            "routing": self.router.auto.state(),
+        }
         if self.args.should_save:
-            state = {
-                "watched": watched.state(sums),
-                "loss": loss.item(),
-                "total_loss": self._total_loss_scalar,
-                "step_last_logged": self._globalstep_last_logged,
-                "num_tokens": self._total_train_tokens,
-                "routing": self.router.auto.state(),
-                "starved_logs": self._starved_logs,
-                "warned_starved": self._warned_starved,
-            }
             (checkpoint / LOGGING_STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
-    def _restore_logging_state(self) -> None:
+    def restore_logging_state(self) -> None:
         state, self._restored_logging = self._restored_logging, None
         self._step_of_first_loss = self.state.global_step
         if state is None:
@@ -470,11 +379,7 @@ class EnsembleTrainer(RoutedSteps):
         self._globalstep_last_logged = state["step_last_logged"]
         self._total_train_tokens = state["num_tokens"]
         self.router.auto = AutoRouting(**state["routing"])
-        self._starved_logs, self._warned_starved = state["starved_logs"], state["warned_starved"]
-        watched = self._watched["train"]
-        watched.restore(state["watched"])
-        if self.accelerator.process_index != 0:  # the sums of all processes are held by one
-            watched.sums = torch.zeros_like(watched.sums)
+        self.logged.restore(state, holds_sums=self.accelerator.process_index == 0)
 
     # ---- Model card --------------------------------------------------------------------------------------------
 
@@ -512,7 +417,7 @@ class _RestoreLogging(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer._restore_logging_state()
+        self.trainer.restore_logging_state()
         follow_schedule(kwargs.get("lr_scheduler"))
 
 
@@ -528,16 +433,3 @@ def follow_schedule(scheduler: Any) -> None:
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})  # which is what is logged
-
-
-def scale_gradient(loss: Tensor, factor: float) -> Tensor:
-    """`loss`, unchanged in value, with `factor` times its gradient."""
-    return loss.detach() + factor * (loss - loss.detach())
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

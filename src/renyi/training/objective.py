@@ -1,0 +1,90 @@
+"""What an ensemble trainer minimises: the α-Rényi loss at the scheduled order, a prior, and M times the gradient.
+
+A trainer says what the log-likelihood of an example is; everything that follows from it is here and needs no trainer.
+The loss itself is in `renyi.objectives.mixture`, the schedule of alpha in `schedule.py`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from renyi.ensemble import LoraEnsemble
+from renyi.objectives import example_loss, example_responsibilities
+from renyi.training.schedule import scheduled_alpha
+from renyi.training.statistics import LearnMixtureWeights
+
+
+class Prior(NamedTuple):
+    """(1/M) Σ_m KL(member m, its prior), counted once over the whole training set.
+
+    Attributes:
+        divergence: KL of each member that this process holds from its prior [M], nats, with a graph.
+        units: how many units (tokens, or pairs) of the training data the reported loss is a mean over.
+    """
+
+    divergence: Callable[[], Tensor]
+    units: int
+
+    def __call__(self) -> Tensor:
+        """The prior's part of the loss of a step, a scalar; where members are split, the mean over those here."""
+        return self.divergence().mean() / self.units
+
+
+class Objective:
+    """The α-Rényi objective of an ensemble (Soft Specialists, arXiv 2605.27747).
+
+    Args:
+        ensemble: the members, whose mixture weights the loss uses.
+        args: an `EnsembleConfig`: alpha, its schedule, and what is routed.
+        prior: pulls members back to where they began; None for no prior.
+        learned_weights: what learns the mixture weights from responsibilities; None for fixed weights.
+    """
+
+    def __init__(
+        self,
+        ensemble: LoraEnsemble,
+        args: Any,
+        prior: Prior | None = None,
+        learned_weights: LearnMixtureWeights | None = None,
+    ):
+        self.ensemble, self.args, self.prior, self.learned_weights = ensemble, args, prior, learned_weights
+
+    def alpha(self, progress: float) -> float:
+        """The order after this share of training, in [0, 1]."""
+        return scheduled_alpha(progress, self.args.alpha, self.args.alpha_hold_ratio, self.args.alpha_ramp_ratio)
+
+    def of_examples(self, ell_ME: Tensor, tokens_E: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+        """The α-Rényi loss [E] of examples, nats, and their responsibilities [M, E].
+
+        Args:
+            ell_ME: log-likelihoods, nats.
+            tokens_E: trained tokens, which length-normalised routing divides by.
+            alpha: the order.
+        """
+        given = tokens_E, alpha, self.ensemble.weights.log(), self.args.routing_quantity
+        return example_loss(ell_ME, *given), example_responsibilities(ell_ME.detach(), *given)
+
+    def of_batch(self, loss: Tensor, r_ME: Tensor, share_of_step: float | None) -> Tensor:
+        """The loss of a micro-batch with the prior, and with M times its gradient.
+
+        Responsibilities sum to one, so that a member's share of the plain gradient is about 1/M.
+
+        Args:
+            loss: of the micro-batch.
+            r_ME: responsibilities, which mixture weights are learned from.
+            share_of_step: the part of an optimizer step that this micro-batch is; None in evaluation.
+        """
+        loss = scale_gradient(loss, self.ensemble.num_members)
+        if share_of_step is None:
+            return loss
+        if self.prior is not None:
+            loss = loss + scale_gradient(share_of_step * self.prior(), len(self.ensemble.members))
+        if self.learned_weights is not None:
+            self.learned_weights.add(r_ME)
+        return loss
+
+
+def scale_gradient(loss: Tensor, factor: float) -> Tensor:
+    """`loss`, unchanged in value, with `factor` times its gradient."""
+    return loss.detach() + factor * (loss - loss.detach())
