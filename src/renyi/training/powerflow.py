@@ -361,8 +361,9 @@ class PowerFlowTrainer(RolloutTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """transformers', with a group and a learning rate of its own for a learned partition."""
+        is_new = self.optimizer is None  # trained again, a trainer keeps its optimizer
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.args.partition == "learned":
+        if is_new and self.args.partition == "learned":
             own = set(self._partition.parameters())
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if p not in own]
