@@ -6,6 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # Two test processes of one thread each are faster on two cores than one process of two threads.
 WORKERS ?= 2
+# worksteal gives each worker one stretch of files, so that a module's fixtures are made once, and who is done takes over.
 
 .PHONY: help setup docs dist demo test lint format slow bench studies clean
 
@@ -48,7 +49,7 @@ demo: $(READY)
 	$(BIN)/renyi demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .
