@@ -17,6 +17,7 @@ from renyi.cli.main import main
 from renyi.data import Preparation, prepare
 from renyi.errors import ConfigError, DataError, EnsembleFormatError
 from renyi.inference import generate, score
+from renyi.runs.export import export_merged
 
 TALK = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
 QUESTIONS = [{"question": "w1 w2", "choices": ["w3", "w4 w5"], "answer": 0}]
@@ -66,6 +67,29 @@ def test_rows_are_scored_as_training_trained_them(folder: Path, loaded, tmp_path
     with pytest.raises(ConfigError, match="tokenizer: is missing"):
         score(fresh, rows, preparation=Preparation())
     assert [s.tokens for s in score(fresh, rows, tiny_tokenizer(), Preparation())] == [3]
+
+
+def test_rows_are_cut_at_what_the_base_can_read(caplog: pytest.LogCaptureFixture) -> None:
+    ensemble = LoraEnsemble.from_base(tiny_model("gpt2", n_positions=12), 2, lora(target_modules=["c_attn"]))
+    rows = Dataset.from_list([{"text": "w1 w2"}, {"text": " ".join(["w3"] * 20)}])
+    assert [s.tokens for s in score(ensemble, rows, tiny_tokenizer(), Preparation())] == [2, 11]
+    assert "1 row cut at the 12 positions of the base" in caplog.text
+    caplog.clear()
+    assert [s.tokens for s in score(ensemble, rows, tiny_tokenizer(), Preparation(max_length=8))] == [2, 7]
+    assert "1 row cut at max_length 8" in caplog.text
+    prepared = Dataset.from_list([{"input_ids": [6] * 13, "labels": [6] * 13}])
+    with pytest.raises(DataError, match="row 1: has 13 tokens, and the base reads 12"):
+        score(ensemble, prepared)
+
+
+def test_a_merged_member_ends_where_the_ensemble_does(folder: Path, tmp_path: Path) -> None:
+    """The base ends texts with one token; fine-tuning closed turns with another."""
+    chatty = Path(shutil.copytree(folder, tmp_path / "chatty"))
+    tiny_tokenizer(eos_token="<user>").save_pretrained(chatty)
+    export_merged(chatty, tmp_path / "merged", [0])
+    config = json.loads((tmp_path / "merged" / "member_0" / "generation_config.json").read_text(encoding="utf-8"))
+    tokenizer = tiny_tokenizer()
+    assert set(config["eos_token_id"]) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<user>")}
 
 
 def test_a_temperature_means_sampling(folder: Path, loaded) -> None:

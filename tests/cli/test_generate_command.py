@@ -60,9 +60,7 @@ def test_text_is_the_answer_of_the_mixture_to_the_chat(saved: Path) -> None:
 
 
 def test_one_json_object_a_prompt(saved: Path, tmp_path: Path) -> None:
-    file = write_rows(
-        tmp_path / "prompts.jsonl", [{"prompt": "w1 w2"}, {"prompt": chat("w3")}, {"messages": chat("w4")}]
-    )
+    file = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "w1 w2"}, {"prompt": chat("w3")}, {"prompt": chat("w4")}])
     rows = lines(renyi("generate", saved, "--input", file, "--json", "--max_new_tokens", 5))
     assert [list(row) for row in rows] == [["index", "prompt", *ANSWER]] * 3
     expected = answers_of(saved, [chat("w1 w2"), chat("w3"), chat("w4")])
@@ -156,7 +154,7 @@ def test_colours_follow_the_scale() -> None:
         (("w1", "--batch_size", "0"), ("--batch_size",)),
         (("w1", "--output", "nowhere/out.jsonl"), ("--output", "no folder nowhere")),
         (("w1", "--input", "prompts.jsonl"), ("--input", "goes without PROMPT")),
-        (("--input", "prompts.jsonl"), ("prompts.jsonl", "cannot be read")),
+        (("--input", "prompts.jsonl"), ("prompts.jsonl", "there is no such file")),
         ((" ",), ("prompt 1", "is empty")),
         (("w1", "--top_p", "1.5"), ("--top_p", "1.5", "at most 1")),
         (("w1", "--seed", "soon"), ("--seed", "'soon'")),
@@ -169,13 +167,27 @@ def test_what_cannot_be_is_refused(saved: Path, flags: tuple[str, ...], parts: t
     assert_refused(renyi("generate", saved, *flags), *parts)
 
 
-def test_a_bad_row_is_refused_by_its_line(saved: Path, tmp_path: Path) -> None:
+def test_a_bad_row_is_refused_by_its_place(saved: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    for text, part in (('{"prompt": "w1"}\n{"text": "w2"}\n', "has no prompt"), ('{"prompt": "w1"}\n{\n', "not JSON")):
+    for text, place, part in (
+        ('{"prompt": "w1"}\n{"text": "w2"}\n', "row 2", "is empty"),
+        ('{"prompt": "w1"}\n{\n', "line 2", "JSON"),
+        ('{"text": "w1"}\n', "", "a column `prompt`"),
+    ):
         file.write_text(text, encoding="utf-8")
-        assert_refused(renyi("generate", saved, "--input", file), f"{file}, line 2", part)
+        assert_refused(renyi("generate", saved, "--input", file), str(file), place, part)
     file.write_text("\n", encoding="utf-8")
-    assert_refused(renyi("generate", saved, "--input", file), "has no rows")
+    assert_refused(renyi("generate", saved, "--input", file), str(file), "at least one row")
+
+
+def test_prompts_may_be_messages_or_a_table(saved: Path, tmp_path: Path) -> None:
+    expected = renyi("generate", saved, "w1", "w2", "--json", "--max_new_tokens", 2)
+    file = write_rows(tmp_path / "chats.jsonl", [{"messages": chat("w1")}, {"messages": chat("w2")}])
+    of_chats = lines(renyi("generate", saved, "--input", file, "--json", "--max_new_tokens", 2))
+    assert [row["token_ids"] for row in of_chats] == [row["token_ids"] for row in lines(expected)]
+    table = tmp_path / "prompts.csv"
+    table.write_text("prompt\nw1\nw2\n", encoding="utf-8")
+    assert renyi("generate", saved, "--input", table, "--json", "--max_new_tokens", 2).out == expected.out
 
 
 def test_flags_may_stand_anywhere(saved: Path) -> None:

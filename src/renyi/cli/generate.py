@@ -6,10 +6,9 @@ or with --withhold left unsaid, where it is less certain than the threshold that
 """
 
 import argparse
-import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +31,9 @@ from renyi.errors import ConfigError, DataError
 from renyi.text import plural
 
 if TYPE_CHECKING:
-    from renyi.inference import Answer, Prompt
+    from renyi.inference import Answer
     from renyi.inference.abstention import Abstention
+    from renyi.inference.generate import PromptRow
     from renyi.runs.load import Loaded
 
 # Epistemic uncertainty in nats, up to which a token has a colour: log 2 is two equal camps that say different things.
@@ -79,7 +79,9 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _answers(loaded: "Loaded", prompts: "list[Prompt]", args: argparse.Namespace, err: Console) -> "list[list[Answer]]":
+def _answers(
+    loaded: "Loaded", prompts: "list[PromptRow]", args: argparse.Namespace, err: Console
+) -> "list[list[Answer]]":
     """Of each prompt one answer, or every member's."""
     with progress_bar(err, "answering", len(prompts)) as progress:
         found = loaded.generate(prompts, progress=progress, **args.settings)
@@ -149,42 +151,19 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     return {**given, "mixture": mixture, "system": args.system, "plain": args.plain}
 
 
-def _read_prompts(args: argparse.Namespace) -> "list[Prompt]":
+def _read_prompts(args: argparse.Namespace) -> "list[PromptRow]":
     """PROMPTs, the rows of `--input`, or stdin."""
     if args.prompts and args.input:
         raise ConfigError("goes without PROMPT", where="--input", hint="Give one or the other.")
     if args.input:
-        return _rows(args.input)
+        from renyi.data import read_prompts
+
+        return [row if len(row) > 1 else row["prompt"] for row in read_prompts(args.input)]
     prompts = list(args.prompts) or [sys.stdin.read().strip()]
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise DataError("is empty", where=f"prompt {number}", hint="Give PROMPT, --input, or text on stdin.")
     return prompts
-
-
-def _rows(file: Path) -> "list[Prompt]":
-    found: list[Prompt] = []
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read ({error})", where=str(file), hint="Give a JSONL file.") from error
-    for number, line in enumerate(lines, start=1):
-        where = f"{file}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"is not JSON ({error})", where=where, hint='Write {"prompt": "…"}.') from error
-        prompt = row.get("prompt", row.get("messages")) if isinstance(row, dict) else None
-        if not prompt or not isinstance(prompt, str | list):
-            raise DataError("has no prompt", where=where, hint='Write {"prompt": "…"} or {"prompt": [messages]}.')
-        if isinstance(prompt, list) and isinstance(prompt[-1], dict) and prompt[-1].get("role") == "assistant":
-            raise DataError("ends with the assistant's turn", where=where, hint="End it with the user's.")
-        found.append(prompt)
-    if not found:
-        raise DataError("has no rows", where=str(file), hint="Give at least one prompt.")
-    return found
 
 
 # ---- What is shown ---------------------------------------------------------------------------------------------------
@@ -193,7 +172,7 @@ def _rows(file: Path) -> "list[Prompt]":
 def _stream(
     out: Console,
     loaded: "Loaded",
-    prompts: "list[Prompt]",
+    prompts: "list[PromptRow]",
     args: argparse.Namespace,
     abstention: "Abstention | None",
 ) -> None:
@@ -211,7 +190,11 @@ def _stream(
 
 
 def _show(
-    out: Console, prompt: "Prompt", answers: "list[Answer]", args: argparse.Namespace, abstention: "Abstention | None"
+    out: Console,
+    prompt: "PromptRow",
+    answers: "list[Answer]",
+    args: argparse.Namespace,
+    abstention: "Abstention | None",
 ) -> None:
     """Whole answers: withheld where they are uncertain, or those of members side by side."""
     out.print(Text(_last(prompt), "dim"), soft_wrap=True)
@@ -278,13 +261,15 @@ def _legend() -> Text:
     return text
 
 
-def _last(prompt: "Prompt") -> str:
+def _last(prompt: "PromptRow") -> str:
     """A prompt as a heading: of messages the last."""
+    if isinstance(prompt, Mapping):
+        return _last(prompt["prompt"])
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
 
 
 def _line(
-    index: int, prompt: "Prompt", answers: "list[Answer]", args: argparse.Namespace, abstention: "Abstention | None"
+    index: int, prompt: "PromptRow", answers: "list[Answer]", args: argparse.Namespace, abstention: "Abstention | None"
 ) -> dict[str, Any]:
     """One JSON object of a prompt: its answer's fields, or those of every member's answer."""
 

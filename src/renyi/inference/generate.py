@@ -4,21 +4,28 @@
 `renyi.ensemble.decode`; read that next.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from renyi.data import prompt_tokens
+from renyi import data
+from renyi.data import Limits, prompt_tokens, read_messages
 from renyi.ensemble import Generation, LoraEnsemble
 from renyi.errors import ConfigError, DataError
 from renyi.inference.pieces import Pieces
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]  # plain text, or the messages of a chat
+# The same, or a dictionary with it as `prompt` and with `tools` or `chat_template_kwargs` for the chat template.
+PromptRow: TypeAlias = Prompt | Mapping[str, Any]
 OnPiece: TypeAlias = Callable[[str, float], object]
 MAX_NEW_TOKENS = 256
+
+logger = logging.getLogger(__name__)
 
 
 class Answer(NamedTuple):
@@ -60,7 +67,7 @@ class Answer(NamedTuple):
 
 def generate(
     ensemble: LoraEnsemble,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptRow],
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_new_tokens: int = MAX_NEW_TOKENS,
@@ -77,7 +84,8 @@ def generate(
         prompts: plain text, which is continued as it is, or messages with `role` and `content`, which the tokenizer's
             chat template opens an answer to.
         tokenizer: of the base.
-        max_new_tokens: the most tokens of an answer.
+        max_new_tokens: the most tokens of an answer. It also ends at the last position that the base can read, of which
+            a warning tells.
         batch_size: prompts decoded together; their order is kept.
         seed: of the sampling, plus one for each further batch; None is torch's global generator.
         on_piece: called with the piece of text that a token added and the token's epistemic uncertainty in nats, as
@@ -90,7 +98,8 @@ def generate(
         An `Answer` for each prompt; with mixture="member" and no `member` a list of M answers, one a member.
 
     Raises:
-        DataError: a prompt has no token, or its messages do not fit the chat template.
+        DataError: a prompt has no token or more than the base can read, ends with an answer, or does not fit the chat
+            template.
         ConfigError: as `LoraEnsemble.generate`, or `batch_size` is below 1.
         EnsembleFormatError: a member's logits are no numbers.
     """
@@ -102,20 +111,29 @@ def generate(
             "follows one answer", where="on_piece", hint="Give one prompt, and where members answer alone, one member."
         )
     rows = [prompt_ids(prompt, tokenizer, number) for number, prompt in enumerate(prompts, start=1)]
+    positions = Limits.of(ensemble.base).positions
+    _check_lengths(rows, positions)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     ends = end_tokens(ensemble, tokenizer)
     settings = {"tokenizer": tokenizer, "pad_token_id": pad, **({"eos_token_id": ends} if ends else {}), **settings}
-    settings["max_new_tokens"] = max_new_tokens
     spoken = None if on_piece is None else _Spoken(tokenizer, on_piece)
     if spoken is not None:
         settings["on_token"] = spoken
     answers: list[Any] = []
-    for batch, start in enumerate(range(0, len(rows), batch_size)):
-        input_ids, attention_mask = _left_padded(rows[start : start + batch_size], pad)
-        draw = None if seed is None else seed + batch
-        generation = ensemble.generate(input_ids, attention_mask, seed=draw, **settings)
+    longest = math.inf if positions is None else positions - max_new_tokens
+    for number, batch in enumerate(_batches([len(ids) for ids in rows], batch_size, longest)):
+        input_ids, attention_mask = _left_padded([rows[i] for i in batch], pad)
+        room = max_new_tokens if positions is None else positions - input_ids.shape[1]
+        generation = ensemble.generate(
+            input_ids,
+            attention_mask,
+            seed=None if seed is None else seed + number,
+            max_new_tokens=min(max_new_tokens, room),
+            **settings,
+        )
         answers += _answers(generation, tokenizer, spoken.pieces() if spoken else None)
         progress(len(answers))
+    _warn_of_cut(rows, answers, positions, ends)
     return answers
 
 
@@ -142,8 +160,8 @@ class _Spoken:
 
 
 def as_chat(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, plain: bool = False
-) -> Prompt:
+    prompt: PromptRow, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, plain: bool = False
+) -> PromptRow:
     """A prompt as it is asked by default: text as the user's message of a chat, where there is a chat template.
 
     Args:
@@ -155,6 +173,10 @@ def as_chat(
     Raises:
         ConfigError: `system` has no place, or `plain` meets messages.
     """
+    if isinstance(prompt, Mapping):
+        if "prompt" not in prompt:
+            return prompt  # one message alone, which `prompt_ids` refuses
+        return {**prompt, "prompt": as_chat(prompt["prompt"], tokenizer, system=system, plain=plain)}
     if plain or not tokenizer.chat_template:
         if system:
             raise ConfigError("needs a chat template", where="system", hint="Leave system out.")
@@ -167,34 +189,78 @@ def as_chat(
     return [{"role": "system", "content": system}, *chat] if system else chat
 
 
-def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, number: int = 1) -> list[int]:
+def prompt_ids(prompt: PromptRow, tokenizer: PreTrainedTokenizerBase, number: int = 1) -> list[int]:
     """The tokens of a prompt, number `number` to an error.
 
     Raises:
         DataError: there are none, or the messages do not fit the chat template.
     """
     where = f"prompt {number}"
-    if isinstance(prompt, str):
-        return prompt_tokens(prompt, tokenizer, where)
-    if isinstance(prompt, Mapping):
-        raise DataError("is a message", where=where, hint="A prompt is text, or a list of messages: [[{…}, {…}]].")
+    row: Mapping[str, Any] = prompt if isinstance(prompt, Mapping) and "prompt" in prompt else {"prompt": prompt}
+    asked = row["prompt"]
+    if isinstance(asked, str):
+        return prompt_tokens(asked, tokenizer, where)
+    if not isinstance(asked, Sequence):
+        raise DataError("is one message", where=where, hint="A prompt is text, or a list of messages: [[{…}, {…}]].")
     if not tokenizer.chat_template:
         raise DataError(
             "is a chat, and the tokenizer has no chat template", where=where, hint="Give plain text, or a template."
         )
-    chat = [dict(message) for message in prompt]
-    if chat and chat[-1].get("role") == "assistant":
+    chat = read_messages([dict(message) for message in asked], where)
+    if chat[-1]["role"] == "assistant":
         raise DataError(
             "ends with the assistant's turn", where=where, hint="End it with the user's: the answer comes next."
         )
-    return prompt_tokens(chat, tokenizer, where)
+    return prompt_tokens(chat, tokenizer, where, row)
 
 
 def end_tokens(ensemble: LoraEnsemble, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the base's, and the tokenizer's, which fine-tuning may have changed."""
+    """The tokens that end an answer: the base's, the tokenizer's, and what the chat template closes a turn with.
+
+    Fine-tuning on chats teaches a model to write the last of them, whatever the base ended its texts with.
+    """
     of_base = ensemble.generation_config.eos_token_id
     found = [of_base] if isinstance(of_base, int) else list(of_base or [])
-    return list(dict.fromkeys([*found, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
+    return list(dict.fromkeys([*found, *data.end_tokens(tokenizer)]))
+
+
+def _batches(lengths: Sequence[int], size: int, longest: float) -> Iterator[list[int]]:
+    """Indices of prompts, in order. One whose answer may reach the base's last position is alone: it ends there, and
+    no other goes on beside it.
+    """
+    batch: list[int] = []
+    for index, length in enumerate(lengths):
+        if batch and (len(batch) == size or max(length, lengths[batch[-1]]) > longest):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _check_lengths(rows: Sequence[Sequence[int]], positions: int | None) -> None:
+    """Raise `DataError` for the first prompt that leaves no position for an answer."""
+    for number, ids in enumerate(rows, start=1):
+        if positions is not None and len(ids) >= positions:
+            raise DataError(
+                f"has {len(ids):,} tokens, and the base reads {positions:,} with the answer",
+                where=f"prompt {number}",
+                hint="Shorten it: a prompt is never cut, because its end is what is answered.",
+            )
+
+
+def _warn_of_cut(
+    rows: Sequence[Sequence[int]], answers: Sequence[Any], positions: int | None, ends: Sequence[int]
+) -> None:
+    """Say how many answers the base's last position ended."""
+    cut = sum(
+        len(ids) + len(one.token_ids) >= (positions or len(ids) + len(one.token_ids) + 1)
+        and one.token_ids[-1] not in ends
+        for ids, answer in zip(rows, answers, strict=True)
+        for one in (answer if isinstance(answer, list) else [answer])
+    )
+    if cut:
+        logger.warning("%d answer%s cut at the %d positions of the base", cut, "s" if cut > 1 else "", positions)
 
 
 def _left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ The same tokens, labels and joint forward as in training, so that a score is wha
 `renyi.load(folder).score` is the way in; rows become tokens in `renyi.data.prepare`, which is the file to read next.
 """
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,12 +12,14 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from renyi.data import Preparation, prepare
+from renyi.data import Limits, Preparation, count_cut, prepare, told_cut
 from renyi.ensemble import LoraEnsemble, evaluating
-from renyi.errors import ConfigError, EnsembleFormatError
+from renyi.errors import ConfigError, DataError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.labels import IGNORED
 from renyi.objectives import example_responsibilities, jensen_gap, renyi_loss
+
+logger = logging.getLogger(__name__)
 
 
 class Score(NamedTuple):
@@ -70,14 +73,50 @@ def score(
     if not {"input_ids", "labels"}.issubset(dataset.column_names):
         if tokenizer is None:
             raise ConfigError("is missing, and the rows are not prepared", where="tokenizer", hint="Give the base's.")
-        dataset = prepare(dataset, tokenizer, preparation or _kept_preparation(ensemble))
+        dataset = prepared_for(ensemble, dataset, tokenizer, preparation)
     lengths = [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
+    _check_lengths(lengths, Limits.of(ensemble.base).positions)
     scores: list[Score] = []
     with evaluating(ensemble), torch.inference_mode():
         for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
             scores += _score_batch(ensemble, rows, dataset[rows])
             progress(len(scores))
     return sorted(scores)
+
+
+def prepared_for(
+    ensemble: LoraEnsemble,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    preparation: Preparation | None = None,
+    name: str = "dataset",
+) -> Dataset:
+    """Rows as `score` takes them, cut at what the base can read; a warning says how many were cut.
+
+    Args:
+        ensemble: whose base they are for.
+        dataset: rows of any of TRL's forms.
+        tokenizer: of the base.
+        preparation: as for `score`.
+        name: what to call the dataset in errors.
+
+    Raises:
+        DataError: a row is malformed, or nothing of it is trained.
+        ConfigError: as `score`.
+    """
+    preparation, limits = preparation or _kept_preparation(ensemble), Limits.of(ensemble.base)
+    prepared = prepare(dataset, tokenizer, preparation, name, limits)
+    told = told_cut(count_cut(prepared), preparation.max_length, limits)
+    if told:
+        logger.warning("%s", told)
+    return prepared
+
+
+def _check_lengths(lengths: list[int], positions: int | None) -> None:
+    for row, length in enumerate(lengths, start=1):
+        if positions is not None and length > positions:
+            what = f"has {length:,} tokens, and the base reads {positions:,}"
+            raise DataError(what, where=f"row {row}", hint="Shorten the row, or lower max_length.")
 
 
 def _kept_preparation(ensemble: LoraEnsemble) -> Preparation:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from renyi import __version__
-from renyi.data import load_tokenizer_of
+from renyi.data import end_tokens, load_tokenizer_of
 from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.storage import read_manifest, resolve_folder
 from renyi.errors import ConfigError, EnsembleFormatError, SaveError
@@ -251,11 +251,9 @@ def _read(ensemble: str | Path, members: Sequence[int] | None, base: str | None)
 
 
 def _ends(of_base: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
-    """The tokens that end an answer: the base's and the tokenizer's, whose template may close turns with another."""
+    """The tokens that end an answer: the base's, the tokenizer's, and what the chat template closes a turn with."""
     found = [of_base] if isinstance(of_base, int) else list(of_base or [])
-    if tokenizer.eos_token_id is not None:
-        found.append(tokenizer.eos_token_id)
-    found = list(dict.fromkeys(found))
+    found = list(dict.fromkeys([*found, *end_tokens(tokenizer)]))
     return found[0] if len(found) == 1 else found or None
 
 

@@ -20,11 +20,12 @@ from renyi.ensemble import LoraEnsemble, read_preference
 from renyi.ensemble.reference import KeptPreference
 from renyi.errors import ConfigError
 from renyi.evaluation import Evaluated, Opinion, evaluate
-from renyi.inference import Prompt, Score, choice_log_probs, generate, score, score_choices
+from renyi.inference import Score, choice_log_probs, generate, score, score_choices
 from renyi.inference.abstention import FIND_ONE, Abstention, read_abstention
 from renyi.inference.choices import ChoiceBy
-from renyi.inference.generate import MAX_NEW_TOKENS, OnPiece, as_chat
+from renyi.inference.generate import MAX_NEW_TOKENS, OnPiece, PromptRow, as_chat
 from renyi.inference.model import load_model
+from renyi.inference.score import prepared_for
 from renyi.layout import ABSTENTION_FILE
 
 Progress = Callable[[int], object]
@@ -102,7 +103,8 @@ class Loaded:
             DataError: a row is malformed, or nothing of it is trained.
         """
         name = str(rows) if isinstance(rows, str | Path) else name
-        return replace(self.preparation, **departures).prepare(self.rows(rows), self.tokenizer, name)
+        preparation = replace(self.preparation, **departures)
+        return prepared_for(self.ensemble, self.rows(rows), self.tokenizer, preparation, name)
 
     def score(self, rows: Any, *, progress: Progress = _ignore, **departures: Any) -> list[Score]:
         """Log-likelihoods, responsibilities and mixture NLL of every row, as `renyi score` does.
@@ -123,7 +125,7 @@ class Loaded:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: PromptRow | Sequence[PromptRow],
         *,
         system: str | None = None,
         plain: bool = False,
@@ -250,9 +252,12 @@ def load(folder: str | Path, *, base: str | Path | None = None, device: str | No
     return Loaded(*load_model(folder, base, device))
 
 
-def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _several(prompts: PromptRow | Sequence[PromptRow]) -> list[PromptRow]:
     """One prompt as a list of one; a chat is told from a list of chats by its messages."""
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, Mapping):
+        return [prompts]
     several: list[Any] = list(prompts)
-    return [several] if several and isinstance(several[0], Mapping) else several
+    is_chat = bool(several) and isinstance(several[0], Mapping) and "prompt" not in several[0]
+    return [several] if is_chat else several
