@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import Ended, assert_refused, renyi
 from peft import PeftModel
-from tiny import padded_batch, tiny_ensemble, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import lora, padded_batch, tiny_ensemble, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from renyi import LoraEnsemble
 from renyi.errors import SaveError
-from renyi.runs.export import export_adapters
+from renyi.runs.export import export_adapters, export_merged
 
 
 def log_probs(model: torch.nn.Module) -> torch.Tensor:
@@ -160,3 +160,30 @@ def test_flags_that_do_not_fit(trained: tuple[Path, Ended], tmp_path: Path) -> N
     assert_refused(renyi(*export, "--format", "merged", "--base", tmp_path / "gone", *out), str(tmp_path / "gone"))
     assert_refused(renyi("export", tmp_path, "--format", "vllm"), "ensemble.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_leftovers_of_an_export_that_was_killed_are_in_nobodys_way(trained: tuple[Path, Ended], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for leftover in (".out.old", ".out.partial", ".out.old-x", ".out.partial-x"):
+        (tmp_path / leftover / "member_0").mkdir(parents=True)
+    for _ in range(2):
+        assert len(export_adapters(trained[0], out).members) == 2
+    assert sorted(f.name for f in out.iterdir() if f.is_dir()) == ["member_0", "member_1"]
+
+
+def test_a_base_that_looks_like_an_option_never_reaches_a_command_line(trained: tuple[Path, Ended]) -> None:
+    for how in (["--base=--trust-remote-code"], ["--base=-x"]):
+        assert_refused(renyi("export", trained[0], "--format", "vllm", *how), "--base", "option")
+
+
+def test_a_merged_member_ends_where_its_base_or_its_tokenizer_ends(base: Path, tmp_path: Path) -> None:
+    """The tokenizer of a chat model closes turns with another token than its base does texts."""
+    ensemble = LoraEnsemble.from_base(str(base), 1, lora())
+    ensemble.save(tmp_path / "ensemble")
+    turns = AutoTokenizer.from_pretrained(base)
+    of_base, of_turn = turns.eos_token_id, turns.convert_tokens_to_ids("<assistant>")
+    turns.eos_token = "<assistant>"
+    turns.save_pretrained(tmp_path / "ensemble")
+    export_merged(tmp_path / "ensemble", tmp_path / "out")
+    kept = GenerationConfig.from_pretrained(tmp_path / "out" / "member_0")
+    assert kept.eos_token_id == [of_base, of_turn]
