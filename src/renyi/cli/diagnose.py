@@ -31,7 +31,7 @@ from renyi.cli.reading import (
     write_lines,
 )
 from renyi.cli.tables import as_json
-from renyi.errors import ConfigError, SaveError
+from renyi.errors import ConfigError, EnsembleFormatError, SaveError
 from renyi.text import number_text, plural
 
 if TYPE_CHECKING:
@@ -208,6 +208,8 @@ def _read(args: argparse.Namespace) -> _Case:
             hint=f"Half of {plural(len(numbers), 'row')} are for that, the others are measured. "
             f"Ask for fewer directions{', or raise --max_examples' if len(numbers) < len(rows) else ''}.",
         )
+    if args.adapter is not None:
+        _check_adapter(args.adapter)
     loaded = load_ensemble(args)
     if args.member >= loaded.ensemble.num_members:
         what = f"there is no member {args.member} of {loaded.ensemble.num_members}"
@@ -215,6 +217,17 @@ def _read(args: argparse.Namespace) -> _Case:
     # Numbered before they are chosen, so that a message about one names it as the file has it.
     prepared, pairs = _prepared(args, loaded, number_rows(rows).select(numbers))
     return _Case(args, loaded, prepared, numbers, len(rows), pairs, _is_fitted_to(args, loaded.folder, rows))
+
+
+def _check_adapter(name: str) -> None:
+    from renyi.ensemble.storage import resolve_folder
+    from renyi.layout import ADAPTER_CONFIG_FILE, MANIFEST_FILE
+
+    folder = resolve_folder(name)
+    if not any((folder / file).is_file() for file in (ADAPTER_CONFIG_FILE, MANIFEST_FILE)):
+        raise EnsembleFormatError(
+            f"there is no {ADAPTER_CONFIG_FILE}", where=str(folder), hint="Give the folder of a PEFT adapter."
+        )
 
 
 def _is_fitted_to(args: argparse.Namespace, folder: Path, rows: "Dataset") -> bool:
