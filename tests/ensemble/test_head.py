@@ -259,3 +259,14 @@ def test_heads_that_cap_scale_or_add_a_bias_as_their_config_says_are_known(kind)
     check_head(model)
     transform = LogitTransform.from_config(model.config)
     assert kind == "biased" or transform != LogitTransform()
+
+
+@pytest.mark.parametrize("width", [1, 5, 6, 1000])
+def test_of_equal_logits_the_first_is_the_most_likely_token_also_across_blocks(monkeypatch, width):
+    monkeypatch.setattr(head, "BLOCK_ON_CPU", (1000, width))
+    _, linear, _, _ = problem(bias=False)
+    linear.weight[[2, 7, 19]] = torch.full((FEATURES,), 5.0)  # three tokens with the greatest logit
+    targets = torch.tensor([2, 7, 19, 0])
+    scores = token_scores(torch.ones(4, FEATURES), linear, targets, LogitTransform())
+    assert scores.is_top1.tolist() == [True, False, False, False]
+    assert (linear.weight.sum(1).argmax() == 2).all()

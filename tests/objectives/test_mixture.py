@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from renyi.objectives import effective_members, jensen_gap, renyi_loss, responsibilities
+from renyi.objectives import (
+    QUANTITIES,
+    effective_members,
+    example_loss,
+    example_responsibilities,
+    jensen_gap,
+    renyi_loss,
+    responsibilities,
+    running_log_weights,
+)
 
 ALPHAS = [0.0, 1e-12, 1e-8, 1e-6, 1e-4, 1e-2, 0.1, 0.3, 0.5, 0.8, 1.0]
 alphas = st.sampled_from(ALPHAS) | st.floats(0.0, 1.0)
@@ -467,3 +476,47 @@ def test_gaussian_particles_spread_above_the_critical_alpha_only(alpha):
 
     optimiser.step(closure)
     assert means.var(correction=0).item() == pytest.approx(max(0.0, 4 - 1 / alpha), rel=0.02, abs=1e-3)
+
+
+# Rules that others share
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_the_gradient_of_an_examples_loss_is_its_responsibilities(quantity, alpha):
+    """For both quantities; and at alpha 0 they are the same loss."""
+    ell = (-20 * torch.rand(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    tokens, log_weights = torch.tensor([1, 2, 7, 30, 0]), torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    loss = example_loss(ell, tokens, alpha, log_weights, quantity)
+    (gradient,) = torch.autograd.grad(loss.sum(), ell)
+    r = example_responsibilities(ell.detach(), tokens, alpha, log_weights, quantity)
+    torch.testing.assert_close(-gradient, r, rtol=1e-10, atol=1e-12)
+    units = tokens.clamp(min=1) if quantity == "length_normalised" else 1
+    expected = (log_weights[:, None] + alpha * ell.detach() / units).softmax(0)
+    torch.testing.assert_close(r, expected, rtol=1e-10, atol=1e-12)
+    if alpha == 0:
+        torch.testing.assert_close(loss, renyi_loss(ell, 0.0, log_weights))
+
+
+def test_an_unknown_quantity_is_refused():
+    with pytest.raises(ValueError, match="sequence"):
+        example_loss(torch.zeros(2, 1), torch.ones(1), 0.5, None, "tokens")
+
+
+def test_running_weights_are_the_posterior_of_the_prefix():
+    log_p = torch.randn(3, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    log_pi = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log()
+    log_w = log_pi[:, None].expand(3, 4)
+    for t in range(6):
+        log_w = running_log_weights(log_w, log_p[..., t])
+    torch.testing.assert_close(log_w, (log_pi[:, None] + log_p.sum(-1)).log_softmax(0))
+
+
+def test_a_token_that_no_member_allows_leaves_the_weights_as_they_are():
+    """A processor may force one. A member that alone forbids a token loses its vote for good."""
+    log_w = torch.tensor([[0.25, 0.25], [0.75, 0.75]], dtype=torch.float64).log()
+    log_p = torch.tensor([[-torch.inf, -torch.inf], [-torch.inf, -1.0]], dtype=torch.float64)
+    found = running_log_weights(log_w, log_p).exp()
+    torch.testing.assert_close(found, torch.tensor([[0.25, 0.0], [0.75, 1.0]], dtype=torch.float64))
+    again = running_log_weights(running_log_weights(log_w, log_p), torch.zeros(2, 2, dtype=torch.float64)).exp()
+    torch.testing.assert_close(again, found)

@@ -118,7 +118,7 @@ class Router:
         many = len(rows) if plan.token_budget is None else max(1, plan.token_budget // length)
         many = 1 if "cu_seq_lens_q" in batch else many  # a packed row says where its own examples begin
         for at in torch.arange(len(rows), device=rows.device).split(many):
-            with self.ensemble.pairing(members[at].tolist()):
+            with self.ensemble.pairing(members[at].tolist(), rows[at]):
                 log_probs_PT = self.ensemble(**take_examples(batch, rows[at])).log_probs[0]
                 found = torch.autograd.grad(log_probs_PT, parameters, upstream_PT[at, : log_probs_PT.shape[1]])
             torch._foreach_add_(gradients, list(found))
@@ -145,7 +145,8 @@ class Router:
         many = max(1, self.plan.token_budget // (members * length))
         parts, scored, dropped = [], 0.0, 0.0
         for at in torch.arange(rows, device=batch["input_ids"].device).split(many):
-            output, statistics = self._score(take_examples(batch, at), alpha)
+            with self.ensemble.of_examples(at):
+                output, statistics = self._score(take_examples(batch, at), alpha)
             parts.append(_padded(output, length - 1))
             scored += statistics.scored * len(at) / rows
             dropped += statistics.dropped * len(at) / rows
