@@ -1,6 +1,6 @@
 """How tokens look on the screen: those that are trained in colour, or between « » where there are no colours.
 
-It knows a tokenizer and nothing of what an example is.
+The plans of training commands show their first example with these; `watch.py` is the file to read next.
 """
 
 from rich.panel import Panel

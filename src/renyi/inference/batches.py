@@ -1,6 +1,6 @@
 """Batches under a budget of tokens: rows of like length together, because padding is computed like any other token.
 
-It knows lengths and nothing else.
+Every function of `renyi.inference` that scores rows uses these; `score.py` is the shortest.
 """
 
 from collections.abc import Iterator, Sequence

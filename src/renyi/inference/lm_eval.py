@@ -23,6 +23,7 @@ from renyi.ensemble.storage import read_manifest, resolve_folder
 from renyi.errors import ConfigError
 from renyi.inference.continuation import ContinuationScore, score_continuations
 from renyi.inference.generate import end_tokens
+from renyi.layout import ADAPTER_CONFIG_FILE, MANIFEST_FILE
 
 _MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # tasks name it as they like
 
@@ -66,7 +67,7 @@ class RenyiLM(TemplateLM):
     ):
         super().__init__()
         folder = resolve_folder(ensemble)
-        self.ensemble = _loaded(folder, base, member).eval()
+        self.ensemble = _loaded(folder, base, member)
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness says cuda:0 of its own accord
         self.ensemble.to(device)
@@ -236,7 +237,8 @@ class _Stops(StoppingCriteria):
 
 def _loaded(folder: Path, base: str | None, member: int | None) -> LoraEnsemble:
     if member is None:
-        return LoraEnsemble.load(folder, base=base)
+        is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / MANIFEST_FILE).is_file()
+        return LoraEnsemble.load([folder] if is_adapter else folder, base=base)
     manifest = read_manifest(folder)
     if member not in range(len(manifest.members)):
         raise ConfigError(

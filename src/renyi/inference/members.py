@@ -1,6 +1,6 @@
 """What each member learned, read off the scores of examples or pairs.
 
-Knows scores and weights. It does not know what the examples say.
+The scores come from `score.py` and `pairs.py`; `renyi.cli.members` shows the summaries as a table.
 """
 
 from collections.abc import Sequence

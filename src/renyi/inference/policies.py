@@ -1,6 +1,6 @@
 """What each policy writes by itself: fresh rollouts, and how likely they are to what it was tuned toward.
 
-Knows members, tokens, and a score of trajectories that it is given. It knows nothing about powers or training.
+`renyi powerflow` ends with these figures. How a policy is tuned stands in `renyi.training.powerflow`; read that next.
 """
 
 from collections.abc import Callable, Sequence
