@@ -148,7 +148,7 @@ def test_padding_is_settled_and_said(pad_token: str | None, why: str, settings: 
         ({"alpha": -0.1}, ["alpha (", "-0.1 is not allowed", "between 0 and 1"]),
         ({"alpha": float("nan")}, ["alpha (", "nan is not allowed", "between 0 and 1"]),
         ({"num_members": 0}, ["num_members (", "0 is not allowed", "at least 1"]),
-        ({"lora_r": 0}, ["lora_r is 0", "positive integer"]),
+        ({"lora_r": 0}, ["lora_r (", "config.yaml, line", "0 is not allowed", "at least 1"]),
         ({"lora_target_modules": ["query"]}, ["query", "fits no layer of LlamaForCausalLM", "q_proj", "all-linear"]),
         ({"lora_target_modules": ["lm_head"]}, ["lm_head", "lora_target_modules"]),
         ({"use_dora": True}, ["use_dora is set", "not a low-rank update"]),
@@ -159,8 +159,8 @@ def test_padding_is_settled_and_said(pad_token: str | None, why: str, settings: 
         ({"dataset_name": ...}, ["dataset_name: is not set", "jsonl"]),
         ({"output_dir": ...}, ["output_dir: is not set"]),
         ({"model_name_or_path": "./nowhere"}, ["model_name_or_path: there is no folder ./nowhere"]),
-        ({"load_best_model_at_end": True}, ["config.yaml: ", "load_best_model_at_end"]),  # transformers' own words
-        ({"padding_free": True}, ["settings: ", "padding_free"]),  # TRL's own words
+        ({"load_best_model_at_end": True}, ["load_best_model_at_end (", "config.yaml, line", "eval strategy to match"]),
+        ({"padding_free": True}, ["padding_free (", "config.yaml, line", "`max_length` is not enforced"]),
     ],
 )
 def test_refused_settings(given: dict[str, Any], parts: list[str], settings: Settings, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_refused_settings(given: dict[str, Any], parts: list[str], settings: Set
 
 def test_refused_flags(settings: Settings, tmp_path: Path) -> None:
     assert_refused(renyi("sft", "--config", settings(), "--alpha", "2"), "--alpha: 2.0 is not allowed")
-    assert_refused(renyi("sft", "--config", settings(), "--members", "2"), "--members", "nearest known one is")
+    assert_refused(renyi("sft", "--config", settings(), "--members", "2"), "--members", "Write num_members")
     assert_refused(renyi("sft", "--config", tmp_path / "no.yaml"), "no.yaml: there is no such file")
     assert_refused(renyi("sft", "--config"), "--config: expected one argument")
     assert_refused(renyi("trian"), "there is no command 'trian'", ", ".join(COMMANDS))
@@ -190,6 +190,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_output_folder_of_another_run(settings: Settings, base: Path, copy: Path, tmp_path: Path) -> None:
+    (copy / "run.json").unlink()  # as earlier versions left it; `test_reruns.py` has those with one
     before = tree(copy)
     other = save_base(tmp_path / "other-llama", seed=1)
     refused = [
@@ -294,7 +295,7 @@ def test_a_loss_that_is_no_number(settings: Settings, tmp_path: Path) -> None:
     ended = renyi("sft", "--config", settings(learning_rate=1e30, save_steps=4))
     assert_refused(ended, "step 2, batch of 4", "not a finite number", "Lower learning_rate")
     left = sorted(f.name for f in (tmp_path / "out").iterdir())
-    assert left == ["metrics.jsonl", "training.png"]  # of the one step that was sound
+    assert left == ["metrics.jsonl", "run.json", "training.png"]  # of the one step that was sound
     assert [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").open()] == [1]
 
 

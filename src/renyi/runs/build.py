@@ -10,8 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from datasets import Dataset, IterableDataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback
+from torch.optim import SGD
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, TrainerCallback, get_scheduler
 from trl import ScriptArguments, get_peft_config, get_quantization_config
 
 from renyi import data
@@ -19,7 +21,7 @@ from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.storage import Manifest, read_manifest
 from renyi.errors import ConfigError, DataError, RenyiError, SaveError
 from renyi.inference.diagnose import FEWEST_MEASURED
-from renyi.keys import explained
+from renyi.keys import Where, explained
 from renyi.layout import MANIFEST_FILE
 from renyi.members.adapters import read_adapter
 from renyi.runs.output import check_length, check_output_dir, check_targets, checkpoints_of, steps_of
@@ -149,6 +151,7 @@ def build(settings: Settings, asked: Settings | None = None, probes: int = 0) ->
             eval_dataset=eval_rows if args.eval_strategy != "no" else None,
             processing_class=tokenizer,
         )
+        check_schedule(trainer, settings.where)
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     check_targets(output_dir, trainer.model)
@@ -226,6 +229,31 @@ def _nothing_ahead(args: EnsembleConfig, dry_run: bool) -> Iterator[None]:
     finally:
         if asked:
             args.precompute_ref_log_probs = True
+
+
+def check_schedule(trainer: EnsembleTrainer, where: Where) -> None:
+    """Make what would otherwise be made only when training begins: raise now what would be raised then.
+
+    Raises:
+        ConfigError: arguments do not fit the schedule of the learning rate.
+    """
+    args, steps = trainer.args, trainer.num_steps
+    trainer.get_optimizer_cls_and_kwargs(args)  # which may lack a package
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            SGD([torch.zeros(1, requires_grad=True)]),
+            num_warmup_steps=args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        kind = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+        raise ConfigError(
+            f"{args.lr_scheduler_kwargs!r} does not fit the schedule {kind!r} ({error})",
+            where=where("lr_scheduler_kwargs"),
+            hint="Give the arguments that transformers' schedule of that name takes, or another lr_scheduler_type.",
+        ) from error
 
 
 # ---- The data --------------------------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ class EnsembleConfig(_BeforeConfig):
 
     def __post_init__(self) -> None:
         args: Any = self  # with the fields of the TRL config
+        _check_sizes(args)
         if args.bf16 is None and not (args.use_cpu or is_torch_bf16_gpu_available()):
             args.bf16 = False  # TRL turns it on, which transformers then refuses on such a machine
             self.bf16_if_it_pays = True  # the trainer, which knows the model, may turn it on
@@ -189,6 +190,45 @@ class EnsembleConfig(_BeforeConfig):
         """Processes that the examples of a step are split over."""
         args: Any = self
         return int(args.world_size) // self.member_parallel
+
+
+# The least value of what counts something. Libraries take a negative one for an index from the end, or not at all.
+_LEAST = {
+    "max_length": 1,
+    "max_prompt_length": 1,
+    "max_completion_length": 1,
+    "num_generations": 1,
+    "num_iterations": 1,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "precompute_ref_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "pad_to_multiple_of": 1,
+    "dataset_num_proc": 1,
+    "dataloader_num_workers": 0,
+    "save_total_limit": 1,
+    "warmup_steps": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+}
+
+
+def _check_sizes(args: Any) -> None:
+    """Raise `ConfigError` for a number that is too small for what it counts, or no number."""
+    for key, least in _LEAST.items():
+        value = getattr(args, key, None)
+        if isinstance(value, int | float):
+            require(key, value, least <= value < math.inf, f"a number of at least {least}")
+    for what in ("logging", "save", "eval"):
+        key, strategy = f"{what}_steps", getattr(args, f"{what}_strategy")
+        value = getattr(args, key)
+        if value is not None and getattr(strategy, "value", strategy) == "steps":
+            require(key, value, 0 < value < math.inf, "a number of steps, or a share of them below 1")
+    steps, epochs = args.max_steps, args.num_train_epochs
+    require("max_steps", steps, steps == -1 or steps >= 1, "at least 1, or leave it out")
+    require("num_train_epochs", epochs, steps >= 1 or 0 < epochs < math.inf, "a number above 0, or max_steps")
 
 
 def require(key: str, value: object, holds: bool, expected: str) -> None:
