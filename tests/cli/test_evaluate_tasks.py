@@ -1,6 +1,7 @@
 """`renyi evaluate` on multiple choice and text: files, baselines, the report, and the threshold for abstention."""
 
 import csv
+import io
 import json
 import random
 import re
@@ -11,9 +12,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import Ended, assert_refused, renyi, write_rows
+from rich.console import Console
 from tiny import lora, scatter_members, tiny_tokenizer
 
 from renyi import LoraEnsemble
+from renyi.cli.reading import progress_bar
 from renyi.data import Question, read_questions
 from renyi.evaluation import Opinion, calibration_split, evaluate_choice
 from renyi.inference import choice_log_probs, score_choices
@@ -310,3 +313,12 @@ def test_a_chart_that_fails_loses_nothing(files: Files, tmp_path: Path, monkeypa
     page = (tmp_path / "report" / "report.html").read_text(encoding="utf-8")
     assert "This chart could not be drawn (ValueError: no such font)." in page
     assert page.count("data:image/png;base64,") == 3
+
+
+def test_a_bar_of_progress_names_a_folder_as_it_is() -> None:
+    """On a terminal, where it is drawn: braces and brackets are no format and no markup, and nothing is coloured."""
+    drawn = io.StringIO()
+    terminal = Console(file=drawn, force_terminal=True, color_system=None, width=100)
+    with progress_bar(terminal, "scoring {x} [bold]y[/] \x1b[31mz", 2) as progress:
+        progress(1)
+    assert "scoring {x} [bold]y[/] \\x1b[31mz" in drawn.getvalue()

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from renyi.cli.parser import StrictParser
 from renyi.errors import ConfigError, SaveError
+from renyi.text import printable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,9 +90,11 @@ def naming_flags(args: Any) -> Iterator[None]:
 @contextmanager
 def progress_bar(err: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, gone when done; call what it gives with the number of rows done."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # What is done may name a user's folder: neither markup, nor a format with braces.
+    named = TextColumn("{task.description}", markup=False)
+    columns = (named, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=total)
+        task = bar.add_task(printable(what, keep=""), total=total)
         yield lambda done: bar.update(task, completed=done)
 
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from renyi.evaluation.estimate import Estimate
 
 Cell = str | float | None | Estimate  # None and NaN are shown as a dash
-BEST = "Bold: the best of its column."
+BEST = "bold: best of its column"
 UNDEFINED = "–"
 
 
