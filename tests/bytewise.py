@@ -2,6 +2,7 @@
 nothing: it writes every role as it was given. What a row trains can be compared with what it says, letter by letter.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -16,13 +17,13 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
+def byte_tokenizer(special: Sequence[str] = SPECIAL, **settings: Any) -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    vocabulary = {token: i for i, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, **{"pad_token": "<pad>", "eos_token": "<eos>", **settings}
     )

@@ -247,21 +247,21 @@ def _is_fitted_to(args: argparse.Namespace, folder: Path, rows: "Dataset") -> bo
 
 def _prepared(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset") -> "tuple[Dataset, Pairs | None]":
     """Rows as tokens, and what they are compared by if they are pairs."""
-    from renyi.data import PairPreparation, Preparation
+    from renyi.data import Limits, PairPreparation, Preparation
     from renyi.ensemble.reference import read_preference
     from renyi.inference.diagnose import Pairs
     from renyi.layout import PREFERENCE_FILE
 
-    given, folder = dict(args.preparation), loaded.folder
+    given, folder, limits = dict(args.preparation), loaded.folder, Limits.of(loaded.ensemble.base)
     are_pairs = {"chosen", "rejected"} <= set(rows.column_names) or (folder / PREFERENCE_FILE).is_file()
     for name in given.keys() - ({"max_length", "beta"} if are_pairs else _PREPARATION.keys()):
         raise ConfigError(f"is for {'other rows than' if are_pairs else 'rows of'} preference pairs", where=f"--{name}")
     if not are_pairs:
-        return replace(Preparation.read(folder), **given).prepare(rows, loaded.tokenizer, args.data), None
+        return replace(Preparation.read(folder), **given).prepare(rows, loaded.tokenizer, args.data, limits), None
     loss, reference = read_preference(folder, loaded.ensemble)
     loss = replace(loss, beta=given.pop("beta", loss.beta))
     preparation = replace(PairPreparation.read(folder), **given)
-    return preparation.prepare(rows, loaded.tokenizer, args.data), Pairs(loss, reference, preparation)
+    return preparation.prepare(rows, loaded.tokenizer, args.data, limits), Pairs(loss, reference, preparation)
 
 
 # ---- What it takes ---------------------------------------------------------------------------------------------------

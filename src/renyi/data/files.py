@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import sys
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -42,7 +43,7 @@ def read_files(files: Sequence[Path], streaming: bool = False) -> Dataset | Iter
     """
     rows = RowsOf(files)
     if streaming:
-        return IterableDataset.from_generator(_stream, gen_kwargs={"files": [str(f) for f in files]})
+        return IterableDataset.from_generator(_stream, gen_kwargs={"files": tuple(str(f) for f in files)})
     if sum(file.stat().st_size for file in files) <= _LARGE:
         return exact_dataset(list(rows))
     return _through_cache(rows, files)
@@ -53,10 +54,19 @@ def exact_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
     kinds = _kinds(rows)
     tables = [_table(chunk, kinds) for chunk in _chunks(rows)]
     table = pa.concat_tables(tables) if tables else _table([], kinds)
-    return Dataset(datasets.table.InMemoryTable(table), info=DatasetInfo(features=_features(kinds)))
+    info = DatasetInfo(features=_features(kinds))
+    return Dataset(datasets.table.InMemoryTable(table), info=info, fingerprint=uuid.uuid4().hex)
 
 
-def _stream(files: list[str]) -> Iterator[dict[str, Any]]:
+def new_fingerprint(rows: Dataset) -> str | None:
+    """What to call a dataset made of one in memory; None, for the library's hash, where results are kept on disk.
+
+    The hash takes in the tokenizer, which costs a tenth of a second or more, and nobody looks it up again.
+    """
+    return None if rows.cache_files else uuid.uuid4().hex
+
+
+def _stream(files: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     yield from RowsOf([Path(f) for f in files])
 
 
@@ -210,7 +220,7 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _whole(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file that is one JSON value: a list of objects, or an object of columns."""
+    """The rows of a file that is one JSON value: a list of objects, or one object."""
     try:
         value = _parsed(file.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -218,13 +228,7 @@ def _whole(file: Path) -> Iterator[dict[str, Any]]:
     except ValueError as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise _no_json(error, f"{file}{line}") from error
-    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        if len({len(column) for column in value.values()}) > 1:
-            raise DataError("has columns of different lengths", where=str(file), hint="Write one object a row.")
-        value = [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
-    elif isinstance(value, dict):
-        value = [value]
-    for number, row in enumerate(value, start=1):
+    for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
         yield _object(row, f"{file}, row {number}")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from renyi.data.files import exact_dataset
+from renyi.data.files import exact_dataset, new_fingerprint
 from renyi.data.messages import is_messages
 from renyi.data.rendering import (
     chat_tokens,
@@ -221,6 +221,7 @@ def prepare(
         remove_columns=[c for c in rows.column_names if c not in keep],
         features=Features({**{c: rows.features[c] for c in keep}, **features}),
         num_proc=num_proc,
+        new_fingerprint=new_fingerprint(rows),
         desc=f"Tokenising {name}",
     )
     _check_trained(prepared, rows, settings, name)

@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
+from renyi.data.files import new_fingerprint
 from renyi.data.pairs import PREPARED, check_pairs, pair_form, read_pair
 from renyi.data.prepare import (
     NO_LIMITS,
@@ -109,6 +110,7 @@ def prepare_pairs(
         remove_columns=columns,
         features=Features({column: List(Value("int32")) for column in PREPARED}),
         num_proc=num_proc,
+        new_fingerprint=new_fingerprint(rows),
         desc=f"Tokenising {name}",
     )
     _check_left(prepared, rows, settings.within(limits), name)

@@ -92,13 +92,13 @@ class Perplexity(Task):
 
 def _scores(models: Models, model: Model, prepared_as: Model, files: Sequence[File], what: str) -> "list[Score]":
     """Scores of the rows of all files, numbered through; baselines see the same tokens as the ensemble."""
-    from renyi.data import Preparation
+    from renyi.data import Limits, Preparation
     from renyi.inference import score
 
     preparation = Preparation() if prepared_as.folder is None else Preparation.read(prepared_as.folder)
     found: list[Score] = []
     for file in files:
-        rows = preparation.prepare(file.rows, prepared_as.tokenizer, file.name)
+        rows = preparation.prepare(file.rows, prepared_as.tokenizer, file.name, Limits.of(model.ensemble.base))
         with models.progress(what, len(rows)) as progress:
             scores = score(model.ensemble, rows, progress=progress)
         start = len(found)

@@ -75,7 +75,7 @@ class Preference(Task):
         return Read(file, groups, _contested(file, settings.contested) if settings.contested else None)
 
     def ask(self, models: Models, data: Read, settings: PreferenceSettings) -> Asked:
-        from renyi.data import PairPreparation
+        from renyi.data import Limits, PairPreparation
         from renyi.ensemble import Reference, read_preference
         from renyi.inference import score_pairs
         from renyi.objectives import PreferenceLoss
@@ -88,7 +88,7 @@ class Preference(Task):
             loss, reference = read_preference(folder, ensemble)
         loss = loss if settings.beta is None else replace(loss, beta=settings.beta)
         reference = reference if settings.reference == "kept" else Reference(ensemble)
-        pairs = preparation.prepare(data.file.rows, tokenizer, data.file.name)
+        pairs = preparation.prepare(data.file.rows, tokenizer, data.file.name, Limits.of(ensemble.base))
         with models.progress("scoring", len(pairs)) as progress:
             scores = score_pairs(ensemble, pairs, loss, reference, preparation, progress=progress)
         against = "base" if reference.start is None else "start"
