@@ -1,5 +1,7 @@
 """Half precision on a CPU: chosen where it pays, for models it pays for, and never against what the user said."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import trainer_of
@@ -44,6 +46,16 @@ def test_bf16_is_on_where_nobody_said_otherwise_and_it_pays(tmp_path, monkeypatc
     assert set(seen) == {expected}
 
 
-def test_memory_is_kept_wherever_that_can_be_asked_for():
+def test_malloc_is_told_to_keep_large_blocks(monkeypatch):
+    """By glibc's numbers of M_TRIM_THRESHOLD and M_MMAP_THRESHOLD; elsewhere nothing is asked for."""
+    asked = {}
+    libc = SimpleNamespace(mallopt=lambda option, value: asked.update({option: value}))
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: libc)
+    monkeypatch.setattr(machine.sys, "platform", "linux")
     machine.keep_freed_memory()
+    assert asked.keys() == {-1, -3}
+    assert min(asked.values()) >= 1 << 30
+    asked.clear()
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
     machine.keep_freed_memory()
+    assert not asked

@@ -56,7 +56,8 @@ def test_a_bad_setting_is_refused_by_its_name(tmp_path, key, value, why):
 
 
 def test_settings_that_change_nothing_are_not_refused(tmp_path):
-    config(tmp_path, temperature=1, top_k=0, generation_kwargs={"use_cache": True}, beta=0)
+    made = config(tmp_path, temperature=1, top_k=0, generation_kwargs={"use_cache": True}, beta=0)
+    assert (made.temperature, made.top_k, made.generation_kwargs, made.beta) == (1, 0, {"use_cache": True}, 0)
 
 
 def test_several_policies_are_refused_where_vllm_serves_one(tmp_path):

@@ -12,6 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from renyi.errors import ConfigError
 from renyi.routing import ROUTINGS
+from renyi.training.checks import check_numbers, check_packages, check_scheduler
 
 AUTO = "auto"
 _BeforeConfig: Any = object  # a TRL config comes next in the order of bases, which mypy cannot know
@@ -128,7 +129,10 @@ class EnsembleConfig(_BeforeConfig):
         if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
             self.compile_blocks = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
             args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+        check_numbers(self)
         super().__post_init__()
+        check_scheduler(self)
+        check_packages(self)
         require("num_members", self.num_members, self.num_members >= 1, "at least 1")
         split, processes = self.member_parallel, args.world_size
         launched = int(os.environ.get("WORLD_SIZE", 1))

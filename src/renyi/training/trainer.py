@@ -6,7 +6,7 @@ and the router), `start.py` (where the ensemble comes from). What an example's l
 `sft.py` is the shortest.
 
 Transformers' Trainer has no public hook for much of this, so this file and `steps.py` override and read its private
-methods and counters. Nothing else does.
+methods and counters. Trainers add to what is prepared and saved (`_prepare_dataset`, `_save`).
 """
 
 import json
@@ -126,6 +126,13 @@ class EnsembleTrainer(RoutedSteps):
         self._loss_shifts_labels = True
         # TRL wraps the model's forward to add its own head, which ours makes needless.
         self.model.__dict__.pop("forward", None)
+        rows, batch = self.train_dataset, args.train_batch_size * args.data_processes
+        if args.dataloader_drop_last and self.splits_batches and isinstance(rows, Dataset) and len(rows) < batch:
+            raise ConfigError(
+                f"{len(rows)} rows are less than a batch of {batch}, and the last batch is dropped: none is left",
+                where="dataloader_drop_last",
+                hint=f"Write dataloader_drop_last: false, or a batch of at most {len(rows)}.",
+            )
         self.logged = TrainingLog(args.device, self.model.num_members, self.accelerator.reduce)
         self._restored_logging: dict[str, Any] | None = None
         self._step_of_first_loss = 0  # what the total loss is summed from
