@@ -520,3 +520,29 @@ def test_a_token_that_no_member_allows_leaves_the_weights_as_they_are():
     torch.testing.assert_close(found, torch.tensor([[0.25, 0.0], [0.75, 1.0]], dtype=torch.float64))
     again = running_log_weights(running_log_weights(log_w, log_p), torch.zeros(2, 2, dtype=torch.float64)).exp()
     torch.testing.assert_close(again, found)
+
+
+# What is routed
+
+
+def test_length_normalised_routing_is_routing_at_a_smaller_order():
+    """T loss_α(ℓ / T) = loss_{α/T}(ℓ), for every example its own T; an example without tokens counts as one of one."""
+    log_likelihood = -20 * torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    tokens = torch.tensor([1, 2, 16, 0])
+    given = log_likelihood, tokens, 0.8, log_weights
+    loss = example_loss(*given, "length_normalised")
+    shares = example_responsibilities(*given, "length_normalised")
+    for i, length in enumerate((1, 2, 16, 1)):
+        one = log_likelihood[:, i], 0.8 / length, log_weights
+        torch.testing.assert_close(loss[i], renyi_loss(*one))
+        torch.testing.assert_close(shares[:, i], responsibilities(*one))
+
+
+def test_whole_examples_are_routed_by_default():
+    log_likelihood, tokens = torch.tensor([[-3.0, -40.0], [-9.0, -1.0]]), torch.tensor([4, 9])
+    assert torch.equal(example_loss(log_likelihood, tokens, 0.8), renyi_loss(log_likelihood, 0.8))
+    shares = example_responsibilities(log_likelihood, tokens, 0.8)
+    assert torch.equal(shares, responsibilities(log_likelihood, 0.8))
+    with pytest.raises(ValueError, match="quantity is 'token'"):
+        example_loss(log_likelihood, tokens, 0.8, quantity="token")
