@@ -1,9 +1,10 @@
 """What a message about a setting says: which key, and what to write instead."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
-from conftest import Settings, assert_refused, renyi
+from conftest import Ended, Settings, assert_refused, renyi
 
 from renyi.keys import RENAMED
 from renyi.runs.settings import METHODS
@@ -72,3 +73,9 @@ def test_what_a_library_refuses_names_the_key(given: dict[str, object], key: str
     assert ended.code == 2, ended
     assert f"error: {key}" in ended.err, ended.err
     assert "settings:" not in ended.err
+
+
+def test_an_adapter_is_no_base(settings: Settings, trained: tuple[Path, Ended]) -> None:
+    given = {"model_name_or_path": trained[0] / "member_0"}
+    ended = renyi("sft", "--config", settings(**given), "--dry_run")
+    assert_refused(ended, "model_name_or_path", "is a PEFT adapter", "LoraEnsemble.load([folder]).save")

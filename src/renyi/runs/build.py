@@ -22,7 +22,7 @@ from renyi.ensemble.storage import Manifest, read_manifest
 from renyi.errors import ConfigError, DataError, RenyiError, SaveError
 from renyi.inference.diagnose import FEWEST_MEASURED
 from renyi.keys import Where, explained
-from renyi.layout import MANIFEST_FILE
+from renyi.layout import ADAPTER_CONFIG_FILE, MANIFEST_FILE
 from renyi.members.adapters import read_adapter
 from renyi.runs.output import check_length, check_output_dir, check_targets, checkpoints_of, steps_of
 from renyi.runs.record import Record, defaults
@@ -121,6 +121,7 @@ def build(settings: Settings, asked: Settings | None = None, probes: int = 0) ->
     # transformers writes its placeholder where nothing was given; two runs that share it would resume each other.
     _given("" if args.output_dir == "trainer_output" else args.output_dir, "output_dir", "a folder for the ensemble")
     _check_base_exists(name)
+    _refuse_adapter(Path(name))
     is_ensemble = (Path(name) / MANIFEST_FILE).is_file()
     start = _take_from_ensemble(Path(name), args, model, settings.values) if is_ensemble else None
     output_dir = Path(args.output_dir or "")
@@ -215,6 +216,15 @@ def _check_base_exists(name: str) -> None:
     if looks_local and not Path(name).is_dir():
         raise ConfigError(
             f"there is no folder {name}", where="model_name_or_path", hint="Give a model folder, or a hub id."
+        )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / MANIFEST_FILE).is_file():
+        raise ConfigError(
+            f"{folder} is a PEFT adapter, not a base model or an ensemble",
+            where="model_name_or_path",
+            hint="Make it an ensemble of one and give that: LoraEnsemble.load([folder]).save(other_folder).",
         )
 
 
