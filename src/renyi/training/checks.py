@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import Trainer, get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.utils import is_liger_kernel_available
 
@@ -20,7 +20,7 @@ _NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon
 
 def check_numbers(args: Any) -> None:
     """Raise `ConfigError` about a number that no run can use: not finite, negative, or a batch of nothing."""
-    for name in (f.name for f in fields(args)):
+    for name in (f.name for f in fields(TrainingArguments)):  # our own settings and TRL's are checked with their ranges
         value = getattr(args, name, None)
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{value} is not allowed", where=name, hint="Give a finite number.")
