@@ -170,7 +170,7 @@ def test_pairs_of_rows_go_to_one_member_together(monkeypatch):
     ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
     ids, mask, seen = ids.repeat(2, 1), mask.repeat(2, 1), []
     pairing = ensemble.pairing
-    monkeypatch.setattr(ensemble, "pairing", lambda members: seen.append(members) or pairing(members))
+    monkeypatch.setattr(ensemble, "pairing", lambda members, *of: seen.append(members) or pairing(members, *of))
     step(ensemble, RoutingPlan("sampled", rows_per_example=2), ids, mask)
     assert len(seen[0]) == 6
     # Pairs are run member by member; each member has both rows of an example or neither.

@@ -82,12 +82,14 @@ def test_routed_runs_log_what_they_trained(tmp_path, monkeypatch, kind, routing)
     given |= {"reference": "base"} if kind == "dpo" else {}  # from which the members differ
     trainer = RUNS[kind](tmp_path, model=tiny_ensemble(), **given)
     shares, trained = [], []
-    routed, pairing = trainer.routed, trainer.model.pairing
-    monkeypatch.setattr(trainer, "routed", lambda *given: (found := routed(*given), shares.append(found[1]))[0])
+    routed, pairing = trainer.objective.of_examples, trainer.model.pairing
+    monkeypatch.setattr(
+        trainer.objective, "of_examples", lambda *given: (found := routed(*given), shares.append(found[1]))[0]
+    )
 
-    def counted(pairs):
+    def counted(pairs, *examples):
         trained[-1] += len(pairs) / trainer.rows_per_example if torch.is_grad_enabled() else 0
-        return pairing(pairs)
+        return pairing(pairs, *examples)
 
     monkeypatch.setattr(trainer.model, "pairing", counted)
     step = trainer.training_step
@@ -125,14 +127,14 @@ def test_auto_is_sparse_where_few_pairs_matter(tmp_path, monkeypatch, std, expec
     }
     trainer = trainer_of(tmp_path, model=scatter_members(tiny_ensemble(), std=std), **given)
     shares: list[float] = []
-    routed = trainer.routed
+    routed = trainer.objective.of_examples
 
     def watched(*given: Any) -> Any:
         found = routed(*given)
         shares.append((found[1] >= 0.1).float().mean().item())
         return found
 
-    monkeypatch.setattr(trainer, "routed", watched)
+    monkeypatch.setattr(trainer.objective, "of_examples", watched)
     trainer.train()
     assert trainer.router.auto.scoring_cost == 1.0
     active = 1.0
