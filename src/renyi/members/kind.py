@@ -57,7 +57,8 @@ class MemberLayer(nn.Module):
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """Each member's own adapter, A [M, R, I] and B [M, O, R]: what is scored, merged and written for PEFT."""
-        return self.get_parameter("lora_A"), self.get_parameter("lora_B")
+        held: Any = self  # `functional_call` may have put plain tensors in the places of parameters
+        return held.lora_A, held.lora_B
 
     def matrices(self, noise: Noise | None) -> tuple[Tensor, Tensor]:
         """What a forward multiplies by: A [M·S, R, I] and B [M·S, O, R], member by member; the mean without noise."""
