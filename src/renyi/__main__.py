@@ -1,4 +1,4 @@
-"""`python -m renyi`, so that `accelerate launch -m renyi sft …` works, too."""
+"""Makes `python -m renyi` work, and with it `accelerate launch -m renyi sft …`. Read next: `cli/main.py`."""
 
 import sys
 

@@ -1,6 +1,6 @@
 """Every error that a user can meet.
 
-Each says what was wrong, where it was found and what to write instead, and also subclasses the standard
+Each error says what was wrong, where it was found and what to write instead. Each class also derives from the standard
 exception that a caller would expect.
 """
 
@@ -38,7 +38,7 @@ class DataError(RenyiError, ValueError):
 
 
 class TokenizerError(RenyiError, ValueError):
-    """A tokenizer cannot be trained with as it stands."""
+    """A tokenizer cannot be used for training as it is."""
 
 
 class EnsembleFormatError(RenyiError, ValueError):
@@ -50,10 +50,10 @@ class SaveError(RenyiError, OSError):
 
 
 class TrainingDivergedError(RenyiError, FloatingPointError):
-    """The loss is not a number any more."""
+    """The loss is no longer a finite number."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's error, or its name where it says nothing."""
+    """The first line of another library's error, or the name of its class if the message is empty."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,7 +1,10 @@
-"""Flat keys and their values, as a YAML file, flags or a Python caller gives them, and the dataclasses that they fill.
+"""Settings by key: converts the values of flat keys to the types of dataclass fields, and fills the dataclasses.
 
-One set of rules for all three: which key is meant, which type a value must have, and what a message says where it does
-not fit. Which dataclasses a run has, `renyi.runs.settings` says. Nothing heavy is imported here.
+Keys come from a YAML file, from flags or from a Python caller. The same rules hold for all three: which field a key
+means, which type its value must have, and what the message says if it does not fit.
+
+Nothing heavy is imported here, so that `renyi --help` is fast. Read next: `runs/settings.py`, which says which
+dataclasses a run has.
 """
 
 import dataclasses
@@ -16,9 +19,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from renyi.errors import ConfigError
 
-Where = Callable[[str], str]  # how a message names the place that set a key
+Where = Callable[[str], str]  # from a key to the place that set it, for messages
 
-# Keys that other versions of TRL and transformers, or other tools, know: what to write instead.
+# Keys of other tools and of other versions of TRL and transformers, and what to write instead.
 RENAMED: Mapping[str, str] = {
     "warmup_ratio": "warmup_steps: a number below 1 is a share of the steps",
     "torch_dtype": "dtype",
@@ -51,7 +54,7 @@ RENAMED: Mapping[str, str] = {
     "renyi_alpha": "alpha",
     "members": "num_members",
 }
-# The settings that a package is needed for, and what it is called where it is installed from.
+# Optional packages, and the settings that need each of them.
 _NEEDS = {
     "bitsandbytes": ("load_in_4bit", "load_in_8bit", "optim"),
     "flash_attn": ("attn_implementation",),
@@ -68,12 +71,12 @@ _NEEDS = {
 
 
 def filled(dataclass_types: Sequence[type], values: Mapping[str, Any], where: Where = str) -> tuple[Any, ...]:
-    """One object a dataclass, made anew from the keys given.
+    """Make one new object of each dataclass from the given keys.
 
     Args:
-        dataclass_types: no two have a field of one name.
-        values: of some of their fields; text is converted to a field's type.
-        where: names the place that set a key, such as `lr (run.yaml, line 3)`.
+        dataclass_types: the dataclasses; no two of them have a field with the same name.
+        values: values for some of their fields, by key. Text is converted to the field's type.
+        where: from a key to the place that set it, such as `lr (run.yaml, line 3)`.
 
     Raises:
         ConfigError: a key is unknown, a value has the wrong type, or a dataclass refuses its values.
@@ -93,7 +96,7 @@ def filled(dataclass_types: Sequence[type], values: Mapping[str, Any], where: Wh
 
 
 def checked(dataclass_types: Sequence[type], values: Mapping[str, Any], where: Where = str) -> dict[str, Any]:
-    """The values in the types of their fields.
+    """Convert each value to the type of its field.
 
     Raises:
         ConfigError: a key is unknown, or a value has the wrong type.
@@ -116,17 +119,17 @@ def explained(
     where: Where = str,
     cls: Callable[..., object] | None = None,
 ) -> ConfigError:
-    """What a library says about settings, as an error that names the key.
+    """Turn an error of a library about its settings into a `ConfigError` that names the key.
 
-    The key is one that the message mentions, one that the missing package is for, or the one without which `cls` takes
-    the others.
+    The key is found in one of three ways. The message mentions it. Or a package is missing that the key needs. Or
+    `cls` accepts the other values when this key is left out.
 
     Args:
-        error: what was raised.
+        error: the exception that was raised.
         known: keys that the message may be about.
         given: the keys that were set, and their values.
-        where: names the place that set a key.
-        cls: what refused the values; None if it cannot be asked again.
+        where: from a key to the place that set it.
+        cls: the class that refused the values; None if it cannot be called again.
     """
     message = " ".join(str(error).split()) or type(error).__name__
     package = next((name for name in _NEEDS if isinstance(error, ImportError | RuntimeError) and name in message), None)
@@ -153,7 +156,7 @@ def _is_taken(cls: Callable[..., object], values: Mapping[str, Any]) -> bool:
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
-    """The error for a key that nobody knows, naming what it is called here, or the nearest one that is known."""
+    """The error for an unknown key. It names what the key is called here, or else the nearest known key."""
     known = list(known)
     instead = RENAMED.get(key, "")
     if instead.partition(":")[0] in known:
@@ -167,10 +170,16 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> ConfigError:
 
 
 def converted(value: Any, hint: Any, choices: Sequence[Any] | None, where: str) -> Any:
-    """A value from YAML (anything) or a flag (text) as the type that a dataclass's field wants.
+    """Convert a value from YAML (any type) or from a flag (text) to the type of a dataclass field.
+
+    Args:
+        value: the value as it was given.
+        hint: the field's type.
+        choices: the values that the field allows; None for no list of its own.
+        where: the place that set the value, for the message.
 
     Raises:
-        ConfigError: it does not fit.
+        ConfigError: the value does not fit the type.
     """
     value = os.fspath(value) if isinstance(value, os.PathLike) else value
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)

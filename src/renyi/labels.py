@@ -1,6 +1,6 @@
-"""The label of a token that is not trained, as everywhere in transformers.
+"""The label of a token that is not trained. It is the same number as in transformers.
 
-Rows are labelled in `renyi.data.prepare`, and the joint forward in `renyi.ensemble.joint` skips what is ignored.
+Read next: `data/prepare.py`, which sets the labels, and `ensemble/joint.py`, which skips tokens with this label.
 """
 
 IGNORED = -100

@@ -1,14 +1,14 @@
-"""The files of an ensemble's folder: their names and the version of their layout, in one place.
+"""The names of the files in an ensemble's folder, and the version of the folder's layout.
 
-    OUT/ensemble.json                        what is in the folder; written last, removed first
+    OUT/ensemble.json                        the list of members and their weights; written last, removed first
     OUT/member_0/adapter_config.json         an ordinary PEFT adapter, and so on for every member
     OUT/member_0/adapter_model.safetensors
-    OUT/member_0/distribution.safetensors    what a member has beside its mean, if it is a distribution
-    OUT/preference.json, OUT/reference/      what margins are measured against, after training on preferences
-    OUT/abstention.json                      the uncertainty above which answers are not trusted, after a search for it
+    OUT/member_0/distribution.safetensors    a member's other tensors beside its mean, if it is a distribution
+    OUT/preference.json, OUT/reference/      the loss and the reference of margins, after training on preferences
+    OUT/abstention.json                      the uncertainty above which answers are not trusted, if it was searched for
 
-Other rooms add files of their own and say so beside the code that writes them. `ensemble/storage.py` reads and writes
-the folder.
+Other packages add more files. The code that writes such a file also names it. Read next: `ensemble/storage.py`, which
+reads and writes the folder.
 """
 
 FORMAT_VERSION = 1
@@ -21,7 +21,7 @@ PREFERENCE_FILE = "preference.json"
 REFERENCE_FOLDER = "reference"
 ABSTENTION_FILE = "abstention.json"
 
-# What is fetched of an ensemble on the hub: a run's checkpoints and anything else are left there.
+# Only these files of an ensemble are downloaded from the hub. Checkpoints and other files are not.
 HUB_FILES = [
     *(f"*{name}" for name in (ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, DISTRIBUTION_FILE)),
     "*.json",
@@ -33,5 +33,5 @@ HUB_FILES = [
 
 
 def member_name(member: int) -> str:
-    """The folder of one member inside an ensemble's."""
+    """The name of one member's folder inside the ensemble's folder."""
     return f"member_{member}"

@@ -1,7 +1,7 @@
-"""Names that a package offers and imports at first use, so that one light file of it costs no heavy import.
+"""Lets a package import its public names at first use, so that importing one light module of it stays fast.
 
-`import renyi.evaluation.metrics` runs `renyi/evaluation/__init__.py` first. If that file imported all that it offers,
-metrics would cost the seconds that TRL and transformers take.
+For example, `import renyi.evaluation.metrics` runs `renyi/evaluation/__init__.py` first. If that file imported all of
+its public names at once, importing the metrics would take as long as importing TRL and transformers.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,15 +10,15 @@ from typing import Any
 
 
 def lazy_names(package: str, homes: Mapping[str, Iterable[str]]) -> Callable[[str], Any]:
-    """A package's `__getattr__` (PEP 562) for names that live in its modules.
+    """Make the `__getattr__` (PEP 562) of a package for names that its modules define.
 
     Args:
-        package: its `__name__`.
-        homes: the names in each module; a module is given by its full name.
+        package: the package's `__name__`.
+        homes: the full name of each module, and the names that it defines.
 
     Raises:
-        ValueError: a name is also the name of a module of the package. Importing that module would put it in the
-            name's place, so the package has to import such a name at once.
+        ValueError: a name is also the name of a module of the package. Importing that module would replace the name
+            by the module, so the package has to import such a name at once.
     """
     for home, names in homes.items():
         for name in names:

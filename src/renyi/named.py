@@ -1,4 +1,4 @@
-"""A user's own function, named on a command line or in a config file as `package.module:function`."""
+"""Finds a user's own function by its name, `package.module:function`, from a command line or a config file."""
 
 import importlib
 import os
@@ -10,12 +10,12 @@ from renyi.errors import ConfigError
 
 
 def named_function(name: str, where: str, called_with: str) -> Callable[..., Any]:
-    """The function that `package.module:function` names, looked for in the working directory, too.
+    """Find the function that `package.module:function` names. The working directory is searched as well.
 
     Args:
-        name: of the function.
-        where: the setting that gave the name.
-        called_with: what the function is called with, for the error that says so.
+        name: the name of the function.
+        where: the setting that gave the name, for the message.
+        called_with: the arguments of the function in words, for the message.
 
     Raises:
         ConfigError: there is no such function.

@@ -1,6 +1,7 @@
-"""What is measured on tensors: uncertainty of predictions, and when members should spread.
+"""Measures on tensors: the uncertainty of predictions, and the α above which members should spread.
 
-Pure functions; torch is all they need, and scipy where it is imported.
+All of them are pure functions on torch tensors. One of them imports scipy inside. Read next: `uncertainty.py`, then
+`stability.py`.
 """
 
 from renyi.measures.stability import (

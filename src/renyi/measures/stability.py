@@ -1,30 +1,30 @@
-"""When members should spread: the loss's second order at a fitted point, and the α from which apart beats together.
+"""The critical alpha: the α above which a small spread of the members lowers the loss at a fitted point.
 
-Let members stand at one fitted point and move off by small δ_m of mean zero and covariance Σ. With the curvature
-V = E[−∇² log p] and the gradients' second moment J = E[∇ log p ∇ log pᵀ], both of whole examples, the α-Rényi loss
-changes by
+Let all members be at one fitted point, and then move by small δ_m of mean zero and covariance Σ. Let
+V = E[−∇² log p] be the curvature and J = E[∇ log p ∇ log pᵀ] the second moment of the gradients, both of whole
+examples. To second order the α-Rényi loss changes by
 
     ½ tr((V − αJ) Σ)                                                   `second_order_change`
 
-to second order: curvature resists the spread, and routing, which gives each example to who explains it, rewards it.
-The reward wins along some direction as soon as α exceeds
+The curvature V makes a spread costly. The responsibilities make it useful, because each example goes to the members
+that explain it best. The gain is greater than the cost along some direction as soon as α exceeds
 
     critical alpha = min over v of vᵀVv / vᵀJv = 1 / λ_max,   J v = λ V v        `critical_alpha`
 
-A model that is right has V = J (the information equality), so its critical alpha is 1 and no direction is any
-better than another. Data that contradict the model lower it: gradients then agree within an example and disagree
-between examples, which J sees and V does not.
+A model that is right has V = J (the information equality). Its critical alpha is 1, and all directions are equally
+good. Data that contradict the model lower the critical alpha. Their gradients agree within an example and disagree
+between examples. This makes J greater, but not V.
 
-J is not centred: a mean gradient that is not zero is unfinished work, which members would split among them as well.
-So the point should be fitted first.
+J is not centred. A mean gradient that is not zero means that the point is not fitted yet, and it raises J as a conflict
+would. So fit the point first.
 
-Three ways to the same numbers: matrices; matrix-vector products (`critical_directions`); and a subspace
-(`stability_within`), whose critical alpha is never below the whole space's. On finite data all of them find
-directions that fit the noise, and 1/λ_max comes out too low, the more so the more directions there are. So
-`cross_fitted` finds directions on some examples and measures them on others.
+There are three ways to the same numbers: from matrices (`stability_spectrum`), from matrix-vector products
+(`critical_directions`) and in a subspace (`stability_within`). The critical alpha of a subspace is never below that of
+the whole space. On finite data all three find directions that fit noise, so 1/λ_max is too low. The error grows with
+the number of directions. So `cross_fitted` finds directions on some examples and measures them on others.
 
-All of this is on tensors. Where gradients and curvature come from is in `renyi.ensemble.curvature`, and what is made of
-the figures in `renyi.inference.diagnose`. scipy, the one dependency besides torch, is imported where it is used.
+Read next: `ensemble/curvature.py`, which computes the gradients and the curvature of an adapter, and
+`inference/diagnose.py`, which draws conclusions from the critical alpha.
 """
 
 import warnings
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]  # a symmetric matrix times columns [P, n]
+Product = Callable[[Tensor], Tensor]  # multiplies columns [P, n] by a symmetric matrix [P, P]
 
 
 class Stability(NamedTuple):
@@ -52,10 +52,13 @@ class Stability(NamedTuple):
 
 
 class CriticalDirections(NamedTuple):
-    """The leading solutions of J v = λ V v, as an iteration found them; fields as in `Stability`, and
+    """The leading solutions of J v = λ V v that an iteration found.
 
     Attributes:
-        residuals: ‖Jv − λVv‖ / λ_max‖Vv‖ of each, [k].
+        critical_alpha: as in `Stability`.
+        eigenvalues: as in `Stability`.
+        directions: as in `Stability`.
+        residuals: ‖Jv − λVv‖ / λ_max‖Vv‖ of each solution, [k].
         converged: whether all residuals are within the tolerance.
     """
 
@@ -67,22 +70,23 @@ class CriticalDirections(NamedTuple):
 
 
 class CrossFitted(NamedTuple):
-    """A critical alpha measured on examples that had no part in finding its direction.
+    """A critical alpha that was measured on other examples than those that gave its direction.
 
     Attributes:
-        critical_alpha: pooled over folds. Each direction's is at least the best one's, so this errs upwards: towards
-            not spreading.
-        low: lower end of an interval for the subspace's true critical alpha; `cross_fitted` says how it is made.
-        high: upper end.
-        plug_in: 1/λ_max of all examples, which errs downwards, the more the fewer examples a direction.
-        eigenvalues: all examples' λ, [k], descending.
-        direction: all examples' leading direction in the subspace's coordinates, [k].
-        loadings: each example's gradient along the direction found without it, [N], in units of the root mean square:
-            far from zero, on either side, are the examples that contradict each other.
-        mean_share: the share of the gradients' second moment along the directions that is the mean gradient's: near 0
-            where fitted.
-        calibration: single tokens' second moment over curvature along the directions (see `cross_fitted`): 1 where
-            predictions are calibrated, above where the adapter is not fitted or too small; None if not asked for.
+        critical_alpha: pooled over folds. No direction's value is below the best direction's, so this errs upwards,
+            that is, towards not spreading.
+        low: lower end of an interval for the subspace's true critical alpha; `cross_fitted` explains the interval.
+        high: upper end of that interval.
+        plug_in: 1/λ_max of all examples. It errs downwards, and more so if there are few examples per direction.
+        eigenvalues: λ of all examples, [k], descending.
+        direction: the leading direction of all examples, in the subspace's coordinates, [k].
+        loadings: each example's gradient along the direction that was found without it, [N], in units of the root mean
+            square. Examples with large loadings of opposite signs contradict each other.
+        mean_share: the share of the mean gradient in the gradients' second moment along the directions. It is near 0 if
+            the adapter is fitted.
+        calibration: second moment of single tokens' gradients divided by curvature, along the directions (see
+            `cross_fitted`). It is 1 if predictions are calibrated, and above 1 if the adapter is not fitted or too
+            small. None without `empirical`.
     """
 
     critical_alpha: float
@@ -105,7 +109,7 @@ def critical_alpha(V: Tensor, J: Tensor, damping: float = 0.0) -> float:
         damping: added to V's diagonal, in V's units.
 
     Returns:
-        A positive number, inf where J is zero. Above 1 means: at no α in range.
+        A positive number, or inf if J is zero. If it is above 1, no α in the range from 0 to 1 makes a spread useful.
 
     Raises:
         ValueError: shapes differ, an entry is not finite, or V + damping is not positive definite.
@@ -121,7 +125,7 @@ def stability_spectrum(V: Tensor, J: Tensor, damping: float = 0.0) -> Stability:
 
 
 def second_order_change(V: Tensor, J: Tensor, alpha: float, covariance: Tensor) -> Tensor:
-    """½ tr((V − αJ) Σ): what the loss changes by when members spread with a small covariance Σ [P, P]; nats, 0-d."""
+    """½ tr((V − αJ) Σ): the change of the loss when members spread with a small covariance Σ [P, P]; nats, 0-d."""
     return 0.5 * ((V - alpha * J) * covariance.mT).sum()
 
 
@@ -129,16 +133,16 @@ def second_order_change(V: Tensor, J: Tensor, alpha: float, covariance: Tensor) 
 
 
 def stability_within(V_times: Product, J_times: Product, basis: Tensor, damping: float = 0.0) -> Stability:
-    """The same for spreads within the span of a basis; its critical alpha is never below the whole space's.
+    """The stability of spreads within the span of a basis. Its critical alpha is never below the whole space's.
 
     Args:
-        V_times: [P, n] to [P, n].
-        J_times: likewise.
-        basis: [P, k] of full rank; `gradient_basis` or `random_basis`.
-        damping: added to V in the whole space.
+        V_times: multiplies columns [P, n] by V.
+        J_times: multiplies columns [P, n] by J.
+        basis: [P, k] of full rank, for example from `gradient_basis` or `random_basis`.
+        damping: added to V's diagonal in the whole space.
 
     Returns:
-        k solutions, their directions in the whole space: [P, k].
+        k solutions. Their directions are vectors of the whole space, [P, k].
     """
     V_U = basis.mT @ (V_times(basis) + damping * basis)
     J_U = basis.mT @ J_times(basis)
@@ -159,21 +163,22 @@ def critical_directions(
     preconditioner: Product | None = None,
     seed: int = 0,
 ) -> CriticalDirections:
-    """The k leading solutions from matrix-vector products alone, by LOBPCG (Knyazev 2001).
+    """The k leading solutions from matrix-vector products only, by LOBPCG (Knyazev 2001).
 
-    Small spaces are solved densely. Convergence is checked on the residuals of what came back, never assumed: with an
-    ill-conditioned V, raise the damping, or give a preconditioner.
+    Small problems are solved densely. Convergence is checked by computing the residuals of the result. If V is
+    ill-conditioned and the iteration does not converge, raise the damping or give a preconditioner.
 
     Args:
-        V_times: [P, n] float64 to [P, n].
-        J_times: likewise.
+        V_times: multiplies columns [P, n], float64, by V.
+        J_times: multiplies columns [P, n], float64, by J.
         dim: P.
-        k: how many.
-        damping: added to V's diagonal, in V's units. LoRA's V is singular along its gauge: not 0 there.
-        tolerance: greatest relative residual that counts as converged; eigenvalues are off by about its square.
-        max_iterations: each takes one product with V and one with J, of up to k + 4 columns.
-        preconditioner: [P, n] to [P, n], roughly V⁻¹.
-        seed: of the start.
+        k: how many solutions to find.
+        damping: added to V's diagonal, in V's units. The V of LoRA is singular (see `ensemble/curvature.py`), so it
+            needs a damping above 0.
+        tolerance: greatest relative residual that counts as converged; the error of eigenvalues is about its square.
+        max_iterations: each iteration takes one product with V and one with J, of up to k + 4 columns.
+        preconditioner: multiplies columns [P, n] by roughly V⁻¹.
+        seed: of the random start.
 
     Raises:
         ValueError: V + damping is not positive definite, or k is not from 1 to P.
@@ -214,11 +219,11 @@ def critical_directions(
 
         A, B = operator(J_times), operator(damped)
         M = None if preconditioner is None else operator(preconditioner)
-        target = 0.0  # its own tolerance is absolute, and what is small is known after a round only
+        target = 0.0  # LOBPCG's tolerance is absolute; the right size of it is known after the first round
         left, length = max_iterations, 10
         while left > 0:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it warns of what `converged` says
+                warnings.simplefilter("ignore")  # it warns if it does not converge, which `converged` says
                 found, columns, history = lobpcg(
                     A, guess.numpy(), B, M, None, target, min(length, left), True, retResidualNormsHistory=True
                 )
@@ -227,7 +232,7 @@ def critical_directions(
             residuals, scale = residuals_of(values, vectors)
             if bool((residuals <= tolerance).all()):
                 break
-            # With gradients of low rank a block may run out of new directions and stop: fresh guard vectors go on.
+            # If the gradients have a low rank, a block may find no new directions and stop. New guard vectors help.
             left -= len(history)
             target, length = 0.5 * tolerance * scale.min().item(), 200
             guess = torch.cat([vectors, torch.randn(dim, block - k, generator=generator, dtype=torch.float64)], dim=1)
@@ -238,9 +243,9 @@ def critical_directions(
 def gradient_basis(gradients: Iterable[Tensor], k: int) -> Tensor:
     """An orthonormal basis [P, ≤ k] of the directions along which per-example gradients are greatest.
 
-    The leading right singular vectors, fewer than k where gradients span fewer directions. Gradients come in blocks
-    [n, P]; between blocks the 2k leading directions are kept, so that memory is (2k + n) P floats for any number of
-    examples. One block is exact.
+    The basis holds the leading right singular vectors: k of them, or fewer if the gradients span fewer directions.
+    Gradients come in blocks [n, P]. Between blocks the 2k leading directions are kept, so the memory is (2k + n) P
+    floats for any number of examples. With one block the result is exact.
 
     Raises:
         ValueError: there are no gradients, or all are zero.
@@ -260,9 +265,10 @@ def random_basis(dim: int, k: int, seed: int = 0) -> Tensor:
 
 
 def _leading_rows(rows: Tensor, number: int) -> Tensor:
-    """σ_i v_iᵀ of the greatest singular values σ of [n, P]: rows of the same second moment, but for what is left out.
+    """σ_i v_iᵀ of the greatest singular values σ of `rows` [n, P].
 
-    By way of the n × n Gram matrix, whose rounding hides squares of singular values below that of the greatest.
+    Their second moment is that of the rows, except for the directions that are left out. They are computed from the
+    n × n Gram matrix. Squared singular values below its rounding error are dropped.
     """
     squares, left = torch.linalg.eigh((rows @ rows.mT).double())
     real = squares > squares[-1].clamp(min=0.0) * 10 * torch.finfo(rows.dtype).eps
@@ -285,41 +291,42 @@ def cross_fitted(
     level: float = 0.95,
     seed: int = 0,
 ) -> CrossFitted:
-    """The critical alpha from finite data: directions found on some examples, measured on the others.
+    """The critical alpha from finite data: directions are found on some examples and measured on the others.
 
-    λ_max is the best of all directions, so on the examples that chose it the best one looks better than it is. A
-    direction chosen elsewhere has no such luck: its vᵀVv / vᵀJv is estimated fairly, and is at least the least one.
-    For that to hold, the subspace itself should come from other examples as well.
+    λ_max belongs to the best of all directions. On the examples that chose it, that direction looks better than it is.
+    A direction that was chosen on other examples has no such bias: its estimate of vᵀVv / vᵀJv is fair, and the true
+    value is not below the minimum over directions. So the subspace should come from other examples, too.
 
-    The interval is for the subspace's critical alpha. It rests on the bootstrap over examples, in which every resample
-    finds its directions anew, since a part of the uncertainty is which direction it is. (With the directions held
-    fixed, intervals of 95 % covered between 56 and 86 % in simulated worlds.) The figure measured on the examples that
-    chose the direction errs downwards and the cross-fitted one upwards, so the one gives the lower end and the other
-    the upper. On the scale of logarithms, either is moved back by half of the bootstrap's estimate of its bias, and out
-    by the bootstrap's standard error.
+    The interval is for the subspace's critical alpha. It uses the bootstrap over examples. Every resample finds its
+    directions again, because the choice of the direction is a part of the uncertainty. (With fixed directions,
+    intervals of 95 % covered the truth in 56 to 86 % of simulated cases.) The value measured on the examples that chose
+    the direction errs downwards; it gives the lower end. The cross-fitted value errs upwards; it gives the upper end.
+    Both are corrected on the logarithmic scale: each is moved back by half of the bootstrap's estimate of its bias, and
+    outwards by the bootstrap's standard error times the quantile of the level.
 
-    Tokens have a second measure of curvature, `empirical`, which equals V wherever predictions are calibrated. Where
-    they are not yet, the two err apart: overconfidence lowers the critical alpha in V most (V too small, J too great),
-    underconfidence the one in `empirical` (residuals that all point one way). So measure with either for
-    `curvature`, and believe the greater.
+    Tokens have a second measure of curvature, `empirical`. It equals V if predictions are calibrated. If they are not,
+    the two differ. Overconfidence lowers the critical alpha most if `curvature` is V, because V is then too small and J
+    too great. Underconfidence lowers it most if `curvature` is `empirical`, because all residuals then have the same
+    sign. So measure with each of the two as `curvature`, and take the greater critical alpha.
 
     Args:
-        gradients: of ℓ_i in a subspace's coordinates, [N, k].
-        curvature: V_i in the same, [N, k, k]; its mean over examples is V.
-        empirical: Σ_t g_t g_tᵀ over an example's tokens, [N, k, k], for `calibration`. It is J without the terms
-            between tokens, so it equals V where every token's prediction is calibrated, whatever the tokens have to
-            do with each other.
-        routed: what each ℓ_i is divided by before it is routed, [N]: its number of tokens T_i for length-normalised
-            responsibilities, for which the loss is T_i loss_α(ℓ_i / T_i) and J = E[g gᵀ / T]. None for whole examples.
-        folds: parts of the examples; each is measured with the direction of the others.
-        relative_damping: added to V where directions are chosen, in units of its mean eigenvalue. Measured values have
-            none.
-        resamples: of the bootstrap.
+        gradients: gradients of ℓ_i in the coordinates of a subspace, [N, k].
+        curvature: V_i in the same coordinates, [N, k, k]; its mean over examples is V.
+        empirical: Σ_t g_t g_tᵀ over the tokens of each example, [N, k, k], for `calibration`. It is J without the terms
+            between different tokens. So it equals V if every token's prediction is calibrated, however the tokens
+            depend on each other.
+        routed: the divisor of each ℓ_i before responsibilities are computed, [N]. It is the number of tokens T_i for
+            length-normalised responsibilities, for which the loss is T_i loss_α(ℓ_i / T_i) and J = E[g gᵀ / T]. None
+            for whole examples.
+        folds: number of parts of the examples. Each part is measured with the direction of the other parts.
+        relative_damping: added to V when directions are chosen, in units of V's mean eigenvalue. It is not added when
+            they are measured.
+        resamples: number of resamples of the bootstrap.
         level: of the interval.
-        seed: of folds and bootstrap.
+        seed: of the folds and the bootstrap.
 
     Raises:
-        ValueError: fewer than two examples a fold, shapes that do not fit, or V not positive definite.
+        ValueError: there are fewer than two examples per fold, shapes do not fit, or V is not positive definite.
     """
     g_Nk, V_Nkk = gradients.double(), curvature.double()
     N, k = g_Nk.shape
@@ -334,7 +341,7 @@ def cross_fitted(
     fold_N = torch.empty(N, dtype=torch.long)
     fold_N[torch.randperm(N, generator=generator)] = torch.arange(N) % folds
     draws_SN = torch.randint(N, (resamples, N), generator=generator)
-    # Equal examples stay in one fold: each would otherwise be measured along a direction that it helped to find.
+    # Copies of an example stay in one fold. Otherwise one copy would be measured along a direction that another chose.
     fold_N, times_SN = fold_N.to(g_Nk.device), torch.zeros(1 + resamples, N, dtype=torch.float64)
     times_SN[0] = 1.0  # the examples themselves, before their resamples
     times_SN[1:].scatter_add_(1, draws_SN, torch.ones_like(draws_SN, dtype=torch.float64))
@@ -369,10 +376,12 @@ def cross_fitted(
 def _ratios(
     V_Nkk: Tensor, J_Nkk: Tensor, times_SN: Tensor, fold_N: Tensor, folds: int, relative_damping: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """log vᵀVv / vᵀJv of S resamples: on the examples that chose v [S], and cross-fitted [S]; and folds' v [F, k].
+    """log vᵀVv / vᵀJv of S resamples: on the examples that chose v [S], and cross-fitted [S].
+
+    The third result is the direction v of each fold in the first resample, [F, k].
 
     Args:
-        times_SN: how often each example is in each resample. The directions are those of the first.
+        times_SN: how often each resample holds each example.
     """
     k = V_Nkk.shape[-1]
     in_fold_FN = torch.nn.functional.one_hot(fold_N, folds).mT.to(times_SN)
@@ -394,7 +403,7 @@ def _ratios(
 
 
 def _leading(V: Tensor, J: Tensor, relative_damping: float) -> Tensor:
-    """The leading v [..., k] of J v = λ (V + damping) v for sums [..., k, k]; NaN where that is not positive."""
+    """The leading v [..., k] of J v = λ (V + damping) v; NaN where V + damping is not positive definite."""
     damping = relative_damping * V.diagonal(dim1=-2, dim2=-1).mean(dim=-1)
     L, failed = torch.linalg.cholesky_ex(V + damping[..., None, None] * torch.eye(V.shape[-1]).to(V))
     half = torch.linalg.solve_triangular(L, J, upper=False)
@@ -406,7 +415,7 @@ def _leading(V: Tensor, J: Tensor, relative_damping: float) -> Tensor:
 
 
 def _bootstrapped(logs: Tensor, level: float) -> tuple[float, float]:
-    """A normal interval of exp(logs[0]) from its resamples logs[1:], with half of the bootstrap's bias taken back."""
+    """A normal interval of exp(logs[0]) from its resamples logs[1:], after correcting half of the bootstrap's bias."""
     drawn = logs[1:][logs[1:].isfinite()]
     if 2 * len(drawn) <= len(logs) or not logs[0].isfinite():
         return 0.0, float("inf")  # most resamples have no curvature to measure
@@ -419,7 +428,7 @@ def _bootstrapped(logs: Tensor, level: float) -> tuple[float, float]:
 
 
 def _solved(V: Tensor, J: Tensor) -> Stability:
-    """Whiten by V = LLᵀ; then it is the eigenproblem of L⁻¹ J L⁻ᵀ."""
+    """Solve J v = λ V v. With V = LLᵀ it is the ordinary eigenproblem of L⁻¹ J L⁻ᵀ."""
     L, failed = torch.linalg.cholesky_ex(V)
     if failed:
         least, greatest = torch.linalg.eigvalsh(V)[[0, -1]].tolist()

@@ -1,6 +1,7 @@
-"""How much of a token's uncertainty every member sees alike, and how much is the members' disagreement.
+"""Splits the uncertainty of a token into the members' own uncertainty and their disagreement.
 
-Knows log-probabilities and weights. It does not know what model gave them, or how weights follow a prefix.
+The input is the members' log-probabilities and their weights. Read next: `objectives/mixture.py`, whose
+`running_log_weights` updates the weights after each token, and `ensemble/decode.py`, which calls both.
 """
 
 from typing import NamedTuple
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from renyi.objectives.mixture import effective_members, responsibilities
 
-_CACHED = 2**17  # of so many numbers a CPU's cache holds the copies that are made of them
-_IMPOSSIBLE = -1e30  # stands for log 0: its exp is 0, and 0 times it is not NaN
+_CACHED = 2**17  # so many numbers and the copies made of them fit in the cache of a CPU
+_IMPOSSIBLE = -1e30  # takes the place of log 0: its exp is 0, and 0 times it is not NaN
 
 
 class TokenUncertainty(NamedTuple):
-    """What `token_uncertainty` returns: float64, shape [...], in nats but for the ratio."""
+    """What `token_uncertainty` returns: float64, shape [...]. All are in nats except `variation_ratio`."""
 
     total: Tensor
     aleatoric: Tensor
@@ -26,26 +27,27 @@ class TokenUncertainty(NamedTuple):
 
 
 def token_uncertainty(log_probs: Tensor, log_weights: Tensor | None = None) -> TokenUncertainty:
-    """Split the uncertainty of the mixture p̄ = Σ_m w_m p_m over the next token into doubt and disagreement.
+    """Split the uncertainty of the mixture p̄ = Σ_m w_m p_m over the next token into aleatoric and epistemic parts.
 
     - total: H[p̄], which is aleatoric + epistemic.
-    - aleatoric: Σ_m w_m H[p_m], the doubt that each member has by itself.
-    - epistemic: Σ_m w_m KL(p_m ‖ p̄), the mutual information of member and token. Exactly 0 where the members
-      agree exactly; at most the entropy of w (log M if uniform), where no two members share a token.
+    - aleatoric: Σ_m w_m H[p_m], the mean uncertainty of a member by itself.
+    - epistemic: Σ_m w_m KL(p_m ‖ p̄), the mutual information of member and token. It is exactly 0 where the members
+      agree exactly. It is at most the entropy of w (log M if uniform); this value is reached where no token has a
+      positive probability under two members.
     - reverse_mi: Σ_m w_m KL(p̄ ‖ p_m).
     - expected_pairwise_kl: Σ_mn w_m w_n KL(p_m ‖ p_n), which is −Σ_v p̄ (Σ_m w_m log p_m) − aleatoric, and
       epistemic + reverse_mi.
-    - variation_ratio: 1 − the greatest weight that votes for one token, each member voting for its likeliest.
+    - variation_ratio: each member votes for its most likely token; this is 1 − the greatest total weight of one token.
 
-    Probabilities are averaged, never logits; the arithmetic is float64. Definitions: Malinin and Gales 2021,
+    Probabilities are averaged, never logits. The arithmetic is float64. Definitions: Malinin and Gales 2021,
     "Uncertainty estimation in autoregressive structured prediction" (arXiv 2002.07650).
 
     Args:
-        log_probs: log p_m in nats, shape [M, ..., V], each row normalised over the vocabulary. −inf is a
-            probability of 0: where one member rules out what another allows, reverse_mi and
-            expected_pairwise_kl are inf. Nothing is NaN.
-        log_weights: log w up to a constant, shape [M], or [M, ...] where each position has its own; None is
-            uniform. A member at −inf has no say.
+        log_probs: log p_m in nats, shape [M, ..., V], each row normalised over the vocabulary. −inf is a probability
+            of 0. Where one member gives 0 to a token and another does not, reverse_mi and expected_pairwise_kl are
+            inf. Nothing is NaN.
+        log_weights: log w up to a constant, shape [M], or [M, ...] if each position has its own; None is uniform. A
+            member with −inf does not count.
 
     Raises:
         ValueError: log_weights does not match the members.
@@ -54,17 +56,17 @@ def token_uncertainty(log_probs: Tensor, log_weights: Tensor | None = None) -> T
     if log_probs.device.type == "cpu" and log_probs.dim() > 2 and log_probs.numel() > _CACHED:
         each = [token_uncertainty(p, v.log()) for p, v in zip(log_probs.unbind(1), w.unbind(1), strict=True)]
         return TokenUncertainty(*(torch.stack(values) for values in zip(*each, strict=True)))
-    # A member without a say stands for the heaviest one, lest its weight of 0 meet an infinity.
+    # The heaviest member takes the place of members of weight 0, because 0 times an infinity would be NaN.
     heaviest = w.argmax(0)[None, ..., None].expand_as(log_probs[:1])
     heard = torch.where(w[..., None] > 0, log_probs, log_probs.gather(0, heaviest))
     lowest, highest = heard.amin(0), heard.amax(0)
     log_p = heard.clamp(min=_IMPOSSIBLE).double()
 
-    # The one pass of exp is most of the time; the sums over members and tokens are matrix products.
+    # exp takes most of the time, so it is computed once. The sums over members and tokens are matrix products.
     p = log_p.exp()
     mixture = _over_members(w, p)
     log_mixture = torch.where(lowest == highest, log_p[0], mixture.log()).clamp(min=_IMPOSSIBLE)
-    # Summed term by term and not as differences of entropies, both KLs are exactly 0 where the members agree.
+    # Both KLs are summed term by term. So they are exactly 0 where the members agree; differences of entropies are not.
     excess = log_p - log_mixture
     epistemic = (w * _over_tokens(p, excess)).sum(0).clamp(min=0.0)
     reverse_mi = _over_tokens(mixture, -_over_members(w, excess)).clamp(min=0.0)
@@ -83,7 +85,7 @@ def token_uncertainty(log_probs: Tensor, log_weights: Tensor | None = None) -> T
 def responsibility_entropy(log_likelihood: Tensor, log_weights: Tensor | None = None) -> Tensor:
     """Entropy of the posterior over members given each text, softmax over m of log w_m + ℓ_m.
 
-    0 where one member alone explains the text, at most log M; of `effective_members` it is the logarithm.
+    It is 0 if one member alone explains the text, and at most log M. It is the logarithm of `effective_members`.
 
     Args:
         log_likelihood: ℓ in nats, shape [M, ...].
@@ -98,7 +100,7 @@ def responsibility_entropy(log_likelihood: Tensor, log_weights: Tensor | None = 
 def log_likelihood_spread(
     log_likelihood: Tensor, tokens: Tensor | int = 1, log_weights: Tensor | None = None
 ) -> Tensor:
-    """Standard deviation over members of ℓ per token: float64, nats a token, shape [...] from ℓ [M, ...].
+    """Standard deviation over members of ℓ per token: float64, nats per token, shape [...] from ℓ [M, ...].
 
     Exactly 0 where the members agree exactly.
 
@@ -112,13 +114,13 @@ def log_likelihood_spread(
         log_weights = ell.new_zeros(ell.shape[0])
     w = log_weights.double().softmax(0)
     w = w.reshape(w.shape + (1,) * (ell.dim() - w.dim()))
-    deviation = ell - ell[:1]  # from any one member: equal likelihoods then deviate by exactly 0
+    deviation = ell - ell[:1]  # subtract one member first: equal likelihoods then deviate by exactly 0
     deviation = deviation - _mean(deviation, w, 0)
     return _mean(deviation.square(), w, 0).sqrt() / tokens
 
 
 def _mean(values: Tensor, weights: Tensor, dim: int) -> Tensor:
-    """Σ weights · values over `dim`. A weight of 0 silences its value, be it infinite or NaN."""
+    """Σ weights · values over `dim`. A value with a weight of 0 counts as 0, even if it is infinite or NaN."""
     return (weights * torch.where(weights > 0, values, 0.0)).sum(dim)
 
 
@@ -133,6 +135,6 @@ def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _variation_ratio(votes: Tensor, weights: Tensor) -> Tensor:
-    """1 − the greatest weight of members with one vote, [...] from votes [M, ...]."""
+    """1 − the greatest total weight of members that vote for the same token, [...] from votes [M, ...]."""
     alike = votes.unsqueeze(0) == votes.unsqueeze(1)  # [M, M, ...]
     return (1.0 - (weights.unsqueeze(1) * alike).sum(0).amax(0)).clamp(min=0.0)

@@ -1,6 +1,6 @@
-"""What is optimised, as pure functions on tensors: one file an objective, importing nothing but torch.
+"""The objectives of training: pure functions on tensors that need torch only. Each objective has one file.
 
-Nothing here knows what a model, a token or a trainer is.
+Read next: `mixture.py`, the α-Rényi loss.
 """
 
 from renyi.measures.stability import critical_alpha

@@ -1,7 +1,7 @@
-"""The α-Rényi loss: what an ensemble pays for one example, and which member learns from it.
+"""The α-Rényi loss: the loss of an ensemble on one example, and the share of the example that each member learns from.
 
-From "Soft Specialists" (Cordero-Encinar, Tyukin and Duncan 2026, arXiv 2605.27747). A distribution Q over
-adapters θ pays for the example (x, y)
+Source: "Soft Specialists" (Cordero-Encinar, Tyukin and Duncan 2026, arXiv 2605.27747). The loss of a distribution Q
+over adapters θ on the example (x, y) is
 
     loss_α(Q) = −(1/α) log E_{θ~Q} p_θ(y|x)^α,    0 < α ≤ 1.
 
@@ -11,44 +11,45 @@ For M members with weights w_m and log-likelihoods ℓ_m this is
 
     −∂loss_α/∂ℓ_m = r_m,   r = softmax over m of log w_m + α ℓ_m      `responsibilities`
 
-so members are coupled through one float per member and example, and through nothing else. As α → 0 the loss
-becomes −Σ_m w_m ℓ_m, and every member fits everything (classical variational Bayes). At α = 1 it becomes
-−log Σ_m w_m exp ℓ_m, and only the mixture has to fit. It never increases with α, and how far it falls between
-those two ends is the `jensen_gap`.
+So the members are coupled by one float for each member and example, and by nothing else. As α → 0 the loss becomes
+−Σ_m w_m ℓ_m, and every member fits everything (classical variational Bayes). At α = 1 the loss becomes
+−log Σ_m w_m exp ℓ_m, and only the mixture has to fit. The loss never increases with α. The difference between its
+values at α = 0 and at α = 1 is the `jensen_gap`.
 
-Convention trap: the order a of Rényi variational inference (Li and Turner 2016, whom Pyro and NumPyro follow)
-is a = 1 − α. Their a → 1 is the ELBO, our α → 0. Theirs also takes one expectation over the whole data set,
-ours one for each example.
+A trap for readers of other papers: the order a of Rényi variational inference (Li and Turner 2016; also Pyro and
+NumPyro) is a = 1 − α. The ELBO is a → 1 there and α → 0 here. Their expectation is over the whole data set. Ours is
+over each example by itself.
 
-ℓ need not be a likelihood: with any per-example loss c_m, take ℓ_m = −c_m (a Gibbs posterior). The loss of preference
-pairs is in `preference.py`, that of PowerFlow in `power.py`.
+ℓ need not be a likelihood. For any per-example loss c_m, take ℓ_m = −c_m (a Gibbs posterior).
+
+Read next: `preference.py`, the loss of preference pairs, and `power.py`, the loss of PowerFlow.
 """
 
 import torch
 from torch import Tensor
 
-# What is routed: the log-likelihood of a whole example, or its mean per trained token.
+# What responsibilities are computed from: the log-likelihood of a whole example, or its mean per trained token.
 QUANTITIES = ("sequence", "length_normalised")
 
 
 def renyi_loss(log_likelihood: Tensor, alpha: float | Tensor, log_weights: Tensor | None = None) -> Tensor:
-    """−(1/α) log Σ_m w_m exp(α ℓ_m), one for each example.
+    """−(1/α) log Σ_m w_m exp(α ℓ_m) of each example.
 
-    Its gradient with respect to ℓ is minus the `responsibilities`, which sum to one over members. Train on M
-    times the loss for each member to learn as fast as it would alone.
+    The gradient with respect to ℓ is minus the `responsibilities`, which sum to one over members. Train on M times
+    the loss, so that each member learns as fast as it would alone.
 
-    In float32, for ℓ between −1e5 and 0, the relative error is below 1e-6 at every α, 0 included.
+    In float32, for ℓ between −1e5 and 0, the relative error is below 1e-6 at every α, including α = 0.
 
     Args:
-        log_likelihood: ℓ in nats, shape [M, ...], members first. Half precision is raised to float32. −inf
-            (an impossible example) has its meaning for α > 0 only.
-        alpha: the Rényi order, from 0 to 1. A float, or a 0-d tensor so that a compiled step is not compiled
-            again whenever a schedule moves it. A constant to autograd; a tensor's range is not checked.
-        log_weights: log w up to a constant, shape [M], or [M, ...] where each example has its own; None is
-            uniform. −inf drops a member, whose ℓ may then be anything at all.
+        log_likelihood: ℓ in nats, shape [M, ...], members first. Half precision is converted to float32. −inf (an
+            impossible example) is meaningful for α > 0 only.
+        alpha: the Rényi order, from 0 to 1. Give a 0-d tensor instead of a float if a schedule changes α, so that a
+            compiled step is not compiled again. Autograd treats α as a constant. The range of a tensor is not checked.
+        log_weights: log w up to a constant, shape [M], or [M, ...] if each example has its own; None is uniform.
+            −inf drops a member. The ℓ of a dropped member may be anything.
 
     Returns:
-        The loss in nats, shape [...]; inf for an example that is impossible for every member.
+        The loss in nats, shape [...]; inf for an example that is impossible under every member.
 
     Raises:
         ValueError: alpha is a float outside [0, 1], or log_weights does not match the members.
@@ -60,8 +61,8 @@ def renyi_loss(log_likelihood: Tensor, alpha: float | Tensor, log_weights: Tenso
 def responsibilities(log_likelihood: Tensor, alpha: float | Tensor, log_weights: Tensor | None = None) -> Tensor:
     """softmax over members of log w_m + α ℓ_m: the share of each example that each member learns from.
 
-    At α = 0 these are the weights, at α = 1 the posterior over members given the example. Shape [M, ...], one
-    in sum over members. Arguments and errors are those of `renyi_loss`.
+    At α = 0 these are the weights. At α = 1 they are the posterior over members given the example. The shape is
+    [M, ...], and the sum over members is one. Arguments and errors are those of `renyi_loss`.
     """
     _, deviation, log_weights = _centred(log_likelihood, log_weights)
     return (log_weights + _order(alpha, deviation.dtype) * deviation).softmax(0)
@@ -74,14 +75,14 @@ def example_loss(
     log_weights: Tensor | None = None,
     quantity: str = "sequence",
 ) -> Tensor:
-    """The α-Rényi loss of examples that are routed by their log-likelihood, or by its mean per token.
+    """The α-Rényi loss of examples whose responsibilities follow from ℓ, or from the mean of ℓ per token.
 
-    With "length_normalised" routing an example of T tokens pays T times the loss of ℓ/T. So at every α the gradient by
-    ℓ is minus its `example_responsibilities`, and at α = 0 both quantities give the same loss.
+    With "length_normalised", the loss of an example of T tokens is T times the α-Rényi loss of ℓ/T. So at every α the
+    gradient with respect to ℓ is minus the `example_responsibilities`. At α = 0 both quantities give the same loss.
 
     Args:
         log_likelihood: ℓ [M, ...] in nats, summed over trained tokens.
-        tokens: trained tokens [...]; an example of none counts as one of one token.
+        tokens: number of trained tokens [...]; an example without any counts as one token.
         alpha: the Rényi order.
         log_weights: log w, as for `renyi_loss`.
         quantity: one of `QUANTITIES`.
@@ -100,12 +101,12 @@ def example_responsibilities(
     log_weights: Tensor | None = None,
     quantity: str = "sequence",
 ) -> Tensor:
-    """The share [M, ...] of each example that each member learns from under `example_loss`; arguments as there."""
+    """The share [M, ...] of each example that each member learns from under `example_loss`. The arguments are its."""
     return responsibilities(log_likelihood / routed_units(tokens, quantity), alpha, log_weights)
 
 
 def routed_units(tokens: Tensor, quantity: str) -> Tensor:
-    """What the log-likelihood of an example is divided by before it is routed, in the shape of its trained `tokens`."""
+    """The divisor of an example's ℓ before responsibilities are computed: 1, or its trained `tokens`. Shape [...]."""
     if quantity not in QUANTITIES:
         raise ValueError(f"quantity is {quantity!r}; it should be one of {QUANTITIES}")
     return tokens.clamp(min=1) if quantity == "length_normalised" else torch.ones_like(tokens)
@@ -114,8 +115,8 @@ def routed_units(tokens: Tensor, quantity: str) -> Tensor:
 def running_log_weights(log_weights: Tensor, log_prob: Tensor) -> Tensor:
     """Bayes' rule for one more token: log w_m + log p_m(y_t), normalised over members.
 
-    After a prefix, members that explained it count more. Weights stay as they are where no member of weight above 0
-    allows the token, which a logits processor may force: the evidence is 0 there, and 0/0 would be NaN.
+    After a prefix, members that explained it well count more. A logits processor may force a token that every member
+    with a weight above 0 rules out. The evidence is then 0, and 0/0 would be NaN. There the weights do not change.
 
     Args:
         log_weights: log w before the token, normalised, [M, ...].
@@ -130,9 +131,9 @@ def running_log_weights(log_weights: Tensor, log_prob: Tensor) -> Tensor:
 
 
 def jensen_gap(log_likelihood: Tensor, log_weights: Tensor | None = None) -> Tensor:
-    """Mean member NLL − mixture NLL = loss_0 − loss_1: what the members know apart that none knows alone.
+    """Mean member NLL − mixture NLL = loss_0 − loss_1: how much better the mixture explains data than a mean member.
 
-    In nats, shape [...] from [M, ...]. Never negative, and exactly 0 where the members agree exactly.
+    In nats, shape [...] from [M, ...]. It is never negative, and exactly 0 where the members agree exactly.
     Arguments and errors are those of `renyi_loss`.
     """
     _, deviation, log_weights = _centred(log_likelihood, log_weights)
@@ -142,20 +143,20 @@ def jensen_gap(log_likelihood: Tensor, log_weights: Tensor | None = None) -> Ten
 
 
 def effective_members(responsibilities: Tensor) -> Tensor:
-    """exp of the entropy over members, [...] from [M, ...]: 1 where one takes all, M where all share."""
+    """exp of the entropy over members, [...] from [M, ...]: 1 if one member takes all, M if all take equal shares."""
     r = _at_least_float32(responsibilities)
-    # log 1 stands in for log 0, so that neither 0 · log 0 nor its gradient is NaN.
+    # log 1 takes the place of log 0, so that neither 0 · log 0 nor its gradient is NaN.
     return (-r * torch.where(r > 0, r, 1.0).log()).sum(0).exp()
 
 
-# The numerics. As it stands, log Σ w exp(α ℓ) / α would lose every digit as α → 0.
+# The numerics. Computed directly, log Σ w exp(α ℓ) / α would lose every digit as α → 0.
 
 
 def _centred(log_likelihood: Tensor, log_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The best ℓ [...], each member's deviation from it [M, ...], at most 0, and normalised log w [M, ...].
+    """The greatest ℓ [...], each member's deviation from it [M, ...], at most 0, and normalised log w [M, ...].
 
-    The loss is the same wherever it is centred, so the centre is a constant to autograd. A dropped member
-    neither sets the centre nor deviates from it, lest its weight of 0 meet an infinity: 0 · inf is NaN.
+    The loss does not depend on the centre, so autograd treats the centre as a constant. A dropped member does not set
+    the centre, and its deviation is 0. Otherwise its weight of 0 could be multiplied by an infinity, which is NaN.
     """
     log_likelihood = _at_least_float32(log_likelihood)
     if log_weights is None:
@@ -171,31 +172,31 @@ def _centred(log_likelihood: Tensor, log_weights: Tensor | None) -> tuple[Tensor
 
     dropped = log_weights == -torch.inf
     centre = torch.where(dropped, -torch.inf, log_likelihood.detach()).amax(0)
-    # A finite centre keeps −inf − centre at −inf where every member has −inf; otherwise it would be NaN.
+    # The centre must be finite: where every member has −inf, −inf − (−inf) would be NaN.
     centre = centre.clamp(min=torch.finfo(centre.dtype).min)
     return centre, torch.where(dropped, 0.0, log_likelihood - centre), log_weights
 
 
 def _exponential_mean(deviation: Tensor, alpha: float | Tensor, log_weights: Tensor) -> Tensor:
-    """(1/α) log Σ_m w_m exp(α d_m), [...] from [M, ...], for deviations d ≤ 0 that reach 0.
+    """(1/α) log Σ_m w_m exp(α d_m), [...] from [M, ...], for deviations d ≤ 0 of which the greatest is 0.
 
-    The sum is 1 + u, with u = Σ_m w_m (exp(α d_m) − 1) between −1 and 0. For small u, expm1 and log1p keep
-    what 1 + u would round away; towards −1 it is 1 + u that cancels, and logsumexp keeps its digits.
+    The sum is 1 + u, with u = Σ_m w_m (exp(α d_m) − 1) between −1 and 0. For u near 0, expm1 and log1p keep the digits
+    that 1 + u would round away. For u near −1, 1 + u would cancel, and logsumexp keeps the digits.
     """
     order = _order(alpha, deviation.dtype)
     weights, exponent = log_weights.softmax(0), order * deviation
     u = (weights * exponent.expm1()).sum(0)
     small = u > -0.5
-    # The inner where keeps log1p off −1, where its slope is infinite and 0 · inf would be the gradient.
+    # The inner `where` keeps the argument of log1p away from −1: the slope is infinite there, and 0 · inf is NaN.
     near = torch.where(small, u, 0.0).log1p()
     far = (log_weights + exponent).logsumexp(0)
     return torch.where(small, near, far) / order
 
 
 def _order(alpha: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """α, or eps² if that is greater: so near 0 the loss is its own limit, and 0 needs no branch.
+    """α, or eps² if that is greater. At eps² the loss equals its limit at 0, so α = 0 needs no branch of its own.
 
-    eps² is a power of two, by which floats multiply and divide exactly: at α = 0 the scale leaves no trace.
+    eps² is a power of two, so multiplying and dividing by it is exact. At α = 0 it does not change the result.
     """
     smallest = torch.finfo(dtype).eps ** 2
     if isinstance(alpha, Tensor):

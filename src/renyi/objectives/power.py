@@ -1,32 +1,34 @@
-"""PowerFlow's loss: what a policy pays for one trajectory of its own on the way to a power of its base.
+"""PowerFlow's loss: it moves a policy toward a power of its base, by the policy's own trajectories.
 
-From "PowerFlow" (Chen, Chen, Li and Huang 2026, arXiv 2603.18363), a length-aware form of trajectory balance (Malkin et
-al. 2022, arXiv 2201.13259). For a trajectory y of n tokens, a base p and a policy π
+Source: "PowerFlow" (Chen, Chen, Li and Huang 2026, arXiv 2603.18363). It is a length-aware form of trajectory balance
+(Malkin et al. 2022, arXiv 2201.13259). For a trajectory y of n tokens, a base p and a policy π
 
     residual = log Z' + log π(y)/n − power · (log p(y)/n + ψ(y))                      `trajectory_residual`
     loss     = w · residual²                                                          `trajectory_balance`
 
-where ψ is a format penalty in nats a token and w an `importance_weight`. Z' is learned, or the mean of a group of
-trajectories of one prompt (`group_partition`); with this mean, the gradient on policy is twice GRPO's for the rewards
-power · (log p/n + ψ) − log π/n.
+ψ is a format penalty in nats per token, and w is an `importance_weight`. Z' is learned, or it is the mean over a group
+of trajectories of one prompt (`group_partition`). With the group's mean, the on-policy gradient is twice the gradient
+of GRPO with the rewards power · (log p/n + ψ) − log π/n.
 
 The residual is 0 for every y if and only if
 
     log π*(y) = power · (log p(y) + n ψ(y)) − λ n,    log Z' = λ                       `power_target`
 
-with λ the one number for which Σ_y π*(y) = 1. So the target is not p^power made to sum to one: λ is charged for every
-token and moves mass between lengths. It is convex in the power; where ψ = 0 it is 0 at power 1, and below 0 above. The
-entropy of sequences may rise with the power; divided by their mean length it is λ − power · dλ/dpower, and never rises.
-The target's next tokens follow by backward recursion (`power_next_token`).
+λ is the one number for which Σ_y π*(y) = 1. So the target is not p^power divided by its sum: λ applies to every token,
+and so it moves probability between lengths. λ is convex in the power. If ψ = 0, then λ is 0 at power 1 and negative
+above. The entropy of sequences may rise with the power. The entropy divided by the mean length is λ − power · dλ/dpower
+and never rises. The target's next-token probabilities follow by backward recursion (`power_next_token`).
 
-A loss of 0 on the policy's own trajectories does not prove that it is at the target: one that has collapsed on a few
-sequences has it, too, with another Z'.
+A loss of 0 on the policy's own trajectories does not prove that the policy is at the target. A policy that has
+collapsed to a few sequences has a loss of 0 as well, with another Z'.
 
-Two other balances, for comparison: "trajectory" is plain trajectory balance, of which the target is p^power made to sum
-to one; "token_mean" takes the base's log-likelihood by token and the policy's by sequence, which favours what is long
-and repeats itself (figure 3 of the paper).
+There are two other balances, for comparison:
 
-Nothing here knows of models, prompts, rollouts or how Z' is learned.
+- "trajectory" is plain trajectory balance. Its target is p^power divided by its sum.
+- "token_mean" takes the base's log-likelihood per token and the policy's per sequence. It favours long texts that
+  repeat themselves (figure 3 of the paper).
+
+Read next: `training/powerflow.py`, the trainer, and `training/partition.py`, which learns Z'.
 """
 
 import math
@@ -61,21 +63,21 @@ def trajectory_residual(
     penalty: Tensor | None = None,
     balance: str = "length_aware",
 ) -> Tensor:
-    """By how much a trajectory is out of balance, in nats; a token for "length_aware", else a sequence.
+    """How far a trajectory is from balance: in nats per token for "length_aware", else in nats per sequence.
 
     - length_aware: log Z' + log π/n − power · (log p/n + ψ)
     - trajectory: log Z + log π − power · (log p + n ψ)
     - token_mean: log Z + log π − power · (log p/n + ψ)
 
     Args:
-        log_policy: log π(y) in nats, summed over the trajectory's tokens, [..., B]. Half precision is raised to
-            float32, but was too coarse to sum in.
-        log_base: log p(y), alike; [B] serves every member of a [M, B] policy. −inf is impossible at every power, 0
-            included: the residual is inf.
-        tokens: n, at least 1, [B]; with the end of text wherever the log-likelihoods have it.
+        log_policy: log π(y) in nats, summed over the trajectory's tokens, [..., B]. Half precision is converted to
+            float32, but a sum that was taken in half precision has already lost digits.
+        log_base: log p(y) in nats, likewise; [B] serves every member of a policy [M, B]. −inf means impossible at
+            every power, including 0: the residual is inf.
+        tokens: n, at least 1, [B]. Count the end of text if the log-likelihoods include it.
         log_partition: log Z' (log Z), of a shape that broadcasts.
-        power: the exponent, at least 0. 1 is the base itself; above 1 sharpens, below 1 flattens.
-        penalty: ψ in nats a token, [B]; None is 0. −inf rules a trajectory out, as of `log_base`.
+        power: the exponent, at least 0. 1 gives the base itself, above 1 sharpens, below 1 flattens.
+        penalty: ψ in nats per token, [B]; None is 0. −inf excludes a trajectory, as in `log_base`.
         balance: one of `BALANCES`.
 
     Returns:
@@ -101,7 +103,7 @@ def trajectory_balance(
     """weight · residual², the loss of each trajectory: [..., B].
 
     Args:
-        weight: [..., B], as of `importance_weight`; None is 1.
+        weight: w, [..., B], from `importance_weight`; None is 1.
 
     Other arguments and errors are those of `trajectory_residual`.
     """
@@ -118,14 +120,14 @@ def group_partition(
     penalty: Tensor | None = None,
     balance: str = "length_aware",
 ) -> Tensor:
-    """The log Z' at which the residuals of a group have mean 0: a residual is then what it deviates from its group.
+    """The log Z' for which the residuals of a group have mean 0.
 
-    At the target it is λ in every group. Deviations sum to zero, so without importance weights the gradient would be
-    the same were it not detached.
+    Each residual is then a deviation from the group's mean. At the target, log Z' is λ in every group. It is detached. Without importance weights that does not change the gradient,
+    because the residuals of a group sum to zero.
 
     Args:
-        group_size: how many consecutive trajectories (of the last dimension) answer one prompt, at least 2: one alone
-            is its own mean, and nothing is learned.
+        group_size: how many consecutive trajectories (along the last dimension) answer one prompt, at least 2. A group
+            of one always has the residual 0, so nothing would be learned.
 
     Other arguments are those of `trajectory_residual`.
 
@@ -133,7 +135,7 @@ def group_partition(
         [..., B], detached; the same for every trajectory of a group.
 
     Raises:
-        ValueError: as `trajectory_residual`; or groups of that size do not fill the last dimension.
+        ValueError: as in `trajectory_residual`; or `group_size` does not divide the last dimension.
     """
     with torch.no_grad():
         residual = trajectory_residual(log_policy, log_base, tokens, 0.0, power, penalty, balance)
@@ -148,44 +150,44 @@ def group_partition(
 
 
 def importance_weight(log_policy: Tensor, log_behaviour: Tensor, low: float, high: float) -> ImportanceWeight:
-    """π(y) / behaviour(y) of whole sequences, held between `low` and `high`; detached.
+    """π(y) / behaviour(y) of whole sequences, clipped to the range from `low` to `high`; detached.
 
     Exactly 1 where both are equal, as they are on policy.
 
     Args:
         log_policy: log π(y) in nats, summed over the tokens, [..., B].
-        log_behaviour: that of the policy that wrote y, of a shape that broadcasts.
+        log_behaviour: the same under the policy that wrote y, of a shape that broadcasts.
         low, high: bounds of the ratio, 0 ≤ low ≤ 1 ≤ high.
 
     Raises:
-        ValueError: the bounds do not hold 1 between them.
+        ValueError: 1 is not between the bounds, or low is negative.
     """
     if not 0.0 <= low <= 1.0 <= high:
         raise ValueError(f"an importance weight between {low} and {high}; it should be 0 <= low <= 1 <= high")
     with torch.no_grad():
         ratio = (_at_least_float32(log_policy) - _at_least_float32(log_behaviour)).exp()
-        weight = ratio.clamp(low, high)  # a ratio that overflowed is inf, and has its bound, too
+        weight = ratio.clamp(low, high)  # a ratio that overflowed is inf, and is clipped as well
         return ImportanceWeight(weight, weight != ratio)
 
 
 def power_target(
     log_base: Tensor, tokens: Tensor, power: float, penalty: Tensor | None = None, balance: str = "length_aware"
 ) -> PowerTarget:
-    """The one distribution, and log Z, at which every residual is 0: in closed form, all sequences being known.
+    """The one distribution for which every residual is 0, and its log Z. All possible sequences must be given.
 
     - length_aware: log π* = power · (log p + n ψ) − λ n, and log Z' = λ
     - trajectory: log π* = power · (log p + n ψ) − log Z
     - token_mean: log π* = power · (log p/n + ψ) − log Z
 
     Args:
-        log_base: log p in nats of every sequence S there is, [..., S], in any order. −inf is impossible, and stays
-            so at every power: at power 0 the others alone share.
-        tokens: n of each, at least 1, [..., S].
-        power, penalty, balance: as of `trajectory_residual`.
+        log_base: log p in nats of each of the S possible sequences, [..., S], in any order. A sequence with −inf is
+            impossible and stays so at every power, including 0.
+        tokens: n of each sequence, at least 1, [..., S].
+        power, penalty, balance: as in `trajectory_residual`.
 
     Raises:
-        ValueError: as `trajectory_residual`; or a log-likelihood or penalty is NaN or inf, a sequence has no tokens, or
-            no sequence is possible.
+        ValueError: as in `trajectory_residual`; or a log-likelihood or penalty is NaN or inf, a sequence has no tokens,
+            or no sequence is possible.
     """
     n = tokens.double()
     log_target = _log_target(log_base.detach().double(), n, power, penalty, balance)
@@ -213,23 +215,24 @@ def power_next_token(
 
         π*(v | s) = p(v | s)^power e^−λ h(sv) / h(s),    h(s) = Σ_v p(v | s)^power e^−λ h(sv)
 
-    with h = e^(power · n · ψ) at the end of a sequence of n tokens, and h = 1 at the beginning. This last is not
-    computed but put: if `log_partition` is not λ, the probabilities of the first token do not sum to 1.
+    with h = e^(power · n · ψ) at the end of a sequence of n tokens, and h = 1 at the beginning. The last value is set
+    and not computed: if `log_partition` is not λ, the probabilities of the first token do not sum to 1.
 
     Args:
-        sequences: every sequence S there is, token ids ≥ 0 and then −1 as padding, [S, L]. None is another's beginning.
-        token_log_base: log p(y_t | y_<t) in nats, [S, L]; anything at padding.
+        sequences: all S possible sequences: token ids ≥ 0, then −1 as padding, [S, L]. No sequence may be the beginning
+            of another one.
+        token_log_base: log p(y_t | y_<t) in nats, [S, L]; any value at padding.
         power: the exponent, at least 0.
-        log_partition: λ in nats a token.
-        penalty: ψ of each sequence in nats a token, [S]; None is 0.
+        log_partition: λ in nats per token.
+        penalty: ψ of each sequence in nats per token, [S]; None is 0.
 
     Returns:
-        [S, L], float64, nats; 0 at padding, −inf from an impossible token on.
+        [S, L], float64, nats: 0 at padding, and −inf from an impossible token onwards.
 
     Raises:
         ValueError: the power is negative or not finite, or a sequence occurs twice.
     """
-    # node_of[t] numbers the prefixes of t tokens: the tree's nodes at depth t, as each sequence passes them.
+    # Prefixes are the nodes of a tree. node_of[t] [S] is the number of each sequence's node at depth t.
     node_of = [sequences.new_zeros(len(sequences))]
     for token in sequences.unbind(-1):
         node_of.append(torch.stack([node_of[-1], token]).unique(dim=1, return_inverse=True)[1])
@@ -245,7 +248,7 @@ def power_next_token(
     for t in reversed(range(sequences.shape[-1])):
         parent, child = node_of[t], node_of[t + 1]
         through = edge[:, t] + log_h
-        # As many sequences pass a child as lie below it, and each brings it into the sum.
+        # Every sequence below a child adds the child to the sum, so each adds it divided by their number.
         shared = through - child.bincount()[child].to(edge).log()
         log_h = _logsumexp_by(parent, shared)[parent] if t > 0 else torch.zeros_like(log_h)
         impossible = through == -math.inf
@@ -269,7 +272,7 @@ def _log_target(log_base: Tensor, tokens: Tensor, power: float, penalty: Tensor 
 
 
 def _powered(log_prob: Tensor, power: float) -> Tensor:
-    """power · log_prob. What is impossible stays so even at power 0, where 0 · −inf would be NaN."""
+    """power · log_prob. −inf stays −inf even at power 0, where 0 · −inf would be NaN."""
     if not 0.0 <= power < math.inf:
         raise ValueError(f"power is {power}; it should be 0 or more (1 is the base, above 1 sharpens) and finite")
     return torch.where(log_prob == -math.inf, log_prob, power * log_prob)
@@ -278,9 +281,9 @@ def _powered(log_prob: Tensor, power: float) -> Tensor:
 def _length_aware_partition(log_target: Tensor, n: Tensor) -> Tensor:
     """λ with f(λ) = log Σ_y exp(c_y − λ n_y) = 0, [...] from c [..., S], by Newton's method from 0.
 
-    f is convex and falls by at least 1 for 1, so the root is unique. A tangent lies below f: the first step ends left
-    of the root, and the next ones climb to it without passing it. By the same inequality each of them at least
-    quarters f · |f'|, so that some 50 exhaust float64 whatever the lengths. In practice five to ten do.
+    f is convex, and its slope is −1 or steeper, so the root is unique. A tangent lies below f. So the first step ends
+    at or left of the root, and the next steps move right to it without passing it. Each of these steps makes f · |f'|
+    at most a quarter of what it was. So about 50 steps exhaust float64 for any lengths; in practice 5 to 10 are enough.
     """
     log_partition = log_target.new_zeros(log_target.shape[:-1])
     for _ in range(100):
@@ -294,9 +297,9 @@ def _length_aware_partition(log_target: Tensor, n: Tensor) -> Tensor:
 
 
 def _logsumexp_by(group: Tensor, values: Tensor) -> Tensor:
-    """log Σ exp over the values [S] of each group, whose numbers [S] are 0 to G − 1: [G]."""
+    """log Σ exp of the values [S] in each group, [G]. `group` [S] has the number of each value's group, 0 to G − 1."""
     nothing = values.new_full((int(group.max()) + 1,), -math.inf)
-    # A finite top keeps −inf − top at −inf in a group that has nothing else; otherwise it would be NaN.
+    # The top must be finite: in a group that holds only −inf, −inf − (−inf) would be NaN.
     top = nothing.scatter_reduce(0, group, values, "amax").clamp(min=torch.finfo(values.dtype).min)
     return top + torch.zeros_like(top).index_add(0, group, (values - top[group]).exp()).log()
 

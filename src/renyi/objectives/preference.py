@@ -1,24 +1,24 @@
-"""What a labelled pair is worth to a model: the log-likelihood of a preference, and other losses in its place.
+"""The loss of preference pairs: the log-likelihood of a pair's label, and the other losses of TRL's DPOTrainer.
 
 A pair is a prompt x with a chosen completion y⁺ and a rejected one y⁻. A policy π and a reference π_ref give each
 completion a log-ratio log π(y|x) − log π_ref(y|x), and the pair a margin (Rafailov et al. 2023, arXiv 2305.18290)
 
     Δ = β [log-ratio(y⁺) − log-ratio(y⁻)]                                         `preference_margin`
 
-and the label the Bradley–Terry likelihood σ(Δ), so that an ensemble's members enter the α-Rényi loss by
+The label has the Bradley–Terry likelihood σ(Δ). So the members of an ensemble enter the α-Rényi loss by
 
     ℓ_m = log σ(Δ_m)                                                              `preference_log_likelihood`
 
-Any other loss of a single pair enters as ℓ_m = −loss_m (a Gibbs posterior). Losses and options carry the names and
-formulas of TRL's DPOTrainer, so that one member is that trainer. Losses that couple the pairs of a batch have no ℓ of
-one pair and are refused.
+Any other loss of a single pair enters as ℓ_m = −loss_m (a Gibbs posterior). Losses and options have the names and
+formulas of TRL's DPOTrainer, so an ensemble of one member equals that trainer. Some losses of TRL couple the pairs of a
+batch. They have no ℓ of a single pair and are refused.
 
-One label is one bit. Where annotators contradict each other on a pair and on nothing else, a margin of 0 predicts them
-as well as any mixture does, and for ℓ = log σ(Δ) members stay together at every α < 1. They part where one reward
-cannot fit the pooled preferences: where these are not transitive, as with a matter of taste that some rank above all
-else and others below.
+One label is one bit. Suppose annotators contradict each other on a pair and on nothing else. Then a margin of 0
+predicts the labels as well as any mixture, and with ℓ = log σ(Δ) the members stay together at every α < 1. Members
+separate where one reward cannot fit the pooled preferences, that is, where these are not transitive. An example is a
+matter of taste that some annotators rank above all else and others below all else.
 
-Nothing here knows of models, tokens in context, or batches of text.
+Read next: `training/dpo.py`, the trainer.
 """
 
 import math
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-# Why a loss of TRL's has no log-likelihood of a single pair.
+# Losses of TRL that have no log-likelihood of a single pair, and why.
 COUPLED_LOSSES = {
     "aot": "it sorts the margins of a batch",
     "aot_unpaired": "it sorts the log-ratios of a batch",
@@ -43,14 +43,14 @@ class PreferenceLoss:
     """The settings of a preference loss, under the names of TRL's DPOConfig.
 
     Attributes:
-        beta: β, how dear it is to leave the reference; for "ipo" the paper's τ.
-        loss_type: one or several of `PAIR_LOSSES`, which are then summed.
-        loss_weights: of each; 1 if None.
-        label_smoothing: share of flipped labels, for "robust" and "exo_pair".
+        beta: β, the strength of the pull to the reference; τ in the paper of "ipo".
+        loss_type: one or more of `PAIR_LOSSES`; several are summed.
+        loss_weights: the weight of each loss; None is 1 for all.
+        label_smoothing: the share of flipped labels, for "robust" and "exo_pair".
         f_divergence_type: "reverse_kl", "forward_kl", "js_divergence" or "alpha_divergence".
-        f_alpha_divergence_coef: of "alpha_divergence".
-        discopop_tau: of "discopop".
-        ld_alpha: weight of the tokens by which a completion is longer than the other; None is 1.
+        f_alpha_divergence_coef: the coefficient of "alpha_divergence".
+        discopop_tau: the temperature τ of "discopop".
+        ld_alpha: the weight of a completion's tokens beyond the length of the pair's shorter one; None is 1.
     """
 
     beta: float = 0.1
@@ -64,9 +64,9 @@ class PreferenceLoss:
 
 
 class LogRatios(NamedTuple):
-    """Log-ratios of chosen and rejected completions to the reference, nats, and the completions' lengths in tokens.
+    """Log-ratios of chosen and rejected completions to the reference, in nats, and the completions' lengths in tokens.
 
-    Ratios have any shape, members first; lengths are [B] and only needed by losses that normalise by them.
+    The ratios have any shape, members first. The lengths are [B]. Only losses that normalise by length need them.
     """
 
     chosen: Tensor
@@ -79,8 +79,8 @@ def preference_log_likelihood(ratios: LogRatios, loss: PreferenceLoss | None = N
     """ℓ of each pair under each member: log σ(Δ) for the "sigmoid" loss, −loss for any other.
 
     Args:
-        ratios: [M, B] log-ratios; half precision is raised to float32.
-        loss: which one; Bradley–Terry with β = 0.1 if None.
+        ratios: [M, B] log-ratios; half precision is converted to float32.
+        loss: the loss and its settings; None is Bradley–Terry with β = 0.1.
 
     Returns:
         [M, B], nats for "sigmoid".
@@ -96,10 +96,11 @@ def preference_log_likelihood(ratios: LogRatios, loss: PreferenceLoss | None = N
 
 
 def preference_margin(ratios: LogRatios, loss: PreferenceLoss | None = None) -> Tensor:
-    """Δ, so that σ(Δ) is the probability that the chosen completion is preferred.
+    """The margin Δ: σ(Δ) is the probability that the chosen completion is preferred.
 
-    β times the difference of the completions' log-ratios; of f'(ratio) under another f-divergence, and of the mean per
-    token for "sigmoid_norm". Shapes and errors as `preference_log_likelihood`.
+    Δ is β times the difference of the two completions' log-ratios. For another f-divergence it is the difference of
+    f'(ratio), and for "sigmoid_norm" the difference of the means per token. Shapes and errors are those of
+    `preference_log_likelihood`.
     """
     loss = loss or PreferenceLoss()
     ratios = _in_float(ratios)
@@ -107,15 +108,15 @@ def preference_margin(ratios: LogRatios, loss: PreferenceLoss | None = None) -> 
 
 
 def completion_log_prob(token_log_probs: Tensor, completion_mask: Tensor, ld_alpha: float | None = None) -> Tensor:
-    """Log-probabilities of completions from those of their tokens, the chosen half of the rows before the rejected.
+    """Log-probabilities of completions, from the log-probabilities of their tokens.
 
-    With `ld_alpha`, tokens beyond the length of the pair's shorter completion count that much (LD-DPO, Liu et al.
-    2024, arXiv 2409.06411).
+    The first half of the rows are the chosen completions, the second half the rejected ones. With `ld_alpha`, tokens
+    beyond the length of the pair's shorter completion have that weight (LD-DPO, Liu et al. 2024, arXiv 2409.06411).
 
     Args:
         token_log_probs: [..., 2B, T], zero outside of completions.
         completion_mask: [2B, T], 1 in completions.
-        ld_alpha: from 0 to 1; None is 1.
+        ld_alpha: a weight from 0 to 1; None is 1.
 
     Returns:
         [..., 2B], nats.
@@ -139,9 +140,9 @@ def _in_float(ratios: LogRatios) -> LogRatios:
 
 
 def _scores(ratios: LogRatios, loss: PreferenceLoss) -> tuple[Tensor, Tensor]:
-    """f'(ratio) of both completions, up to a constant: the log-ratio itself for the reverse KL.
+    """f'(ratio) of both completions, up to a constant (Wang et al. 2023, arXiv 2309.16240).
 
-    (Wang et al. 2023, arXiv 2309.16240.)
+    For the reverse KL it is the log-ratio itself.
     """
     score = _SCORES.get(loss.f_divergence_type)
     if score is None:
@@ -202,7 +203,7 @@ def _hinge(ratios: LogRatios, loss: PreferenceLoss) -> Tensor:
 
 
 def _ipo(ratios: LogRatios, loss: PreferenceLoss) -> Tensor:
-    """Azar et al. 2023 (arXiv 2310.12036), eq. 17, per token as TRL confirmed with its authors."""
+    """Azar et al. 2023 (arXiv 2310.12036), eq. 17, with means per token: TRL confirmed these with the authors."""
     return (_mean_difference(ratios, loss) - 1 / (2 * loss.beta)).square()
 
 
@@ -239,7 +240,7 @@ def _apo_zero(ratios: LogRatios, loss: PreferenceLoss) -> Tensor:
 
 
 def _apo_down(ratios: LogRatios, loss: PreferenceLoss) -> Tensor:
-    """The same, eq. 8: for completions worse than the model's own."""
+    """D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8: for completions worse than the model's own."""
     better = torch.sigmoid(loss.beta * (ratios.chosen - ratios.rejected))
     return torch.sigmoid(loss.beta * ratios.chosen) + 1 - better
 
