@@ -122,8 +122,8 @@ def group_partition(
 ) -> Tensor:
     """The log Z' for which the residuals of a group have mean 0.
 
-    Each residual is then a deviation from the group's mean. At the target, log Z' is λ in every group. It is detached. Without importance weights that does not change the gradient,
-    because the residuals of a group sum to zero.
+    Each residual is then a deviation from the group's mean. At the target, log Z' is λ in every group. It is detached.
+    Without importance weights that does not change the gradient, because the residuals of a group sum to zero.
 
     Args:
         group_size: how many consecutive trajectories (along the last dimension) answer one prompt, at least 2. A group
