@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from renyi import LoraEnsemble
-from renyi.ensemble.base import load_base
+from renyi.ensemble.base_model import load_base
 from renyi.errors import ConfigError
 
 SIZE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

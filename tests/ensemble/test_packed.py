@@ -22,7 +22,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from renyi import LoraEnsemble
 from renyi.ensemble import JointOutput, example_log_likelihood
-from renyi.ensemble.rows import repeat_packed
+from renyi.ensemble.member_rows import repeat_packed
 from renyi.errors import ConfigError
 from renyi.training.packing import check_packing
 

@@ -1,12 +1,13 @@
-"""Datasets and tokenizers: loading them, saying which row is wrong and why, and turning rows into tokens and labels.
+"""Loads datasets and tokenizers, checks rows, and turns rows into tokens and labels.
 
-Training, scoring, generation and every display stand on this, so that a row and a label mean the same to all. In order:
-`load` (with `files`), `rows` (with `messages`), `tokenizers`, `rendering`, `prepare`; `pairs`, `prepare_pairs`,
-`prompts` and `questions` are the other kinds of rows.
+Training, scoring, generation and every display use this package, so a row and a label mean the same everywhere. An
+error names the bad row and says what is wrong with it.
+
+Read in this order: `splits.py` (with `files.py`), `rows.py` (with `messages.py`), `tokenizers.py`, `rendering.py`,
+`prepare.py`. The other kinds of rows are in `pairs.py` and `prepare_pairs.py`, `prompts.py`, and `questions.py`.
 """
 
 from renyi.data.files import exact_dataset
-from renyi.data.load import choose_split, load_splits
 from renyi.data.messages import read_messages
 from renyi.data.pairs import check_pairs, read_pair
 from renyi.data.prepare import (
@@ -27,6 +28,7 @@ from renyi.data.questions import LETTERS, Question, read_questions
 from renyi.data.read import read_rows
 from renyi.data.rendering import chat_tokens, end_tokens, text_tokens, training_template
 from renyi.data.rows import FILE_COLUMN, ROW_COLUMN, Form, check_rows, number_rows
+from renyi.data.splits import choose_split, load_splits
 from renyi.data.tokenizers import (
     load_chat_template,
     load_tokenizer,

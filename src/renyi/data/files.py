@@ -2,7 +2,7 @@
 
 No type is guessed: text stays text, whatever other rows have in its place, and every cell of a csv file is text. Rows
 are read in chunks; a large file goes through an Arrow file in the cache, which is mapped into memory rather than held.
-`load.py` decides which files a dataset has; read it next.
+Read next: `splits.py`, which decides which files a dataset has.
 """
 
 import csv

@@ -1,6 +1,6 @@
 """Rows in whichever way a caller holds them: a file, a hub dataset, a list of dictionaries, or a dataset.
 
-Files and hub datasets are loaded in `load.py`; read it next.
+Read next: `splits.py`, which loads files and hub datasets.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from typing import Any
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from renyi.data.files import exact_dataset
-from renyi.data.load import choose_split, load_splits
+from renyi.data.splits import choose_split, load_splits
 from renyi.errors import ConfigError, DataError
 
 

@@ -2,10 +2,10 @@
 
 from renyi.ensemble.decode import MIXTURES, Generation
 from renyi.ensemble.ensemble import LoraEnsemble
+from renyi.ensemble.member_rows import JointOutput, example_log_likelihood
 from renyi.ensemble.modes import evaluating
 from renyi.ensemble.pool import BaseScore
 from renyi.ensemble.reference import Reference, completion_labels, read_preference, write_preference
-from renyi.ensemble.rows import JointOutput, example_log_likelihood
 
 __all__ = [
     "MIXTURES",

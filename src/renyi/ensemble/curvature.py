@@ -33,8 +33,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from renyi.ensemble.ensemble import LoraEnsemble, Snapshot
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
+from renyi.ensemble.member_rows import repeat_rows
 from renyi.ensemble.modes import evaluating
-from renyi.ensemble.rows import repeat_rows
 from renyi.errors import ConfigError, DataError
 from renyi.labels import IGNORED
 from renyi.measures import gradient_basis, random_basis

@@ -21,7 +21,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
-from renyi.ensemble.rows import repeat_rows
+from renyi.ensemble.member_rows import repeat_rows
 from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.measures import TokenUncertainty, token_uncertainty
 from renyi.objectives import effective_members, running_log_weights

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from renyi import __version__
 from renyi.ensemble import storage
-from renyi.ensemble.base import check_base, load_base, outside_language_model
+from renyi.ensemble.base_model import check_base, load_base, outside_language_model
 from renyi.ensemble.decode import Generation, OnToken, decode
 from renyi.ensemble.facade import TrainableModel
 from renyi.ensemble.joint import JointModel

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
+from renyi.ensemble.member_rows import JointOutput, repeat_packed, repeat_rows
 from renyi.ensemble.mesh import MemberMesh
 from renyi.ensemble.modes import evaluating
-from renyi.ensemble.rows import JointOutput, repeat_packed, repeat_rows
 from renyi.labels import IGNORED
 from renyi.members.layer import MemberSelection
 

@@ -1,5 +1,8 @@
-"""What a member is: kinds of members (`kind.py`, `point.py`), the layer they run in (`layer.py`), all layers of an
-ensemble together (`stack.py`), and their form as PEFT adapters (`adapters.py`)."""
+"""What a member is: the kinds of members, the layers that they run in, and their form as PEFT adapters.
+
+Read in this order: `kind.py` (the interface of a kind), `point.py` (the simplest kind), `layer.py` (one adapted layer
+with all members), `stack.py` (all layers of an ensemble), `adapters.py` (members as PEFT adapters and on disk).
+"""
 
 from renyi.members.kind import KINDS, MemberLayer, Noise, kind_of, register
 from renyi.members.layer import JointLayer, MemberSelection

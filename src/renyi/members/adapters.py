@@ -1,7 +1,9 @@
-"""Members as PEFT knows them: which layers they touch, how they are drawn, and how they lie on disk.
+"""Members as PEFT adapters: which layers they adapt, how they are drawn, and how they are read and written.
 
-This is the one file that touches PEFT's own layers. PEFT chooses the targets and draws the weights; we take its
-matrices, stack them over members and put our joint layer (`layer.py`) in the place of its layer.
+This is the only file that uses PEFT's own layers. PEFT chooses the target layers and draws the weights. We take its
+matrices, stack them over members, and replace its layer by our joint layer (`layer.py`).
+
+Read next: `ensemble/ensemble.py`, which builds an ensemble with these functions.
 """
 
 import copy
@@ -32,7 +34,7 @@ from renyi.members.layer import JointLayer, MemberSelection
 
 _KEY_PREFIX = "base_model.model."
 
-# What PEFT can do and an ensemble cannot, and why. A truthy value of the field is refused.
+# Options of PEFT that an ensemble does not support, and why. A truthy value of the field is refused.
 _REFUSED = {
     "use_dora": "a magnitude vector is not a low-rank update",
     "modules_to_save": "members may differ in their adapters only; the base is shared",
@@ -47,7 +49,7 @@ _INITS = (True, False, "gaussian", "orthogonal")
 
 
 def joint_layers(model: nn.Module) -> dict[str, JointLayer]:
-    """The joint layers inside `model` by their names, in the model's order."""
+    """The joint layers inside `model` by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, JointLayer)}
 
 
@@ -67,10 +69,10 @@ def draw_members(
     Args:
         model: a causal language model; changed in place, its own parameters frozen.
         peft_config: rank, scaling, dropout and targets, as for PEFT.
-        members: which to draw, at least one.
-        seed: of member 0.
+        members: the indices of the members to draw, at least one.
+        seed: the seed of member 0.
         selection: shared by all layers made here.
-        kind: of member.
+        kind: the kind of member.
 
     Returns:
         The config as PEFT resolved it (`"all-linear"` becomes a list of modules).
@@ -104,7 +106,7 @@ def draw_members(
 
 
 def check_config(config: PeftConfig, where: str | None = None) -> LoraConfig:
-    """`config`, if it describes plain LoRA that never touches the base weights; else raise `ConfigError`."""
+    """Return `config` if it describes plain LoRA that does not change the base's weights; else raise `ConfigError`."""
     if not isinstance(config, LoraConfig):
         raise ConfigError(
             f"{type(config).__name__} is not LoRA",
@@ -133,11 +135,11 @@ def check_config(config: PeftConfig, where: str | None = None) -> LoraConfig:
 
 @contextmanager
 def _peft_layers(model: PreTrainedModel, config: LoraConfig) -> Iterator[tuple[list[tuple[str, Any]], Any]]:
-    """Let PEFT adapt `model`, hand out its layers, and take them out again."""
+    """Let PEFT adapt `model`, yield PEFT's layers and resolved config, and remove the layers again."""
     config = copy.deepcopy(config)
     config.task_type = config.task_type or "CAUSAL_LM"
     with warnings.catch_warnings():
-        # PEFT warns that the model carries the name or config of an adapter drawn a moment ago.
+        # PEFT warns that the model has the name or config of another adapter: of the member that was drawn before.
         warnings.simplefilter("ignore")
         try:
             peft_model: Any = get_peft_model(model, config)
@@ -184,7 +186,7 @@ def _check_layer(name: str, layer: LoraLayer, model: PreTrainedModel) -> None:
 
 
 def check_targets(model: nn.Module, config: PeftConfig) -> None:
-    """Raise `ConfigError` if a name among `target_modules` fits no module: PEFT passes over it in silence."""
+    """Raise `ConfigError` if a name among `target_modules` fits no module. PEFT ignores such a name."""
     targets = getattr(config, "target_modules", None)
     if targets is None or isinstance(targets, str):
         return
@@ -220,12 +222,12 @@ def _shown(targets: object) -> str:
 
 
 class Adapter(NamedTuple):
-    """One member as it lies on disk.
+    """One member in the form in which it is saved.
 
     Attributes:
-        config: PEFT's.
+        config: PEFT's config.
         weights: (A [R, I], B [O, R]) by layer name.
-        kept: what the member has beside its mean, by layer name and name of the tensor; nothing for a point.
+        kept: the member's tensors beside its mean, by layer name and tensor name; empty for a point.
     """
 
     config: LoraConfig
@@ -234,7 +236,7 @@ class Adapter(NamedTuple):
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
-    """Write one member as an ordinary PEFT adapter folder, and beside it what else it has."""
+    """Write one member as an ordinary PEFT adapter folder. Its tensors beside the mean go to a file of their own."""
     config, weights, kept = adapter
     folder.mkdir(parents=True)
     config = copy.deepcopy(config)
@@ -251,7 +253,7 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an ordinary PEFT LoRA adapter folder, whoever wrote it.
+    """Read a PEFT LoRA adapter folder, from this library or from any other tool.
 
     Raises:
         EnsembleFormatError: a file is missing or damaged.
@@ -299,14 +301,14 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def layer_scaling(config: LoraConfig, layer: str, rank: int) -> float:
-    """The factor on BA in one layer of that rank, as PEFT computes it from a member's config."""
+    """The factor on BA in one layer of the given rank, as PEFT computes it from a member's config."""
     patterns = config.alpha_pattern or {}
     lora_alpha = patterns.get(get_pattern_key(list(patterns), layer), config.lora_alpha)
     return lora_alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def check_same_config(first: LoraConfig, other: LoraConfig, first_where: str, other_where: str) -> None:
-    """Raise `EnsembleFormatError` unless two adapters share what decides scaling and shapes."""
+    """Raise `EnsembleFormatError` unless two adapters have the same settings of scaling and shapes."""
     for name in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         if getattr(first, name) != getattr(other, name):
             raise EnsembleFormatError(
@@ -329,7 +331,7 @@ def check_same_base(first: LoraConfig, other: LoraConfig, first_where: str, othe
 
 
 def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
-    """A copy of a base that carries joint layers, without them and with one adapter merged in by PEFT."""
+    """A copy of `base` without its joint layers, into which PEFT has merged one adapter."""
     plain = copy.deepcopy(base)
     for name, layer in joint_layers(plain).items():
         parent, _, child = name.rpartition(".")

@@ -1,8 +1,10 @@
-"""What a member is: the interface of a kind of member, and the registry of kinds.
+"""The interface of a kind of member, and the registry of kinds.
 
-A kind is one class derived from `MemberLayer`, in one file (`point.py` is the first and the simplest). The joint layer
-(`layer.py`) asks it for matrices, `stack.py` handles the members of all layers together, and nothing else in the
-project knows what a member consists of.
+A kind is one class in one file, derived from `MemberLayer`. All other code uses members through this interface, so a
+new kind needs no change elsewhere but its line in `KINDS`.
+
+Read next: `point.py`, the simplest kind; `layer.py`, which asks a kind for matrices; and `stack.py`, which handles the
+members of all layers together.
 """
 
 from collections.abc import Mapping
@@ -16,35 +18,36 @@ from renyi.errors import ConfigError
 
 
 class Noise(NamedTuple):
-    """Where random members get their random numbers from in one training step.
+    """The source of random numbers for random members in one training step.
 
-    Every forward of the step sees the same noise: the one that scores pairs, the one that trains them, and the one that
-    gradient checkpointing repeats. So noise is a function of these numbers and is never kept.
+    Every forward of the step must see the same noise: the forward that scores, the forward that trains, and the one
+    that gradient checkpointing repeats. So the noise is computed from these numbers each time and is never stored.
 
     Attributes:
-        seed: of the step.
-        draws: S, how many draws of each member the step runs; rows are then those of M·S members.
+        seed: the seed of the step.
+        draws: S, the number of draws of each member in the step. The rows are then those of M·S members.
     """
 
     seed: int
     draws: int = 1
 
     def generator(self, layer: int, device: torch.device) -> torch.Generator:
-        """A generator that starts alike whenever a layer asks for one in this step."""
+        """A generator for one layer. It is in the same state whenever the layer asks for one in this step."""
         return torch.Generator(device).manual_seed((self.seed * 1_000_003 + layer) % 2**63)
 
 
 class MemberLayer(nn.Module):
     """The M members of one adapted layer, from I to O features at rank R.
 
-    Every parameter and buffer of a kind has the members on its first dimension, [M, …]. Growing, shrinking, splitting
-    over processes, copying and clipping rely on that and need nothing from a kind. A kind sets `kind` and defines
-    `drawn`, `mean` and `divergence`. The rest has defaults, which suit a kind whose mean is held in parameters
-    `lora_A` [M, R, I] and `lora_B` [M, O, R].
+    Every parameter and buffer of a kind has the members on its first dimension, [M, …]. Code that adds, removes, copies
+    or clips members, or splits them over processes, relies on that and needs nothing else from a kind.
+
+    A kind sets `kind` and defines `drawn` and `divergence`. The other methods have defaults. They suit a kind that
+    holds its mean in the parameters `lora_A` [M, R, I] and `lora_B` [M, O, R]; other kinds define `mean` as well.
 
     Attributes:
         kind: the name in `ensemble.json` and in the key `member_kind`.
-        number: of the layer, counted through the model; it tells the noise of layers apart.
+        number: the number of the layer in the model. It makes the noise of different layers different.
     """
 
     kind: ClassVar[str]
@@ -52,42 +55,46 @@ class MemberLayer(nn.Module):
 
     @classmethod
     def drawn(cls, A_MRI: Tensor, B_MOR: Tensor) -> Self:
-        """Fresh members around the matrices that PEFT draws for M adapters (its B is 0)."""
+        """Make fresh members from the matrices that PEFT draws for M adapters (PEFT's B is 0)."""
         raise NotImplementedError
 
     def mean(self) -> tuple[Tensor, Tensor]:
-        """Each member's own adapter, A [M, R, I] and B [M, O, R]: what is scored, merged and written for PEFT."""
-        held: Any = self  # `functional_call` may have put plain tensors in the places of parameters
+        """The mean adapter of each member, A [M, R, I] and B [M, O, R]. It is what is scored, merged and saved."""
+        held: Any = self  # `functional_call` may have replaced parameters by plain tensors
         return held.lora_A, held.lora_B
 
     def matrices(self, noise: Noise | None) -> tuple[Tensor, Tensor]:
-        """What a forward multiplies by: A [M·S, R, I] and B [M·S, O, R], member by member; the mean without noise."""
+        """The matrices of a forward: A [M·S, R, I] and B [M·S, O, R], member by member. Without noise, the mean."""
         return self.mean()
 
     def project(self, x_GNI: Tensor, A_GRI: Tensor, rows: Any) -> Tensor:
-        """A x [G, N, R] for N rows of each of G members (or of G rows that see one member each).
+        """A x [G, N, R], for N rows of each of G members (or for G rows, each with a member of its own).
 
-        A kind whose rows see noise of their own (flipout) redefines this. `rows` is the `MemberSelection`: its `noise`,
-        and which members and examples the rows are of.
+        A kind with different noise for each row (flipout) overrides this.
+
+        Args:
+            x_GNI: the inputs.
+            A_GRI: the matrices A of the members.
+            rows: the `MemberSelection`. It holds the noise, and the member and the example of each row.
         """
         return torch.bmm(x_GNI, A_GRI.transpose(1, 2))
 
     def divergence(self, origin: Mapping[str, Tensor], prior_std: float) -> Tensor:
-        """KL from the prior of width σ around where each member began, nats [M].
+        """KL divergence of each member from its prior, nats [M]. The prior has width σ around the member's start.
 
         Args:
-            origin: the layer's tensors as they were then, by name.
-            prior_std: σ, of every entry.
+            origin: the layer's tensors at the start, by name.
+            prior_std: σ, the same for every entry.
         """
         raise NotImplementedError
 
     def kept(self, place: int) -> dict[str, Tensor]:
-        """What one member's folder keeps beside the PEFT adapter of its mean, by name."""
+        """The tensors of one member that its folder holds beside the PEFT adapter of its mean, by name."""
         return {name: tensor[place] for name, tensor in self.state_dict().items() if name not in ("lora_A", "lora_B")}
 
     @torch.no_grad()
     def read(self, place: int, A: Tensor, B: Tensor, kept: Mapping[str, Tensor]) -> None:
-        """Become at one place what `mean` and `kept` gave: A [R, I], B [O, R]."""
+        """Fill one place with a member that was saved: A [R, I] and B [O, R] from `mean`, the rest from `kept`."""
         tensors = self.state_dict()
         for name, value in {"lora_A": A, "lora_B": B, **{x: kept[x] for x in self.kept(place)}}.items():
             tensors[name][place].copy_(value)
@@ -97,21 +104,21 @@ KINDS: dict[str, str | type[MemberLayer]] = {"point": "renyi.members.point"}
 
 
 def register(kind: type[MemberLayer]) -> type[MemberLayer]:
-    """Make a kind known by its name; a decorator. A kind in this package has its module in `KINDS` instead."""
+    """Register a kind by its name; a decorator. Kinds of this package also have their module in `KINDS`."""
     KINDS[kind.kind] = kind
     return kind
 
 
 def kind_of(name: str) -> type[MemberLayer]:
-    """The kind of that name.
+    """The kind with the given name.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such kind.
     """
     if name not in KINDS:
         raise ConfigError(f"{name!r} is no kind of member", where="member_kind", hint=f"Known: {', '.join(KINDS)}.")
     if isinstance(module := KINDS[name], str):
-        import_module(module)  # it registers itself
+        import_module(module)  # the module registers its kind
     found = KINDS[name]
     assert not isinstance(found, str)
     return found

@@ -1,7 +1,9 @@
 """A frozen layer with the adapters of M members, applied in one pass.
 
-The rows that come in are *member-major*: the first 1/M of them belong to member 0, the next to member 1, and so
-on. What a member consists of is the business of its kind (`kind.py`); this file sees a layer and stacked matrices.
+The incoming rows are *member-major*: the first 1/M of them belong to member 0, the next 1/M to member 1, and so on. The
+kind of the members (`kind.py`) provides the stacked matrices.
+
+Read next: `stack.py`, which handles the layers of a whole ensemble.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,14 +19,14 @@ from renyi.members.kind import MemberLayer, Noise
 
 
 class MemberSelection:
-    """Which members, examples and noise the rows of the next forward see; shared by all layers of an ensemble.
+    """The members, the examples and the noise of the rows in the next forward. All layers of an ensemble share it.
 
     Attributes:
-        members: None for all of them in order, or a tuple of member indices; the empty tuple is the base alone.
-        paired: whether each of `members` has one row of its own, and may come several times.
-        examples: which examples of the step's batch the rows are, the same for every member unless `paired`; None
-            for all of them in order. Only noise that differs from row to row asks for it.
-        noise: of the training step; None where every member is its mean.
+        members: a tuple of member indices; None for all members in order, the empty tuple for the base alone.
+        paired: whether each entry of `members` belongs to one row. A member may then occur several times.
+        examples: the places of the rows' examples in the step's batch; None for all of them in order. Unless `paired`,
+            they are the same for every member. Only noise that differs between rows needs this.
+        noise: the noise of the training step; None if every member is its mean.
     """
 
     def __init__(self) -> None:
@@ -43,7 +45,7 @@ class MemberSelection:
             yield
 
     def as_now(self) -> AbstractContextManager[None]:
-        """A context, for later, in which all is selected as now: there, checkpointed blocks run again."""
+        """A context for later use in which the selection is as it is now. Checkpointed blocks run again in it."""
         return self._set(self.members, self.paired, self.examples, self.noise)
 
     @contextmanager
@@ -59,7 +61,7 @@ class MemberSelection:
 
     @contextmanager
     def of_examples(self, examples: Tensor) -> Iterator[None]:
-        """The forwards inside run these examples of the step's batch only."""
+        """Run only these examples of the step's batch in the forwards inside."""
         before, self.examples = self.examples, examples
         try:
             yield
@@ -68,7 +70,7 @@ class MemberSelection:
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
-        """The forward inside has the same rows for every member: nothing tells them apart before a joint layer."""
+        """Say that in the forward inside, every member has the same rows until the first joint layer."""
         self._looks_for_first = not self.paired
         try:
             yield
@@ -82,28 +84,28 @@ class MemberSelection:
         return x is self._first
 
     def of(self, stacked: Tensor) -> Tensor:
-        """The matrices of the selected members from those of all, [M, …]."""
+        """The matrices of the selected members, from the matrices of all members [M, …]."""
         if self.members is None:
             return stacked
-        if self._index is None:  # once for all layers, for a GPU waits for it
+        if self._index is None:  # made once for all layers, because a GPU has to wait for it
             self._index = torch.tensor(self.members, device=stacked.device)
         return stacked[self._index]
 
 
 class JointLayer(nn.Module):
-    """A frozen layer plus one low-rank update a member: `y_m = base(x_m) + scaling · B_m A_m dropout(x_m)`.
+    """A frozen layer plus one low-rank update per member: `y_m = base(x_m) + scaling · B_m A_m dropout(x_m)`.
 
-    The base layer is called, never copied or inspected, so a quantised one stays quantised.
+    The base layer is never changed, so a quantised layer stays quantised.
 
     Attributes:
-        acting: matrices A [K, R, I] and B [K, O, R] to use in the members' place; None for the members themselves.
+        acting: matrices A [K, R, I] and B [K, O, R] to use instead of the members' own; None for the members' own.
 
     Args:
-        base_layer: the frozen layer, in features I to out features O on the last dimension.
+        base_layer: the frozen layer, from I to O features on the last dimension.
         members: the members of this layer, of any kind.
         scaling: factor on the update (`lora_alpha / r`, or `lora_alpha / √r` with rsLoRA).
-        dropout: probability of dropping an input of the update, drawn apart for every row.
-        selection: which members the incoming rows belong to.
+        dropout: probability of dropping an input of the update; each row has its own draw.
+        selection: the members that the incoming rows belong to.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class JointLayer(nn.Module):
         self.selection = selection
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Map member-major rows [M·N, …, I] to [M·N, …, O] (or [1, M·N, I], the members one after another)."""
+        """Map member-major rows [M·N, …, I] to [M·N, …, O]. A packed row [1, M·N, I] has the members in sequence."""
         if self.selection.members == ():
             return self.base_layer(x, *args, **kwargs)
         A_MRI, B_MOR = self.members.matrices(self.selection.noise) if self.acting is None else self.acting
@@ -144,22 +146,22 @@ class JointLayer(nn.Module):
         result_MNO = result.reshape(num_members, -1, result.shape[-1])
         if result.dtype == low_MNR.dtype:
             updated = torch.baddbmm(result_MNO, low_MNR, B_MOR.transpose(1, 2), alpha=self.scaling)
-        else:  # a half-precision base under float32 adapters without autocast: add in float32, as PEFT does
+        else:  # a half-precision base with float32 adapters and no autocast: add in float32, as PEFT does
             updated = result_MNO + self.scaling * torch.bmm(low_MNR, B_MOR.transpose(1, 2))
         return updated.to(result.dtype).view_as(result)
 
     def _as_one_node(self, x: Tensor, A_MRI: Tensor, B_MOR: Tensor) -> tuple[Tensor | None, ...] | None:
-        """Arguments for `_JointLinear` in their common precision; None where the layer must be called."""
+        """Arguments for `_JointLinear` in their common precision; None if `base_layer` itself must be called."""
         layer = self.base_layer
         if not self.training or type(layer) is not nn.Linear or not isinstance(self.lora_dropout, nn.Identity):
             return None
         if type(self.members).project is not MemberLayer.project:
-            return None  # the one node knows no noise that differs from row to row
+            return None  # `_JointLinear` cannot apply noise that differs between rows
         if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
-            return None  # accelerate brings offloaded weights in this way
+            return None  # accelerate loads offloaded weights in hooks
         precision = _common_dtype(x, layer.weight, A_MRI)
         if precision is None or (precision == torch.float32 and len(A_MRI) == 1):
-            return None  # one member is PEFT's adapter to the last digit, its order of sums included
+            return None  # one member must equal PEFT's adapter to the last digit, so sums keep PEFT's order
         return tuple(None if t is None else t.to(precision) for t in (x, layer.weight, layer.bias, A_MRI, B_MOR))
 
     def extra_repr(self) -> str:
@@ -167,17 +169,17 @@ class JointLayer(nn.Module):
 
 
 def _common_dtype(x: Tensor, weight: Tensor, adapter: Tensor) -> torch.dtype | None:
-    """What a matrix product of the three is computed in, if that is one precision for all."""
+    """The precision of a matrix product of the three; None if they have different ones."""
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype if x.dtype == weight.dtype == adapter.dtype else None
 
 
 class _JointLinear(torch.autograd.Function):
-    """A frozen linear layer and its members' updates as one node: updates are added where the base's product lies.
+    """A frozen linear layer and its members' updates as one autograd node. Updates are added to the output in place.
 
-    Autograd by itself copies the layer's output in the forward and adds two gradients by its input in the backward. A
-    second derivative is not to be had here; evaluation mode takes the other way.
+    Without it, autograd would copy the layer's output in the forward and add two gradients of its input in the
+    backward. This node has no second derivative. It is used in training mode only.
     """
 
     @staticmethod

@@ -1,4 +1,7 @@
-"""Members that are points: one LoRA adapter each, without noise. The ensemble is then M adapters and their weights."""
+"""Members that are points: each member is one LoRA adapter, without noise.
+
+Read next: `layer.py`, which applies the adapters.
+"""
 
 from collections.abc import Mapping
 from typing import Self
@@ -10,7 +13,7 @@ from renyi.members.kind import MemberLayer, register
 
 @register
 class PointLayer(MemberLayer):
-    """The adapters of one layer."""
+    """The LoRA adapters of M members in one layer."""
 
     kind = "point"
 
@@ -23,7 +26,7 @@ class PointLayer(MemberLayer):
         return cls(A_MRI, B_MOR)
 
     def divergence(self, origin: Mapping[str, Tensor], prior_std: float) -> Tensor:
-        """‖φ_m − φ_m⁰‖² / (2σ²): the KL of a point, up to a constant that no training changes."""
+        """‖φ_m − φ_m⁰‖² / (2σ²): the KL divergence of a point, up to a constant that does not depend on φ_m."""
         square_M = (self.lora_A - origin["lora_A"]).square().sum((1, 2))
         square_M = square_M + (self.lora_B - origin["lora_B"]).square().sum((1, 2))
         return square_M / (2 * prior_std**2)

@@ -1,6 +1,7 @@
-"""The members of an ensemble, all layers together: read, copied, grown, shrunk, and replaced for a while.
+"""The members of an ensemble in all layers together: read, copied, added, removed, and replaced for a while.
 
-It relies on what every kind promises (`kind.py`): the members are on the first dimension of each of a layer's tensors.
+This works for every kind of member, because every tensor of a kind has the members on its first dimension (`kind.py`).
+Read next: `adapters.py`, the members as PEFT adapters.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +20,11 @@ Matrices = Mapping[str, tuple[Tensor, Tensor]]  # (A, B) by layer name
 
 
 class MemberStack:
-    """The members that are in this process.
+    """The members that this process holds.
 
     Attributes:
-        layers: the joint layers by their names, in the model's order.
-        selection: which members the rows of the next forward see.
+        layers: the joint layers by name, in the model's order.
+        selection: the members that the rows of the next forward see.
     """
 
     def __init__(self, model: nn.Module, selection: MemberSelection):
@@ -31,7 +32,7 @@ class MemberStack:
 
     @property
     def kind(self) -> str:
-        """The members' kind; "point" while others act in their place."""
+        """The members' kind; "point" inside `acting_as`."""
         first = next(iter(self.layers.values()))
         return first.members.kind if first.acting is None else "point"
 
@@ -39,11 +40,11 @@ class MemberStack:
         return [p for layer in self.layers.values() for p in layer.members.parameters()]
 
     def names(self) -> set[str]:
-        """What the members' tensors are called in the base's state dict; all others are the base's own."""
+        """The names of the members' tensors in the base's state dict. All other names are the base's own tensors."""
         return {f"{name}.members.{x}" for name, layer in self.layers.items() for x in layer.members.state_dict()}
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Each layer's A [M, R, I] and B [M, O, R], of the members' means or of those that act in their place."""
+        """Each layer's A [M, R, I] and B [M, O, R]: the members' means, or the matrices given to `acting_as`."""
         return {n: layer.members.mean() if layer.acting is None else layer.acting for n, layer in self.layers.items()}
 
     @property
@@ -52,12 +53,17 @@ class MemberStack:
         return not any(bool(B.any()) for _, B in self.matrices().values())
 
     def redraw(self, seed: int | None, draws: int = 1) -> None:
-        """Whatever is random in members: new, and the same in every forward until the next call; None: the means."""
+        """Draw the random parts of members anew. They stay the same in every forward until the next call.
+
+        Args:
+            seed: of the noise; None to use the means instead.
+            draws: S, the number of draws of each member.
+        """
         self.selection.noise = None if seed is None else Noise(seed, draws)
 
     @contextmanager
     def acting_as(self, matrices: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Run forwards with A [K, R, I] and B [K, O, R] of each layer in the members' place."""
+        """Run forwards with the given A [K, R, I] and B [K, O, R] of each layer instead of the members' own."""
         layers = list(self.layers.values())
         before, noise = [layer.acting for layer in layers], self.selection.noise
         self.selection.noise = None
@@ -71,7 +77,13 @@ class MemberStack:
                 layer.acting = pair_before
 
     def prior(self, std: float) -> Callable[[], Tensor]:
-        """What gives the members' divergences from a prior around where they are now, nats [M]."""
+        """A function that returns the members' divergences from a prior, nats [M].
+
+        The prior is centred on the members as they are now.
+
+        Args:
+            std: the prior's width σ.
+        """
         layers = [layer.members for layer in self.layers.values()]
         origins = [{n: p.detach().clone() for n, p in layer.state_dict(keep_vars=True).items()} for layer in layers]
 
@@ -83,7 +95,7 @@ class MemberStack:
 
     @torch.no_grad()
     def keep(self, places: list[int]) -> None:
-        """Hold the members of these places only, in this order; one that is named twice becomes two."""
+        """Keep only the members at these places, in this order. A place that is given twice becomes two members."""
         for layer in self.layers.values():
             for module in layer.members.modules():
                 for name, parameter in list(module.named_parameters(recurse=False)):
@@ -92,11 +104,12 @@ class MemberStack:
                     setattr(module, name, buffer[places].clone())
 
     def adapters(self, config: LoraConfig, gathered: Callable[[Tensor], Tensor]) -> Callable[[int], Adapter]:
-        """Gather what every member consists of, and return what gives each one as it is written to a file.
+        """Gather the tensors of all members, and return a function from a member's index to its `Adapter`.
 
         Args:
-            config: of all adapters.
-            gathered: takes a tensor of this process's members to one of all, where files are written.
+            config: the LoRA config of all adapters.
+            gathered: from a tensor of this process's members to a tensor of all members. Only the process that writes
+                files needs all members.
         """
         means = {n: (gathered(A), gathered(B)) for n, (A, B) in self.matrices().items()}
         kept: dict[str, dict[str, Tensor]] = {}
@@ -112,10 +125,10 @@ class MemberStack:
         return adapter
 
     def read(self, place: int, adapter: Adapter, where: str) -> None:
-        """Fill one place with a member that lies in a folder.
+        """Fill one place with a member that was read from a folder.
 
         Raises:
-            EnsembleFormatError: its layers or shapes are not those of the base, or it lacks a part.
+            EnsembleFormatError: its layers or shapes are not those of the base, or a tensor is missing.
         """
         self.check(adapter.weights, where)
         for name, layer in self.layers.items():
@@ -127,7 +140,7 @@ class MemberStack:
             layer.members.read(place, *adapter.weights[name], adapter.kept.get(name, {}))
 
     def check(self, weights: Matrices, where: str) -> None:
-        """Raise `EnsembleFormatError` unless a member's matrices are of this base's layers and of their shapes."""
+        """Raise `EnsembleFormatError` unless a member's matrices have the layers and shapes of this base."""
         if self.layers.keys() != weights.keys():
             odd = sorted(self.layers.keys() ^ weights.keys())
             raise EnsembleFormatError(
