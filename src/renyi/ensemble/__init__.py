@@ -1,4 +1,9 @@
-"""M adapters on one base: build, load and save them; the joint forward; sequence log-likelihoods."""
+"""M adapters on one frozen base: build, load and save them, run the joint forward, and decode.
+
+Read in this order: `ensemble.py` (the class `LoraEnsemble`), `joint.py` (the joint forward), `head.py` (token scores
+without logits in memory), `decode.py` (generation). `storage.py` and `describe.py` read and write folders;
+`curvature.py` is for diagnosis.
+"""
 
 from renyi.ensemble.decode import MIXTURES, Generation
 from renyi.ensemble.ensemble import LoraEnsemble

@@ -1,4 +1,7 @@
-"""The base model of an ensemble: loaded by its architecture, and checked for what an ensemble can stand on."""
+"""Loads the base model of an ensemble, and checks that an ensemble can be built on it.
+
+Read next: `head.py`, which checks the head.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -14,17 +17,18 @@ from renyi.errors import ConfigError, EnsembleFormatError
 
 
 def load_base(name: str | Path) -> PreTrainedModel:
-    """The base model in a folder or of a hub id, by the class that its config names, as training loads it.
+    """Load the base model from a folder or a hub id, with the class that its config names.
 
-    A vision-language model is then the same one in training and here. Code that comes with a model is never run.
+    Training uses the same class, so a vision-language model is the same model in both places. Code that comes with a
+    model is never run.
 
     Raises:
-        EnsembleFormatError: it cannot be loaded.
+        EnsembleFormatError: the model cannot be loaded.
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         named = getattr(transformers, (config.architectures or [""])[0], None)
-        # A checkpoint of a bare backbone or of another head names a class that cannot write text.
+        # The checkpoint of a model without a language-model head names a class that cannot generate text.
         writes = getattr(named, "__name__", "").endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
         kind: Any = named if writes else AutoModelForCausalLM
         return kind.from_pretrained(name, dtype="auto")
@@ -37,7 +41,7 @@ def load_base(name: str | Path) -> PreTrainedModel:
 
 
 def check_base(base: PreTrainedModel) -> None:
-    """Raise `ConfigError` unless a model is a causal language model whose head is known."""
+    """Raise `ConfigError` unless a model is a causal language model with a supported head."""
     kind, hint = type(base).__name__, "Give a causal language model, such as Llama, Qwen or GPT-2."
     if base.config.is_encoder_decoder:
         raise ConfigError(f"{kind} is an encoder with a decoder", where="model", hint=hint)
@@ -49,7 +53,7 @@ def check_base(base: PreTrainedModel) -> None:
 
 
 def _sees_what_follows(base: PreTrainedModel) -> bool:
-    """Whether the last token changes the hidden states before it, as in BERT."""
+    """Whether the last token changes the hidden states of earlier tokens, as in BERT."""
     ids = torch.tensor([[0, 1, 2, 0], [0, 1, 2, 1]], device=base.device)
     with torch.no_grad(), evaluating(base):
         states = base.base_model(input_ids=ids).last_hidden_state[:, :-1].float()
@@ -58,7 +62,7 @@ def _sees_what_follows(base: PreTrainedModel) -> bool:
 
 
 def outside_language_model(base: PreTrainedModel) -> list[str]:
-    """The names of linear layers that text does not pass through: of a vision tower and of its projector."""
+    """The names of linear layers that text does not pass through: those of a vision tower and its projector."""
     decoder = base.get_decoder() if hasattr(base.config, "vision_config") else None
     if decoder is None or decoder is base:
         return []

@@ -1,24 +1,24 @@
-"""How one fitted adapter's log-likelihoods bend and pull: per-example gradients and curvature in its parameters.
+"""Per-example gradients and curvature of log-likelihoods in the parameters of one fitted adapter.
 
-The joint forward runs M stacked adapters, a block of rows each. Stack copies of *one* adapter instead, and the same
-pass answers other questions, for any architecture and without a loop:
+The joint forward runs M stacked adapters, each on its own block of rows. If the stack holds copies of *one* adapter,
+the same pass gives other results, for any architecture and without a loop:
 
-    a copy an example     the gradient of Σ_i ℓ_i in the stack is the matrix of per-example gradients [E, P]
-    a copy a direction    tangents in the stack are the logits' derivatives along k directions at once, J_t U
+    one copy per example     the gradient of Σ_i ℓ_i in the stack is the matrix of per-example gradients [E, P]
+    one copy per direction   tangents in the stack are the derivatives of logits along k directions at once, J_t U
 
-From these comes what `renyi.measures.stability` needs: J from the gradients, and V as one of
+`renyi.measures.stability` needs two matrices. J comes from the gradients. V is one of
 
-    "fisher"    Σ_t J_tᵀ (diag p_t − p_t p_tᵀ) J_t, the Gauss–Newton matrix at the data's own prefixes: never negative
-    "hessian"   −∇² ℓ_i, which has the residuals' curvature as well: the same on average where the model is right
+    "fisher"    Σ_t J_tᵀ (diag p_t − p_t p_tᵀ) J_t, the Gauss–Newton matrix at the data's own prefixes; never negative
+    "hessian"   −∇² ℓ_i, which also has the curvature of the residuals; equal on average if the model is right
 
-and, beside the first, the empirical matrix of single tokens, Σ_t g_t g_tᵀ: the same on average where tokens are
-calibrated, and less sensitive to a fit that is not quite finished.
+With "fisher" there is also the empirical matrix of single tokens, Σ_t g_t g_tᵀ. It is equal to V on average if tokens
+are calibrated. It is less sensitive to a fit that is not quite finished.
 
-LoRA has a gauge: A → GA, B → BG⁻¹ leaves every logit as it is, so V is singular along R² directions a layer. J is
-zero there, too, so that is harmless with damping, or in a subspace that gradients span.
+LoRA has a gauge freedom: A → GA, B → BG⁻¹ does not change any logit. So V is singular along R² directions per layer. J
+is zero along them as well. So this does no harm with damping, or in a subspace that gradients span.
 
-Everything runs without dropout, and log-probabilities are in float32 or better. This file knows nothing about
-thresholds, ensembles' objectives or files.
+Everything runs without dropout, and log-probabilities are in float32 or better. Read next: `inference/diagnose.py`,
+which uses this file to compute a critical alpha.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,21 +39,21 @@ from renyi.errors import ConfigError, DataError
 from renyi.labels import IGNORED
 from renyi.measures import gradient_basis, random_basis
 
-TOKENS_PER_PASS = 1 << 12  # of all copies together; larger passes were not faster on a CPU
+TOKENS_PER_PASS = 1 << 12  # tokens of all copies together; larger passes were not faster on a CPU
 
 Batch: TypeAlias = Mapping[str, Tensor]  # input_ids, attention_mask, labels [rows, T], padded on the right
-Score: TypeAlias = Callable[[Tensor, Batch], Tensor]  # token log-probabilities [rows, T − 1] to one number an example
+Score: TypeAlias = Callable[[Tensor, Batch], Tensor]  # token log-probabilities [rows, T − 1] to one number per example
 Curvature: TypeAlias = Literal["fisher", "hessian"]
 
 
 class Projected(NamedTuple):
-    """Examples' gradients and curvature in the coordinates of k directions, as `cross_fitted` takes them.
+    """Gradients and curvature of examples in the coordinates of k directions: the arguments of `cross_fitted`.
 
     Attributes:
         log_likelihood: ℓ_i, [N], nats.
         gradients: Uᵀ∇ℓ_i, [N, k].
         curvature: Uᵀ V_i U, [N, k, k].
-        empirical: Σ_t (Uᵀ∇ℓ_it)(Uᵀ∇ℓ_it)ᵀ over trained tokens, [N, k, k]; for "fisher" only.
+        empirical: Σ_t (Uᵀ∇ℓ_it)(Uᵀ∇ℓ_it)ᵀ over trained tokens, [N, k, k]; None unless curvature is "fisher".
         basis: U, [P, k].
     """
 
@@ -67,11 +67,11 @@ class Projected(NamedTuple):
 class AdapterSpace:
     """The parameters of one member of an ensemble as vectors [P].
 
-    Layer by layer in the order of the model: A [R, I] row by row, then B [O, R] row by row.
+    A vector holds the layers in the model's order: for each layer A [R, I] row by row, then B [O, R] row by row.
 
     Attributes:
-        ensemble: whose member it is.
-        origin: the member's parameters as they were when this was made, [P].
+        ensemble: the ensemble of the member.
+        origin: the member's parameters when this object was created, [P].
     """
 
     def __init__(self, ensemble: LoraEnsemble, member: int = 0):
@@ -87,11 +87,11 @@ class AdapterSpace:
         return len(self.origin)
 
     def flatten(self, matrices: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
-        """[…, P] from every layer's (A […, R, I], B […, O, R])."""
+        """Flatten every layer's (A […, R, I], B […, O, R]) to vectors […, P]."""
         return torch.cat([x.flatten(-2) for name in self._shapes for x in matrices[name]], dim=-1)
 
     def unflatten(self, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Every layer's (A […, R, I], B […, O, R]) from […, P]."""
+        """Split vectors […, P] into every layer's (A […, R, I], B […, O, R])."""
         sizes = [shape.numel() for pair in self._shapes.values() for shape in pair]
         parts = iter(vectors.split(sizes, dim=-1))
         return {
@@ -100,7 +100,7 @@ class AdapterSpace:
         }
 
     def displaced(self, offsets: Tensor) -> Snapshot:
-        """K copies of the member, each moved by its row of `offsets` [K, P], as members of equal weight."""
+        """K copies of the member as a snapshot with equal weights. Copy k is moved by row k of `offsets` [K, P]."""
         weights = self.ensemble.weights.new_full((len(offsets),), 1 / len(offsets))
         return Snapshot(weights, list(self.unflatten(self.origin + offsets.to(self.origin)).values()))
 
@@ -113,17 +113,17 @@ def per_example_gradients(
 ) -> tuple[Tensor, Tensor]:
     """ℓ_i of every example and its gradient in the adapter's parameters, in one forward and one backward.
 
-    Holds about 2EP floats beside the activations of the batch's rows.
+    It needs memory for about 2EP floats beside the activations of the batch's rows.
 
     Args:
         space: the adapter.
-        batch: E · rows_per_example rows; those of one example stand E apart, as in TRL's batches of pairs.
-        score: ℓ_i, or any other number of an example, from its rows' token log-probabilities and the batch; by default
-            their sum.
+        batch: E · rows_per_example rows. The rows of one example are E rows apart, as in TRL's batches of pairs.
+        score: from token log-probabilities of the rows and the batch to ℓ_i, or to any other number per example; by
+            default the sum over tokens.
         rows_per_example: 2 for pairs.
 
     Returns:
-        [E] and [E, P]; zero where nothing is trained.
+        ℓ [E] and gradients [E, P]; zero for examples without trained tokens.
     """
     rows = torch.arange(len(batch["input_ids"])).view(rows_per_example, -1).T.flatten()
     grouped = {name: batch[name][rows] for name in ("input_ids", "attention_mask", "labels")}
@@ -148,21 +148,23 @@ def diagnose_curvature(
     tokens_per_pass: int = TOKENS_PER_PASS,
     seed: int = 0,
 ) -> Projected:
-    """What decides when members spread, for a dataset: examples projected on the directions gradients are greatest in.
+    """Gradients and curvature of a dataset's examples along the directions in which gradients are greatest.
 
     Args:
         space: the fitted adapter.
-        batches: the examples to project. Time is that of num_directions forwards over each.
-        spanning: other examples, whose gradients span the subspace: one forward and backward over each, and memory
-            for 2 · num_directions + a batch's rows of P floats. None takes random directions, which see little.
-        num_directions: k, at most: fewer where gradients span fewer.
+        batches: the examples to project. This takes the time of num_directions forwards over each.
+        spanning: other examples, whose gradients span the subspace. They take one forward and backward each, and memory
+            for P times (2 · num_directions + the rows of a batch) floats. None takes random directions; these show
+            little of a conflict.
+        num_directions: the greatest k. There are fewer directions if the gradients span fewer.
         curvature: "fisher" or "hessian".
-        margin: of preference pairs; then examples are pairs with ℓ_i = log σ(Δ_i), as `project_pairs` says.
-        tokens_per_pass: how many tokens of all copies run at once, for "fisher".
-        seed: of random directions.
+        margin: computes the margin Δ of preference pairs; the examples are then pairs with ℓ_i = log σ(Δ_i), see
+            `project_pairs`. None for sequences.
+        tokens_per_pass: number of tokens of all copies that run at once, for "fisher".
+        seed: of the random directions.
 
     Raises:
-        ValueError: the spanning examples' gradients are all zero.
+        ValueError: the gradients of the spanning examples are all zero.
     """
     if spanning is None:
         basis = random_basis(space.size, num_directions, seed).to(space.origin)
@@ -184,11 +186,11 @@ def project(
 
     Args:
         space: the adapter.
-        batches: one example a row.
+        batches: one example per row.
         basis: U, any k columns [P, k].
-        curvature: "fisher", by forward-mode tangents; or "hessian", by k backward passes through the gradient of a
-            forward over P floats an example.
-        tokens_per_pass: how many tokens of all copies run at once, for "fisher".
+        curvature: "fisher", by forward-mode tangents; or "hessian", by k backward passes through the gradient, with P
+            floats per example.
+        tokens_per_pass: number of tokens of all copies that run at once, for "fisher".
     """
     of_batch = {"fisher": _project_fisher, "hessian": _project_hessian}.get(curvature)
     if of_batch is None:
@@ -202,16 +204,16 @@ def project(
 
 
 def project_pairs(space: AdapterSpace, batches: Iterable[Batch], basis: Tensor, margin: Score) -> Projected:
-    """The same for preference pairs under Bradley–Terry: ℓ_i = log σ(Δ_i), V_i = σ(Δ_i) σ(−Δ_i) ∇Δ_i ∇Δ_iᵀ.
+    """Gradients and curvature of preference pairs (Bradley–Terry): ℓ_i = log σ(Δ_i), V_i = σ(Δ_i) σ(−Δ_i) ∇Δ_i ∇Δ_iᵀ.
 
-    A pair has one outcome, so nothing within it can agree: a model that gives each pair its right odds has critical
-    alpha 1, however annotators differ.
+    A pair has one outcome, so there is no agreement within an example that could raise J. A model that gives each pair
+    its right odds has critical alpha 1, however much annotators differ.
 
     Args:
         space: the adapter.
-        batches: of pairs, chosen rows first; with what `margin` needs beside the rows.
+        batches: batches of pairs, chosen rows first, with the other entries that `margin` needs.
         basis: U, [P, k].
-        margin: Δ [B] from the token log-probabilities of the 2B rows and the batch.
+        margin: from the token log-probabilities of the 2B rows and the batch to Δ [B].
     """
     found = [per_example_gradients(space, batch, margin, rows_per_example=2) for batch in batches]
     margin_N = torch.cat([values for values, _ in found])
@@ -227,7 +229,10 @@ def project_pairs(space: AdapterSpace, batches: Iterable[Batch], basis: Tensor, 
 def fisher_product(
     space: AdapterSpace, batches: Iterable[Batch], vectors: Tensor, tokens_per_pass: int = TOKENS_PER_PASS
 ) -> Tensor:
-    """The mean Fisher matrix of sequences times the columns of `vectors` [P, n]: tangents forward, products back."""
+    """The mean Fisher matrix of sequences times the columns of `vectors` [P, n].
+
+    It is computed by forward-mode tangents of the logits, followed by a backward pass.
+    """
     product, examples = torch.zeros_like(vectors), 0
     with evaluating(space.ensemble), _twice_differentiable(space.ensemble):
         for batch in batches:
@@ -287,7 +292,7 @@ def _project_fisher(space: AdapterSpace, batch: Batch, basis: Tensor, tokens_per
     g, V, empirical = (ell.new_zeros(examples, *shape) for shape in ((k,), (k, k), (k, k)))
     for at, log_p_nV, dz_knV, _ in _logit_tangents(space, hidden, tangents):
         p_nV = log_p_nV.exp()
-        # ∂ log p_v along each direction, of every v that might have followed.
+        # ∂ log p_v along each direction, for every possible next token v.
         score_nkV = (dz_knV - (p_nV * dz_knV).sum(dim=-1, keepdim=True)).transpose(0, 1)
         target_n11 = targets[at, None, None]
         g_nk = score_nkV.gather(2, target_n11.expand(-1, k, 1))[..., 0]
@@ -299,13 +304,13 @@ def _project_fisher(space: AdapterSpace, batch: Batch, basis: Tensor, tokens_per
 
 
 def _project_hessian(space: AdapterSpace, batch: Batch, basis: Tensor, tokens_per_pass: int) -> tuple[Tensor, ...]:
-    """By the coordinates themselves: example i runs at θ + U c_i, and log p is differentiated in c at 0."""
+    """Derivatives in the coordinates c: example i runs at θ + U c_i, and log p is differentiated at c = 0."""
     coordinates = space.origin.new_zeros(len(batch["input_ids"]), basis.shape[1], requires_grad=True)
     with torch.enable_grad():
         log_probs_NT = _plain_log_probs(space, space.origin + coordinates @ basis.T.to(space.origin), batch)
         ell = log_probs_NT.sum(dim=1)
         (g,) = torch.autograd.grad(ell.sum(), coordinates, create_graph=True)
-        # Each example has coordinates of its own, so a column's sum has the examples' rows side by side.
+        # Each example has its own coordinates, so the gradient of a column's sum has one row per example.
         rows = [torch.autograd.grad(column.sum(), coordinates, retain_graph=True)[0] for column in g.unbind(1)]
     return ell.detach(), g.detach(), -torch.stack(rows, dim=1)
 
@@ -314,7 +319,7 @@ def _project_hessian(space: AdapterSpace, batch: Batch, basis: Tensor, tokens_pe
 def _tangents(
     space: AdapterSpace, batch: Batch, basis: Tensor, tokens_per_pass: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Hidden states [n, D] of trained positions, their derivatives along k directions [k, n, D], targets and mask."""
+    """Hidden states [n, D] of trained positions, their derivatives along k directions [k, n, D], targets, and mask."""
     parts = []
     for columns in _columns_per_pass(batch, basis.shape[1], tokens_per_pass):
         along = basis[:, columns].T.to(space.origin)
@@ -330,7 +335,7 @@ def _tangents(
 def _logit_tangents(
     space: AdapterSpace, hidden: Tensor, tangents: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Chunks of positions: where, log p [n, V], the logits' tangents [k, n, V], and the transform's slope [n, V]."""
+    """Chunks of positions: slice, log p [n, V], tangents of the logits [k, n, V], slope of the transform [n, V]."""
     head: Any = space.ensemble.get_output_embeddings()
     transform = _transform(space)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
@@ -347,7 +352,7 @@ def _logit_tangents(
 
 
 def _plain_log_probs(space: AdapterSpace, stack: Tensor, batch: Batch) -> Tensor:
-    """Token log-probabilities [rows, T − 1] that can be differentiated twice, unlike those of the frozen head."""
+    """Token log-probabilities [rows, T − 1] that can be differentiated twice; those of `head.py` cannot."""
     hidden, targets, mask = _supervised(space, stack, batch)
     head: Any = space.ensemble.get_output_embeddings()
     z_nV = _transform(space)(head(hidden).to(torch.promote_types(hidden.dtype, torch.float32)))
@@ -355,9 +360,9 @@ def _plain_log_probs(space: AdapterSpace, stack: Tensor, batch: Batch) -> Tensor
 
 
 def _supervised(space: AdapterSpace, stack: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states [n, D] before trained tokens when each adapter of the stack [E, P] sees its share of the rows.
+    """Hidden states [n, D] before trained tokens. Each adapter of the stack [E, P] sees its own share of the rows.
 
-    Also the tokens [n], and where they are: [rows, T − 1].
+    The other results are the trained tokens [n], and a mask of their positions [rows, T − 1].
     """
     backbone = space.ensemble.base.base_model
     if space.ensemble.stack.selection.members is not None:
@@ -394,7 +399,7 @@ def _repeated(batch: Batch, copies: int) -> dict[str, Tensor]:
 
 @contextmanager
 def _twice_differentiable(ensemble: LoraEnsemble) -> Iterator[None]:
-    """Attention from plain operations: fused kernels have neither forward-mode nor second derivatives."""
+    """Compute attention with plain operations, because fused kernels have no forward-mode and no second derivatives."""
     implementation = ensemble.base.config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         ensemble.base.set_attn_implementation("eager")

@@ -1,7 +1,9 @@
-"""Text from a mixture of members, token by token: the decode loop over member-major rows with one KV cache.
+"""Generates tokens from a mixture of members: the decoding loop over member-major rows with one KV cache.
 
-The base is read once a step for all members. transformers prepares everything that is not about members: processors,
-warpers, stopping criteria, the cache. This file knows nothing about text, prompts or files; it sees token ids.
+One forward of the base per step serves all members. transformers prepares everything that does not depend on members:
+processors, warpers, stopping criteria and the cache. Input and output are token ids.
+
+Read next: `inference/generate.py`, which generates text from prompts.
 """
 
 import difflib
@@ -30,7 +32,7 @@ MIXTURES = ("sequence", "token", "member")
 
 OnToken = Callable[[Tensor, TokenUncertainty], object]
 
-# What transformers' generate does otherwise than by one distribution a step, and what needs a second model.
+# Settings of transformers' `generate` that need more than one distribution per step, or a second model.
 _REFUSED = (
     "num_beams",
     "num_beam_groups",
@@ -43,12 +45,12 @@ _REFUSED = (
     "assistant_early_exit",
     "use_mtp",
 )
-# A prompt is read in chunks of so many rows' tokens on a CPU: tensors that outgrow what the allocator keeps are given
-# back and faulted in anew, which doubles the time.
+# On a CPU a prompt is read in chunks of about this many tokens, summed over rows. Larger tensors exceed the memory that
+# the allocator keeps; it returns them to the system and gets them back as new pages, which doubles the time.
 _CPU_ROWS = 512
 _CACHES = (None, "dynamic", "offloaded", "quantized", "static")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
-# Lowest and highest value, whether the lowest is left out, and what to say to any other.
+# Lowest and highest value, whether the lowest value itself is excluded, and the hint for other values.
 _RANGES: dict[str, tuple[float, float, bool, str]] = {
     "temperature": (0, 1e9, False, "a number from 0, which takes the likeliest token"),
     "top_k": (0, 1e9, False, "an integer from 0, which keeps all tokens"),
@@ -61,26 +63,26 @@ _LISTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn")
 
 
 class Generation(NamedTuple):
-    """B answers of at most N new tokens, and how sure the ensemble is of them.
+    """B answers of at most N new tokens, and the ensemble's uncertainty about them.
 
-    K members are mixed in an answer: M, or 1 with mixture="member", where every other shape has M before B unless one
-    member was chosen. Uncertainties are of the mixture before temperature and other warpers, in nats, as
-    `token_uncertainty` defines them. After the end of an answer every quantity of a token is 0.
+    An answer comes from a mixture of K members. K is M, or 1 with mixture="member"; then the other shapes have M before
+    B, unless one member was chosen. Uncertainties are those of the mixture before temperature and other warpers, in
+    nats, as in `token_uncertainty`. After the end of an answer every quantity of a token is 0.
 
     Attributes:
-        sequences: [B, T + N], the prompts, padded on their left, and the answers, padded on their right.
-        mask: [B, N] bool, True where a token was generated; the end-of-text token is one.
-        log_prob: [B, N] float64, of each token under the mixture.
-        weights: [K, B, N] float64, running weights of the members that each token was predicted with.
-        total: [B, N] float64.
-        aleatoric: [B, N] float64.
-        epistemic: [B, N] float64.
+        sequences: [B, T + N], the prompts, padded on the left, and the answers, padded on the right.
+        mask: [B, N] bool, True where a token was generated, including the end-of-text token.
+        log_prob: [B, N] float64, log-probability of each token under the mixture, nats.
+        weights: [K, B, N] float64, running weights of the members with which each token was predicted.
+        total: [B, N] float64, total uncertainty of each token.
+        aleatoric: [B, N] float64, aleatoric uncertainty of each token.
+        epistemic: [B, N] float64, epistemic uncertainty of each token.
         member_log_likelihood: [K, B] float64, log p_m(answer | prompt) in nats.
-        mixture_nll: [B] float64, −log of the answer's probability under the mixture it was decoded from, nats.
-        mean_epistemic: [B] float64, over the answer's tokens.
-        max_epistemic: [B] float64.
-        disagreement: [B] float64, the mean variation ratio: the weight of members that would have said something else
-            than most, from 0 to 1 − 1/K.
+        mixture_nll: [B] float64, −log of the answer's probability under the mixture that generated it, nats.
+        mean_epistemic: [B] float64, mean over the answer's tokens.
+        max_epistemic: [B] float64, maximum over the answer's tokens.
+        disagreement: [B] float64, the mean variation ratio: the weight of the members whose most likely token is not
+            the majority's, from 0 to 1 − 1/K.
         effective_members: [B] float64, exp of the entropy of the posterior over members given the answer, 1 to K.
     """
 
@@ -100,7 +102,7 @@ class Generation(NamedTuple):
 
     @property
     def new_tokens(self) -> Tensor:
-        """[B, N], what was generated: `sequences` without the prompts."""
+        """The generated tokens [B, N]: `sequences` without the prompts."""
         return self.sequences[..., self.sequences.shape[-1] - self.mask.shape[-1] :]
 
 
@@ -123,9 +125,9 @@ def decode(
 
     Args:
         base: in evaluation mode, with M members in its joint layers.
-        weights: of these members, [M], summing to one.
+        weights: mixture weights of these members, [M], summing to one.
 
-    The others, and what raises, are those of `LoraEnsemble.generate`.
+    Other arguments and errors are those of `LoraEnsemble.generate`.
     """
     if mixture not in MIXTURES:
         raise ConfigError(f"{mixture!r} is none of {', '.join(MIXTURES)}", where="mixture")
@@ -134,7 +136,7 @@ def decode(
     input_ids, attention_mask = _left_padded(input_ids.to(base.device), attention_mask)
     log_weights = weights.to(base.device).double().log().log_softmax(0)
     by_member = mixture == "member"
-    if by_member:  # rows of their own, each a mixture of one
+    if by_member:  # each member has rows of its own, which are a mixture of one member
         input_ids, attention_mask = (x.repeat(len(weights), 1) for x in (input_ids, attention_mask))
         log_weights = log_weights.new_zeros(1)
     if streamer is not None and len(input_ids) > 1:
@@ -151,7 +153,7 @@ def decode(
 
 
 class _Prepared(NamedTuple):
-    """What transformers' `generate` hands to a decoding loop."""
+    """The arguments that transformers' `generate` passes to a decoding loop."""
 
     input_ids: Tensor
     processors: Any
@@ -161,7 +163,7 @@ class _Prepared(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """What the loop kept: the rows' final ids, and of every step rows [B] or members' rows [K, B]."""
+    """The results of the loop: the final ids, and for every step values of rows [B] or of members and rows [K, B]."""
 
     sequences: Tensor
     mask: list[Tensor]
@@ -179,7 +181,7 @@ def _loop(
     streamer: BaseStreamer | None,
     on_token: OnToken | None,
 ) -> _Steps:
-    """transformers' own loop, with the members' distributions mixed before a token is chosen."""
+    """The decoding loop of transformers, but with the members' distributions mixed before a token is chosen."""
     ids_BT, processors, criteria, config, _ = prepared
     num_members, batch = len(log_weights), len(ids_BT)
     forward = _Forward(base, prepared, num_members)
@@ -223,7 +225,7 @@ def _loop(
 
 
 def _check_numbers(log_p_KBV: Tensor) -> None:
-    """Raise `EnsembleFormatError` if a distribution is no distribution; one logit that is no number spoils its row."""
+    """Raise `EnsembleFormatError` if a distribution holds NaN. One logit that is NaN makes the whole row NaN."""
     broken_KB = log_p_KBV[..., 0].isnan()
     if broken_KB.any():
         member = int(broken_KB.any(-1).nonzero()[0])
@@ -238,9 +240,8 @@ def _check_numbers(log_p_KBV: Tensor) -> None:
 class _Forward:
     """Next-token logits [K·B, V] of member-major rows by the model's own forward, which reads new tokens only.
 
-    Private methods of transformers do what only a model knows, and were made for decoding loops such as this one: how
-    a prompt is read in chunks, how mask and positions grow, and whether a step can be compiled (CUDA graphs, where
-    the cache is static).
+    It uses private methods of transformers that serve decoding loops. They depend on the model: how a prompt is read in
+    chunks, how mask and positions grow, and whether a step can be compiled (CUDA graphs, if the cache is static).
     """
 
     def __init__(self, base: Any, prepared: _Prepared, num_members: int):
@@ -248,8 +249,8 @@ class _Forward:
         batch = len(prepared.input_ids)
         self.kwargs = {k: repeat_rows(v, num_members, batch) for k, v in prepared.model_kwargs.items()}
         if "logits_to_keep" in self.kwargs:
-            # The last position by index, not by slice: rows that do not lie one after another are multiplied batch by
-            # batch, for which a CPU copies the whole head once a row.
+            # Select the last position by an index and not by a slice. A slice is not contiguous; a CPU then multiplies
+            # row by row and copies the whole head for each row.
             self.kwargs["logits_to_keep"] = torch.tensor([-1], device=base.device)
         if self.config.prefill_chunk_size is None and base.device.type == "cpu" and self._can_chunk():
             self.config.prefill_chunk_size = max(1, _CPU_ROWS // (num_members * batch))
@@ -270,16 +271,16 @@ class _Forward:
         return output.logits[:, -1]
 
     def _can_chunk(self) -> bool:
-        """Whether the cache is attention's and nothing else's."""
+        """Whether the cache holds keys and values of attention only."""
         cache = self.kwargs.get("past_key_values")
         return isinstance(cache, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 
 def _mixed(logits_KBV: Tensor, log_p_KBV: Tensor, log_w_KB: Tensor) -> Tensor:
-    """log p̄ [B, V] at the level of the members' logits, as transformers' processors expect scores.
+    """log p̄ [B, V] plus the members' mean log-normaliser, because transformers' processors expect logits.
 
-    A penalty on repetition looks at the sign of a logit, so log p̄ is lifted by the members' mean log-normaliser:
-    members that agree exactly are penalised just as each of them would be alone.
+    A repetition penalty depends on the sign of a logit. With the log-normaliser, members that agree exactly are
+    penalised as each of them alone would be.
     """
     if len(logits_KBV) == 1:
         return logits_KBV[0].clone()
@@ -315,7 +316,7 @@ def _summarise(steps: _Steps, log_weights: Tensor) -> Generation:
 
 
 def _by_member(generation: Generation, num_members: int) -> Generation:
-    """Rows [M·B] as [M, B]."""
+    """Reshape rows [M·B] to [M, B]."""
     mixed = ("weights", "member_log_likelihood")  # their rows are the second dimension
 
     def split(name: str, value: Tensor) -> Tensor:
@@ -325,22 +326,22 @@ def _by_member(generation: Generation, num_members: int) -> Generation:
 
 
 def _generator(seed: int | None, base: PreTrainedModel) -> torch.Generator | None:
-    """What to draw from; without a seed torch's global generator."""
+    """The generator for sampling; None, for torch's global generator, without a seed."""
     return None if seed is None else torch.Generator(base.device).manual_seed(seed)
 
 
-# ---- What goes in ----------------------------------------------------------------------------------------------------
+# ---- Inputs and settings ---------------------------------------------------------------------------------------------
 
 
 def _prepare(
-    base: Any,  # to mypy, `generate` is a tensor
+    base: Any,  # mypy takes `generate` for a tensor
     input_ids: Tensor,
     attention_mask: Tensor,
     generation_config: GenerationConfig | None,
     tokenizer: PreTrainedTokenizerBase | None,
     settings: dict[str, Any],
 ) -> _Prepared:
-    """Let transformers' `generate` prepare everything, and stop it where its own loop would begin."""
+    """Let transformers' `generate` prepare everything, and take over where its own loop would begin."""
 
     def hand_over(model: Any, input_ids: Tensor, **given: Any) -> _Prepared:
         processors, criteria = given.pop("logits_processor"), given.pop("stopping_criteria")
@@ -351,7 +352,7 @@ def _prepare(
     if stop_strings:
         if tokenizer is None:
             raise ConfigError("cannot be found without a tokenizer", where="stop_strings", hint="Give `tokenizer`.")
-        # By hand, for `generate` keeps the tokenizer to itself when it is given another loop.
+        # Added here, because `generate` does not pass the tokenizer on to a custom loop.
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
     given = {"cache_implementation": "dynamic", **settings, "stopping_criteria": criteria, "stop_strings": None}
     try:
@@ -367,7 +368,7 @@ def _prepare(
 
 
 def _setting(name: str, base: PreTrainedModel, config: GenerationConfig | None, settings: dict[str, Any]) -> Any:
-    """A setting as it will hold: given by name, by a config, or the model's own."""
+    """The value of a setting that applies: given by name, else by a config, else the model's own."""
     if name in settings:
         return settings[name]
     given = getattr(config, name, None)
@@ -407,14 +408,14 @@ def _check_settings(base: PreTrainedModel, config: GenerationConfig | None, sett
 
 
 def _settled(settings: dict[str, Any], config: GenerationConfig | None) -> dict[str, Any]:
-    """The settings with `do_sample` decided: a temperature, top_k, top_p or min_p is given in order to sample.
+    """The settings with `do_sample` filled in: a temperature, top_k, top_p or min_p turns sampling on.
 
     Raises:
-        ConfigError: `do_sample` is False beside a temperature.
+        ConfigError: `do_sample` is False, but a temperature is given.
     """
     given = {name: settings.get(name, getattr(config, name, None)) for name in _SAMPLING}
     do_sample = settings.get("do_sample", getattr(config, "do_sample", None))
-    if given["temperature"] == 0:  # the likeliest token, whatever else is given
+    if given["temperature"] == 0:  # the most likely token, whatever else is given
         return {**{k: v for k, v in settings.items() if k not in _SAMPLING}, "temperature": None, "do_sample": False}
     if do_sample is False and given["temperature"] not in (None, 1):
         raise ConfigError(
@@ -428,7 +429,7 @@ def _settled(settings: dict[str, Any], config: GenerationConfig | None) -> dict[
 
 
 def _left_padded(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same tokens with all padding on the left, where a decoder needs it."""
+    """The same tokens with all padding moved to the left, as a decoder needs it."""
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     attention_mask = attention_mask.to(input_ids)

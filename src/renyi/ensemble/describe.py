@@ -1,6 +1,6 @@
-"""An ensemble as its files tell it: what it stands on, how big it is, and how far apart its members are.
+"""Describes an ensemble from its files: its base, its size, and the distances between its members.
 
-Reads adapters only and never loads the base model. It knows nothing about printing.
+It reads the adapters only and never loads the base model. Read next: `cli/info.py`, which prints the description.
 """
 
 from collections.abc import Sequence
@@ -16,18 +16,18 @@ from renyi.members.adapters import Adapter, layer_scaling, read_adapter
 
 
 class Description(NamedTuple):
-    """What the files of an ensemble of M members say. An update is scaling·BA, all layers of a member as one vector.
+    """A description of an ensemble of M members. A member's update is scaling·BA of all its layers, as one vector.
 
     Attributes:
-        folder: where it lies.
-        manifest: what `ensemble.json` holds.
-        rank: of every member, as configured.
+        folder: the ensemble's folder.
+        manifest: the content of `ensemble.json`.
+        rank: the configured rank of every member.
         lora_alpha: numerator of the scaling.
         rslora: whether the scaling is lora_alpha/√rank.
-        targets: last names of the adapted layers.
+        targets: last parts of the names of the adapted layers, such as q_proj.
         layers: number of adapted layers.
-        parameters: of one member.
-        bytes: of all adapter files.
+        parameters: number of parameters of one member.
+        bytes: size of all adapter files together.
         norms: ‖update_m‖_F, [M].
         distances: ‖update_m − update_n‖_F, [M, M].
         cosines: ⟨update_m, update_n⟩ / (‖update_m‖·‖update_n‖), [M, M]; 0 where an update is 0.
@@ -48,10 +48,10 @@ class Description(NamedTuple):
 
 
 def describe(path: str | Path) -> Description:
-    """Describe an ensemble given as a folder or a hub id.
+    """Describe an ensemble that is given as a folder or a hub id.
 
     Raises:
-        EnsembleFormatError: something is missing or damaged.
+        EnsembleFormatError: a file is missing or damaged.
     """
     folder = resolve_folder(path)
     manifest = read_manifest(folder)
@@ -81,7 +81,7 @@ def describe(path: str | Path) -> Description:
 def update_gram(members: Sequence[Adapter]) -> Tensor:
     """Inner products of the members' updates, float64 [M, M].
 
-    With updates s·BA of rank R, ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ): two R × R matrices, and no update is ever formed.
+    For updates s·BA of rank R, ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ). This needs two R × R matrices, but not BA itself.
     """
     gram = torch.zeros(len(members), len(members), dtype=torch.float64)
     for layer in members[0].weights:

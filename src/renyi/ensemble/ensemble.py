@@ -1,6 +1,6 @@
-"""M LoRA adapters on one frozen base model: made, loaded, saved, changed, and asked to write.
+"""`LoraEnsemble`, M LoRA adapters on one frozen base model: create, load, save and change it, and generate with it.
 
-How they run at once stands in `joint.py`. This file knows nothing about objectives or trainers.
+Read next: `joint.py`, which runs all members in one forward.
 """
 
 import copy
@@ -30,7 +30,7 @@ from renyi.members import MemberSelection, MemberStack, adapters, kind_of
 
 
 class Snapshot(NamedTuple):
-    """Members as they were, or others of their shapes: weights [K], and every layer's A [K, R, I] and B [K, O, R]."""
+    """A frozen copy of K members: their weights [K], and every layer's A [K, R, I] and B [K, O, R]."""
 
     weights: Tensor
     layers: list[tuple[Tensor, Tensor]]
@@ -39,20 +39,20 @@ class Snapshot(NamedTuple):
 class LoraEnsemble(TrainableModel, JointModel):
     """A distribution over LoRA adapters: M members with mixture weights on one frozen base.
 
-    Make one with `from_base` or `load`.
+    Create one with `from_base` or `load`.
 
     Attributes:
-        base: the transformers model, with joint layers in the places of its target layers; frozen but for them.
-        stack: what the members consist of, layer by layer.
+        base: the transformers model, in which joint layers replace the target layers. Only the members are trainable.
+        stack: the members' tensors, layer by layer.
         peft_config: the LoRA config shared by all members.
         weights: mixture weights [M], float32, summing to one.
-        alpha: Rényi order the ensemble was trained with.
-        routing_quantity: what was routed, "sequence" or "length_normalised".
-        folder: what the ensemble was loaded from, which also says how training prepared its rows; None if it was made
-            here, or from a list of adapters.
-        mesh: the processes that members are split over; None if all of them are here. On a mesh a forward runs this
-            process's own members only, and what speaks of all of them (`log_likelihood`, `save`) is called by all
-            processes together.
+        alpha: Rényi order of the training.
+        routing_quantity: what responsibilities were computed from, "sequence" or "length_normalised".
+        folder: the folder that the ensemble was loaded from. It also says how training prepared its rows. None for an
+            ensemble from `from_base`, or from a list of adapters.
+        mesh: the processes that members are split over; None if this process holds all members. On a mesh, a forward
+            runs this process's own members only. Methods about all members (`log_likelihood`, `save`) must be called
+            by all processes together.
     """
 
     def __init__(
@@ -80,17 +80,17 @@ class LoraEnsemble(TrainableModel, JointModel):
         mesh: MemberMesh | None = None,
         member_kind: str = "point",
     ) -> "LoraEnsemble":
-        """Draw M fresh members on a base model; the ensemble comes in evaluation mode.
+        """Draw M fresh members on a base model. The ensemble is in evaluation mode.
 
-        Member m is what PEFT draws after `torch.manual_seed(seed + m)`: its A is random and its B zero, so all
-        members agree until training breaks the tie.
+        Member m is what PEFT draws after `torch.manual_seed(seed + m)`. Its A is random and its B is zero, so all
+        members are equal to the base until training changes B.
 
         Args:
             model: a loaded causal language model (changed in place and frozen), a local folder or a hub id.
             num_members: M ≥ 1.
             peft_config: rank, alpha, rsLoRA, dropout and targets of every member, as for PEFT.
-            seed: of member 0.
-            mesh: the processes to split members over; each draws its own.
+            seed: the seed of member 0.
+            mesh: the processes to split members over; each draws its own members.
             member_kind: what a member is: "point", or another kind that is registered in `renyi.members`.
 
         Raises:
@@ -131,7 +131,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         return ensemble
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoraEnsemble":
-        """As every module's (`to`, `half`, …), but mixture weights keep the precision that makes them sum to one."""
+        """As in `nn.Module` (`to`, `half`, …), but mixture weights stay in float32 or better, so they sum to one."""
         weights = self.weights
         super()._apply(fn, recurse)
         if self.weights.dtype not in (torch.float32, torch.float64):
@@ -139,7 +139,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         return self
 
     def train(self, mode: bool = True) -> "LoraEnsemble":
-        """As every module's; evaluation leaves alone what it would change for good, see `modes.py`."""
+        """As in `nn.Module`, but layers that evaluation mode would change permanently keep their mode (`modes.py`)."""
         super().train(mode)
         if not mode:
             evaluate(self)
@@ -152,17 +152,17 @@ class LoraEnsemble(TrainableModel, JointModel):
         base: PreTrainedModel | str | Path | None = None,
         mesh: MemberMesh | None = None,
     ) -> "LoraEnsemble":
-        """Load an ensemble folder, a hub id, or existing PEFT adapters as an ensemble, in evaluation mode.
+        """Load an ensemble from a folder or a hub id, or from existing PEFT adapters. It is in evaluation mode.
 
         Args:
             path: a folder that `save` or a trainer wrote; a hub id; the folder of one PEFT LoRA adapter, which makes
-                an ensemble of one; or a list of such folders of one base, one rank and one set of targets, which get
+                an ensemble of one member; or a list of such folders with the same base, rank and targets, which get
                 uniform weights.
-            base: the base model, loaded or by name; by default the one that the ensemble names.
+            base: the base model, loaded or by name; by default the model that the ensemble names.
             mesh: the processes to split members over.
 
         Raises:
-            EnsembleFormatError: something is missing or damaged, or members do not fit together or to the base.
+            EnsembleFormatError: a file is missing or damaged, or the members do not fit each other or the base.
         """
         if isinstance(path, str | Path):
             folder = storage.resolve_folder(path)
@@ -193,10 +193,10 @@ class LoraEnsemble(TrainableModel, JointModel):
         return ensemble
 
     def save(self, path: str | Path) -> None:
-        """Write the ensemble folder: `ensemble.json` and one ordinary PEFT adapter a member.
+        """Write the ensemble folder: `ensemble.json` and one ordinary PEFT adapter per member.
 
         Raises:
-            SaveError: something could not be written; what was there before is untouched.
+            SaveError: a file could not be written. The earlier content of the folder is not changed.
         """
         written = self.stack.adapters(self.peft_config, self._whole)
         if self.mesh is not None and not self.mesh.is_first:
@@ -213,7 +213,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         storage.write_folder(Path(path), manifest, lambda m, folder: adapters.write_adapter(folder, written(m)))
 
     def restore(self, path: str | Path) -> None:
-        """Read members, weights and alpha back from a folder that this very ensemble was saved to.
+        """Read members, weights and alpha back from a folder that this ensemble was saved to.
 
         Raises:
             EnsembleFormatError: the folder is damaged, or holds another number, kind or shape of members.
@@ -236,7 +236,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         self.alpha, self.routing_quantity = manifest.alpha, manifest.routing_quantity
 
     def _fitting(self, folder: Path) -> adapters.Adapter:
-        """The adapter in a folder, if it has this ensemble's config."""
+        """Read the adapter in a folder, and check that it has this ensemble's config."""
         adapter = adapters.read_adapter(folder)
         adapters.check_same_config(self.peft_config, adapter.config, "this ensemble", str(folder))
         return adapter
@@ -244,16 +244,20 @@ class LoraEnsemble(TrainableModel, JointModel):
     # ---- Members -----------------------------------------------------------------------------------------------
 
     def adapter(self, member: int) -> dict[str, tuple[Tensor, Tensor]]:
-        """One member's (A [R, I], B [O, R]) by layer name: of a distribution its mean. It is one of `members`."""
+        """(A [R, I], B [O, R]) of one member by layer name; of a distribution, the mean.
+
+        Args:
+            member: the member's index; this process must hold it (see `members`).
+        """
         place = self.members.index(member)
         return {name: (A[place], B[place]) for name, (A, B) in self.stack.matrices().items()}
 
     def using(self, members: Sequence[int]) -> AbstractContextManager[None]:
-        """Run forwards with these members only (`()`: the base alone); M is then `len(members)`."""
+        """Run forwards with these members only; M is then `len(members)`. With `()` the base runs alone."""
         return self._selection.using([self.members.index(member) for member in members])
 
     def split(self, mesh: MemberMesh) -> None:
-        """Keep this process's share of the members."""
+        """Keep only this process's share of the members."""
         self.stack.keep(list(mesh.share(self.num_members)))
         self.mesh = mesh
 
@@ -261,7 +265,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         """Split the base's blocks over the processes of the mesh that hold the same members, by FSDP2.
 
         Raises:
-            ConfigError: the base does not say what its blocks are, or is quantised.
+            ConfigError: the base does not declare its blocks, or it is quantised.
         """
         assert self.mesh is not None
         if any(isinstance(p, DTensor) for p in self.base.parameters()):
@@ -274,17 +278,19 @@ class LoraEnsemble(TrainableModel, JointModel):
         self.mesh.shard(self.base.base_model, blocks, set(self.stack.parameters()))
 
     def _whole(self, own: Tensor) -> Tensor:
-        """A stacked matrix with all members, where it is written to a file; elsewhere the own ones."""
+        """A stacked matrix of all members in the process that writes files; in others, of their own members."""
         everyones = own if self.mesh is None else self.mesh.gather_to_first(own)
         return own if everyones is None else everyones
 
     def snapshot(self) -> Snapshot:
-        """A frozen copy of all members as they are now, for `acting_as`; of distributions, their means."""
+        """A frozen copy of all members as they are now, for `acting_as`. Of distributions it holds the means."""
         layers = [(A.detach().clone(), B.detach().clone()) for A, B in self.stack.matrices().values()]
         return Snapshot(self.weights.clone(), layers)
 
     def read_snapshot(self, path: str | Path) -> Snapshot:
-        """The members in an ensemble's folder, however many, of this ensemble's shapes, without becoming them.
+        """Read the members in an ensemble's folder as a snapshot. This ensemble does not change.
+
+        The folder may hold any number of members. They must have the shapes of this ensemble's members.
 
         Raises:
             EnsembleFormatError: the folder is damaged, or its members have other layers, ranks or scaling.
@@ -305,7 +311,7 @@ class LoraEnsemble(TrainableModel, JointModel):
 
     @contextmanager
     def acting_as(self, snapshot: Snapshot) -> Iterator[None]:
-        """Run forwards with the members of a snapshot. No gradient reaches them."""
+        """Run forwards with the members of a snapshot, without gradients."""
         weights = self.weights
         self.weights = snapshot.weights.to(weights)
         like = self.stack.matrices().values()
@@ -318,21 +324,23 @@ class LoraEnsemble(TrainableModel, JointModel):
 
     @property
     def is_fresh(self) -> bool:
-        """Whether no member has been trained, so that all of them are the base."""
+        """Whether no member has been trained, so that all of them are equal to the base."""
         return self.stack.is_fresh
 
     def redraw(self, seed: int | None, draws: int = 1) -> None:
-        """Give random members new values, the same in every forward until the next call; see `MemberStack.redraw`."""
+        """Draw the random parts of members anew; see `MemberStack.redraw`."""
         self.stack.redraw(seed, draws)
 
     def turn_dropout_off(self) -> None:
-        """Train members from here on without dropout."""
+        """Train members without dropout from now on."""
         self.peft_config.lora_dropout = 0.0
         for layer in self.stack.layers.values():
             layer.lora_dropout = nn.Identity()
 
     def add_member(self, path: str | Path) -> None:
-        """Append a PEFT adapter of the same rank and targets as a member with weight 1/(M + 1); the others shrink.
+        """Append a PEFT adapter of the same rank and targets as a member.
+
+        Its weight is 1/(M + 1). The weights of the other members are multiplied by M/(M + 1).
 
         Raises:
             EnsembleFormatError: the adapter does not fit.
@@ -376,32 +384,32 @@ class LoraEnsemble(TrainableModel, JointModel):
         generation_config: GenerationConfig | None = None,
         **settings: Any,
     ) -> Generation:
-        """Continue prompts, reading the base once a token for all members.
+        """Continue prompts. One forward of the base per token serves all members.
 
-        The predictive is the mixture of sequences Σ_m π_m p_m(y | x). Token by token that is Σ_m w_m p_m with
-        running weights log w_m += log p_m(y_t): members that explained the text so far count more.
+        The predictive distribution is the mixture of sequences Σ_m π_m p_m(y | x). Token by token it is Σ_m w_m p_m
+        with running weights log w_m += log p_m(y_t). So members that explained the text so far count more.
 
         Args:
             input_ids: [B, T].
-            attention_mask: [B, T], 1 where there is a token; either side may be padded. None: everywhere.
-            mixture: "sequence", exactly the above; "token", where weights stay π; or "member", where every member
+            attention_mask: [B, T], 1 where there is a token; either side may be padded. None means 1 everywhere.
+            mixture: "sequence", as described above; "token", where the weights stay π; or "member", where every member
                 gives an answer of its own.
-            member: with mixture="member", the one that answers.
-            seed: of the sampling; None is torch's global generator. A member alone with a seed samples just what
-                transformers' `generate` does after `torch.manual_seed(seed)`.
+            member: with mixture="member", the only member that answers.
+            seed: the seed of sampling; None uses torch's global generator. A single member with a seed samples exactly
+                what transformers' `generate` samples after `torch.manual_seed(seed)`.
             streamer: a transformers streamer, for one prompt.
-            on_token: called after each step with its tokens [B] and their `TokenUncertainty` [B].
-            tokenizer: needed with `stop_strings` only.
+            on_token: called after each step with the step's tokens [B] and their `TokenUncertainty` [B].
+            tokenizer: needed for `stop_strings` only.
             generation_config: by default the base's own.
-            settings: of transformers' `GenerationConfig`: max_new_tokens, do_sample, temperature, top_k, top_p, min_p,
-                repetition_penalty, eos_token_id, stop_strings, …; processors act on the mixture. A temperature, top_k,
-                top_p or min_p means sampling, and a temperature of 0 the likeliest token. Also a `logits_processor` or
-                `stopping_criteria` list of your own.
+            settings: those of transformers' `GenerationConfig`: max_new_tokens, do_sample, temperature, top_k, top_p,
+                min_p, repetition_penalty, eos_token_id, stop_strings, …; also your own `logits_processor` or
+                `stopping_criteria` list. Processors act on the mixture. Giving temperature, top_k, top_p or min_p turns
+                sampling on. A temperature of 0 means the most likely token.
 
         Raises:
-            ConfigError: a setting is unknown, out of range, cannot work on a mixture (beams, contrastive search, …), or
-                is refused by transformers; or a prompt is empty.
-            EnsembleFormatError: a member's logits are no numbers.
+            ConfigError: a setting is unknown, out of range, impossible for a mixture (beams, contrastive search, …), or
+                refused by transformers; or a prompt is empty.
+            EnsembleFormatError: a member's logits are NaN.
         """
         how: dict[str, Any] = {"seed": seed, "streamer": streamer, "on_token": on_token, "tokenizer": tokenizer}
         how |= {"generation_config": generation_config, **settings}
@@ -410,13 +418,13 @@ class LoraEnsemble(TrainableModel, JointModel):
                 raise ConfigError(f'goes with mixture="member", not {mixture!r}', where="member")
             if not 0 <= member < self.num_members:
                 raise ConfigError(f"there is no member {member} of {self.num_members}", where="member")
-            with self.using([member]):  # alone it is the mixture
+            with self.using([member]):  # a mixture of one member is that member
                 return self.generate(input_ids, attention_mask, **how)
         with evaluating(self):
             return decode(self.base, self._active_weights(), input_ids, attention_mask, mixture=mixture, **how)
 
     def _active_weights(self) -> Tensor:
-        """Weights of the members that forwards run with, summing to one; the base alone has all of it."""
+        """Weights of the members that forwards run with, summing to one; [1.0] if the base runs alone."""
         selected = self._selection.members
         if not selected:
             return self.weights if selected is None else self.weights.new_ones(1)

@@ -1,4 +1,7 @@
-"""What trainers ask of a model, answered by the base of an ensemble."""
+"""The attributes and methods that trainers expect of a transformers model, for a module that wraps one.
+
+Read next: `ensemble.py`, whose `LoraEnsemble` derives from this class.
+"""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,12 +17,12 @@ from renyi.members.layer import MemberSelection
 
 
 class TrainableModel(nn.Module):
-    """A mixin for a module whose `base` is a transformers model: it answers as the base does.
+    """A mixin for a module whose `base` is a transformers model. It passes the trainer's questions on to the base.
 
     Attributes:
         base: the transformers model.
-        recomputes_members: whether blocks that gradient checkpointing runs again see the members that they saw first.
-            False after checkpointing with `use_reentrant`, which only suits passes of all members.
+        recomputes_members: whether gradient checkpointing runs blocks again with the members of their first run. False
+            for checkpointing with `use_reentrant`, which is correct only for passes of all members.
     """
 
     base: PreTrainedModel
@@ -59,9 +62,10 @@ class TrainableModel(nn.Module):
         return self.base.get_output_embeddings()
 
     def compile(self, **settings: Any) -> None:
-        """Compile the base's blocks, one graph for all of them, which holds from step to step; as `torch.compile`.
+        """Compile the base's blocks; the settings are those of `torch.compile`.
 
-        A graph of the whole model would be another one for every number of layers, rows and tokens.
+        All blocks share one graph, and it is used again in every step. A graph of the whole model would have to be
+        compiled again for every number of layers, rows and tokens.
         """
         for module in self.base.modules():
             if type(module).__name__ in (self.base._no_split_modules or ()):
@@ -70,9 +74,10 @@ class TrainableModel(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """As transformers', and a block that is run again in the backward sees the members that it saw first.
+        """As in transformers; in addition, a block that is run again in the backward sees the members of its first run.
 
-        With `use_reentrant` nothing can be said to a block that is run again: see `recomputes_members`.
+        With `use_reentrant` this is not possible, because PyTorch then takes no context for the second run. See
+        `recomputes_members`.
         """
         given = dict(activation_checkpointing_kwargs or {"use_reentrant": False})
         self.recomputes_members = not given.get("use_reentrant", True)

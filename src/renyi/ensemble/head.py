@@ -1,11 +1,13 @@
-"""Per-token log-probabilities under a frozen head, without ever holding the logits.
+"""Log-probabilities of tokens under a frozen head, without keeping the logits [N, V] in memory.
 
-The head's weight needs no gradient here. So the gradient of a token's log-probability with respect to its hidden row,
-W[target] − Σ_v p_v W_v, is computed in the forward, and the backward only scales rows by what arrives from above: 4NDV
-operations for N rows, hidden size D and vocabulary V, with no recomputation and no [N, V] kept. Σ_v p_v W_v is
-attention with the head for keys and values, and is computed as flash attention computes that: by blocks of the
-vocabulary, rescaled when a greater logit turns up, so that a block of the head is read once for both products.
-`joint.py` gathers the rows that it is asked for.
+The head's weight W [V, D] needs no gradient. So the forward already computes the gradient of each token's
+log-probability with respect to its hidden row, W[target] − Σ_v p_v W_v. The backward only multiplies these rows by the
+upstream gradient. This takes 4NDV operations for N rows, hidden size D and vocabulary V. Nothing is computed twice.
+
+Σ_v p_v W_v is attention with the head as keys and values. It is computed as in flash attention: block by block of the
+vocabulary, with a rescaling when a greater logit is found. So each block of the head is read once for both products.
+
+Read next: `decode.py`, generation.
 """
 
 from collections.abc import Iterator
@@ -20,20 +22,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from renyi.ensemble.modes import evaluating
 from renyi.errors import ConfigError
 
-# Whole distributions are handed out in chunks of about this many logits: 16 MiB in float32.
+# Functions that return whole distributions use chunks of about this many logits: 16 MiB in float32.
 LOGITS_PER_CHUNK = 1 << 22
-# Standard deviation of the logits at which a head is checked: caps of 30 show there, and trained models get there.
+# Standard deviation of the logits in the check of a head. Trained models reach it, and a cap of 30 has an effect there.
 CHECKED_LOGITS = 10.0
-# Names in configs: of a factor on logits, of a divisor, and of a cap.
+# Names of config entries: for a factor on logits, for a divisor, and for a cap.
 _FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISOR = "logits_scaling"
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Rows and tokens of the block of logits that is at hand: caches of a CPU hold it, and a GPU is busy with it.
+# Rows and vocabulary entries of one block of logits. On a CPU the block fits in the caches. On a GPU it is larger, so
+# that the GPU is fully used.
 BLOCK_ON_CPU, BLOCK = (1024, 1024), (8192, 8192)
 
 
 class TokenScores(NamedTuple):
-    """What the head says about each target token, [N], in float32 or better; only `log_probs` carries a gradient."""
+    """The head's scores of each target token, [N], in float32 or better. Only `log_probs` has a gradient."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -41,19 +44,19 @@ class TokenScores(NamedTuple):
 
 
 class LogitTransform(NamedTuple):
-    """What some models do to their logits after the head: `softcap · tanh(scale · z / softcap)`."""
+    """A function that some models apply to their logits after the head: `softcap · tanh(scale · z / softcap)`."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def from_config(cls, config: PreTrainedConfig) -> "LogitTransform":
-        """Read the transform off a model config, where Gemma, Cohere, Granite, xLSTM and others declare it."""
+        """Read the transform from a model config, where Gemma, Cohere, Granite, xLSTM and others declare it."""
         config = config.get_text_config()
         scale = next((float(v) for name in _FACTORS if (v := getattr(config, name, None)) is not None), None)
         if scale is None:
             divisor = getattr(config, _DIVISOR, None)
-            multiplies = config.model_type.startswith("hyperclovax")  # under the same name
+            multiplies = config.model_type.startswith("hyperclovax")  # its multiplier has the name of a divisor
             scale = 1.0 if divisor is None else float(divisor) if multiplies else 1 / float(divisor)
         cap = next((float(v) for name in _CAPS if (v := getattr(config, name, None)) is not None), None)
         return cls(scale, cap)
@@ -64,7 +67,7 @@ class LogitTransform(NamedTuple):
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def slope(self, transformed: Tensor) -> Tensor | float:
-        """The derivative, from what was transformed."""
+        """The derivative with respect to the logits, computed from the transformed logits."""
         return self.scale if self.softcap is None else self.scale * (1 - (transformed / self.softcap).square())
 
 
@@ -73,13 +76,13 @@ def token_scores(hidden: Tensor, head: nn.Module, targets: Tensor, transform: Lo
 
     Args:
         hidden: last hidden states [N, D], any floating dtype; gradients flow to them.
-        head: the output embedding, a linear layer with `weight` [V, D] and perhaps a `bias`; gets no gradient.
+        head: the output embedding, a linear layer with `weight` [V, D] and perhaps a `bias`. It gets no gradient.
         targets: token ids [N].
-        transform: what the model does to its logits after the head.
+        transform: the function that the model applies to its logits after the head.
 
     Returns:
         Log-probability of each target (nats), entropy of each next-token distribution (nats), and whether the target
-        is the most likely token, each [N]. The first two are float32, or float64 if `hidden` is.
+        is the most likely token, each [N]. The first two are float32, or float64 if `hidden` is float64.
     """
     bias: Tensor | None = getattr(head, "bias", None)
     return TokenScores(*_FrozenHead.apply(hidden, head.weight, bias, targets, transform))
@@ -127,10 +130,15 @@ def _score(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probability, entropy and top-1 hit [N] of targets, and the gradients [N, D] of their log-probabilities.
 
-    Sums over the vocabulary are kept relative to the greatest logit so far: the mass Σ e^(z − top), the rest of it
-    without the target, the moment Σ e^(z − top) (z − top), of which the entropy follows, and the pull
-    Σ e^(z − top) dz/dh of all tokens but the target. That the target's own terms cancel, rest/mass = 1 − p, is done on
-    paper: in numbers the gradient of a token that is all but certain would be rounding.
+    Sums over the vocabulary are relative to `top`, the greatest logit so far:
+
+    - mass: Σ e^(z − top)
+    - rest: the same sum without the target
+    - moment: Σ e^(z − top) (z − top), from which the entropy follows
+    - pull: Σ e^(z − top) dz/dh over all tokens except the target
+
+    The gradient needs 1 − p of the target, which is computed as rest/mass. Computing it as a difference would leave
+    only rounding errors if the token is almost certain.
     """
     precision = torch.promote_types(hidden_ND.dtype, torch.float32)
     lowest = torch.finfo(precision).min
@@ -148,17 +156,17 @@ def _score(
             z_Nv += bias_V[start : start + width]
         z_Nv = transform(z_Nv)
         before_N, top_N = top_N, torch.maximum(top_N, z_Nv.amax(dim=1))
-        if len(rows):  # those whose target is in this block
+        if len(rows):  # the rows whose target is in this block
             target = targets_N[rows] - start
             goal_N[rows] = z_Nv[rows, target]
-            # Of equal logits the first is the most likely token, as argmax has it.
+            # If several logits are equal and greatest, the first one counts as the most likely token, as in argmax.
             is_top1_N[rows] = (z_Nv[rows].argmax(dim=1) == target) & (goal_N[rows] > before_N[rows])
         slope_Nv = transform.slope(z_Nv) if needs_grad else 1.0
         z_Nv -= top_N[:, None]
         e_Nv = z_Nv.exp()
         fell_N = (before_N - top_N).clamp(min=lowest)
         fade_N = fell_N.exp()
-        # A head may give some tokens probability zero; they add nothing to the entropy.
+        # A head may give some tokens a probability of zero. The clamp makes them add nothing to the entropy.
         moment_N = fade_N * (moment_N + mass_N * fell_N) + torch.linalg.vecdot(e_Nv, z_Nv.clamp_(min=lowest))
         mass_N, rest_N = fade_N * mass_N, fade_N * rest_N
         if len(rows):
@@ -171,7 +179,7 @@ def _score(
                 e_Nv *= slope_Nv
             pull_ND *= fade_N[:, None]
             pull_ND += _product(e_Nv.to(hidden_ND.dtype), weight_vD)
-    # log1p keeps what a token lacks of certainty: the mass is 1 + the rest if the target is on top.
+    # log1p keeps the digits of a log-probability near 0: if the target has the greatest logit, the mass is 1 + rest.
     log_mass_N = torch.log1p(rest_N + torch.expm1(goal_N - top_N))
     push_ND = (rest_N * transform.slope(goal_N))[:, None] * weight_VD[targets_N].to(precision)
     return (
@@ -183,7 +191,7 @@ def _score(
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """A matrix product in float32 or better. Where the device can, half-precision terms are summed in float32."""
+    """A matrix product in float32 or better. On a GPU, products of half-precision factors are summed in float32."""
     precision = torch.promote_types(left.dtype, torch.float32)
     if left.is_cuda and left.dtype != precision:
         return torch.mm(left, right, out_dtype=precision)
@@ -191,11 +199,11 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def check_head(base: PreTrainedModel) -> None:
-    """Raise `ConfigError` unless our head, on the backbone's hidden states, gives the model's own probabilities.
+    """Raise `ConfigError` unless `token_scores` on the backbone's hidden states gives the model's own probabilities.
 
-    Hidden states are amplified until logits are about as large as a trained model's: a freshly initialised model has
-    logits near 0, where caps do not show. Logits are compared in float32, or the model's own precision if that is
-    better, because bfloat16 would round away a factor of 1.004.
+    Hidden states are multiplied by a factor, so that logits are about as large as those of a trained model. A freshly
+    initialised model has logits near 0, where a cap has no effect. Logits are compared in float32, or in the model's
+    precision if that is better, because bfloat16 would round away a factor such as 1.004.
     """
     head = base.get_output_embeddings()
     if not isinstance(getattr(head, "weight", None), Tensor) or base.base_model is base:
@@ -204,11 +212,11 @@ def check_head(base: PreTrainedModel) -> None:
         return
     ids = torch.arange(3, device=base.device)[None]
     vocabulary = len(head.weight)
-    targets = torch.linspace(0, vocabulary - 1, 8, device=base.device).long()  # tokens all over the vocabulary
+    targets = torch.linspace(0, vocabulary - 1, 8, device=base.device).long()  # tokens from the whole vocabulary
     transform = LogitTransform.from_config(base.config)
-    with torch.no_grad(), evaluating(base):  # a base with dropout of its own answers differently each time
+    with torch.no_grad(), evaluating(base):  # a base with its own dropout gives other logits each time
         hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        if head.weight.is_floating_point():  # some backbones hand on float32, which the model then rounds
+        if head.weight.is_floating_point():  # some backbones return float32, which the model then rounds
             hidden = hidden.to(head.weight.dtype)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         size = _logits_by_parts(head, hidden).std().clamp(min=torch.finfo(torch.float32).tiny)
@@ -218,7 +226,7 @@ def check_head(base: PreTrainedModel) -> None:
         with _amplified(head, factor):
             logits = base(input_ids=ids, use_cache=False).logits[0]
         theirs = logits.to(ours.dtype).log_softmax(-1)[:, targets].flatten()
-    # A head of its own kind answers in its own precision.
+    # A head of another class computes in its own precision, so the comparison allows for rounding.
     is_exact = type(head) is nn.Linear or logits.dtype.itemsize >= 4
     tolerance = 1e-4 if is_exact else 0.05
     if not torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance):
@@ -232,7 +240,7 @@ def check_head(base: PreTrainedModel) -> None:
 
 @contextmanager
 def _amplified(head: nn.Module, factor: Tensor) -> Iterator[None]:
-    """Multiply what the head is given, and let a plain linear one answer in float32 or better."""
+    """Multiply the head's input by a factor, and let a plain linear head compute in float32 or better."""
 
     def answer(module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return _logits_by_parts(module, factor * given[0].to(factor.dtype))
@@ -249,7 +257,7 @@ def _amplified(head: nn.Module, factor: Tensor) -> Iterator[None]:
 
 
 def _logits_by_parts(head: Any, hidden: Tensor) -> Tensor:
-    """W h + b in float32 or better, with a copy of a part of W at a time."""
+    """W h + b in float32 or better. Only a part of W is copied at a time."""
     precision = torch.promote_types(hidden.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         parts = [hidden.to(precision) @ part.to(precision).T for part in head.weight.split(BLOCK[1])]

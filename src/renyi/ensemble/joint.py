@@ -1,7 +1,7 @@
-"""The joint forward: one pass of the base over M·B member-major rows, and the log-likelihoods it gives.
+"""The joint forward: one pass of the base over M·B member-major rows, from token ids to log-likelihoods.
 
-Training and scoring both go through it: token ids go in, log-likelihoods come out. `ensemble.py` has what else can be
-done with members, and `renyi.routing` wraps this forward where a training step leaves pairs out.
+Both training and scoring use it. Read next: `head.py`, which turns hidden states into log-probabilities, and
+`routing/router.py`, which wraps this forward when a training step leaves pairs out.
 """
 
 import inspect
@@ -25,9 +25,9 @@ class JointModel(nn.Module):
     """A base model whose target layers hold M members, run for all of them at once.
 
     Attributes:
-        base: the transformers model, with joint layers in the places of its target layers.
-        weights: mixture weights [M] of all members, on whichever process.
-        mesh: the processes that members are split over; None if all of them are here.
+        base: the transformers model, in which joint layers replace the target layers.
+        weights: mixture weights [M] of all members, the same in every process.
+        mesh: the processes that members are split over; None if this process holds all members.
     """
 
     weights: Tensor
@@ -47,23 +47,25 @@ class JointModel(nn.Module):
 
     @property
     def members(self) -> range:
-        """The members that are in this process: all of them, but on a mesh."""
+        """The members that this process holds: all of them, or its share on a mesh."""
         return range(self.num_members) if self.mesh is None else self.mesh.share(self.num_members)
 
     def pairing(self, members: Sequence[int], examples: Tensor | None = None) -> AbstractContextManager[None]:
-        """Run forwards whose row i sees the member at place members[i] of this process; M is then 1.
+        """Run forwards in which row i sees member members[i] of this process; M is then 1.
 
-        `examples` [rows] says which example of the step's batch each row is, as members need it whose noise differs
-        from example to example; `of_examples` says so of rows that all members see.
+        Args:
+            members: for each row, the place of its member among the members of this process.
+            examples: for each row, the place of its example in the step's batch, [rows]. Only members with different
+                noise for each example need it. See `of_examples` for rows that all members see.
         """
         return self._selection.using(members, paired=True, examples=examples)
 
     def of_examples(self, examples: Tensor) -> AbstractContextManager[None]:
-        """Run forwards over some examples of the step's batch, by their places in it, under every member."""
+        """Run forwards over some examples of the step's batch under every member; `examples` are their places in it."""
         return self._selection.of_examples(examples)
 
     def gathered(self, own: Tensor) -> Tensor:
-        """Values [M, …] of all members from those of this process's; see `MemberMesh.gather`."""
+        """Gather the values [M, …] of all members from those of each process; see `MemberMesh.gather`."""
         return own if self.mesh is None else self.mesh.gather(own)
 
     def forward(
@@ -79,14 +81,14 @@ class JointModel(nn.Module):
             input_ids: [B, T].
             attention_mask: [B, T], 1 where there is a token; either side may be padded.
             labels: [B, T], −100 where not trained; by default every attended token is.
-            kwargs: what TRL's collators add for packed batches (`position_ids`, `cu_seq_lens_q`, …) and anything
-                else that the backbone takes; tensors whose first dimension is B are repeated for every member.
+            kwargs: the keys that TRL's collators add for packed batches (`position_ids`, `cu_seq_lens_q`, …), and any
+                other argument of the backbone. Tensors whose first dimension is B are repeated for every member.
         """
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
         targets_BT = labels[:, 1:]
         if attention_mask is not None:
-            # Nothing but padding precedes the first token of a left-padded row.
+            # Do not train the first token of a left-padded row: only padding comes before it.
             targets_BT = targets_BT.masked_fill(attention_mask[:, :-1] == 0, IGNORED)
         return self.score_states(self.hidden_states(input_ids, attention_mask, kwargs)[:, :, :-1], targets_BT)
 
@@ -94,7 +96,7 @@ class JointModel(nn.Module):
         """Score the tokens [B, T] that follow hidden states [M, B, T, D]; −100 where there is nothing to score."""
         targets_BT = targets_BT.to(hidden_MBTD.device)
         mask_BT = targets_BT != IGNORED
-        # Supervised rows are gathered before the head: it is the largest matrix of a small model.
+        # Only rows with a target go through the head, because the head is the largest matrix of a small model.
         hidden_MND = hidden_MBTD[:, mask_BT]
         num_members, num_targets, _ = hidden_MND.shape
         scores = token_scores(
@@ -114,38 +116,38 @@ class JointModel(nn.Module):
     def hidden_states(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, kwargs: dict[str, Any] | None = None
     ) -> Tensor:
-        """Last hidden states [M, B, T, D] of the backbone over member-major rows; arguments as for `forward`."""
+        """Last hidden states [M, B, T, D] of the backbone over member-major rows; arguments as in `forward`."""
         num_members = self._num_active()
         batch, length = input_ids.shape
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         inputs |= self._positions(attention_mask, length) | (kwargs or {})
         if "cu_seq_lens_q" in inputs and "flash" in str(self.base.config._attn_implementation):
-            # Variable-length kernels see one long row: the members' copies of the packed row, one after another.
+            # Kernels for variable lengths take one long row: a copy of the packed row per member, one after another.
             inputs = repeat_packed(inputs, num_members)
         else:
-            # Without them, boundaries follow from `position_ids`, row by row.
+            # Other kernels find the boundaries of examples in each row from `position_ids`.
             inputs = {k: v for k, v in inputs.items() if not k.startswith(("cu_seq_lens", "max_length"))}
             inputs = {k: repeat_rows(v, num_members, batch) for k, v in inputs.items()}
-        # Without a gradient nothing is trained, so nothing drops.
+        # Without gradients nothing is trained, so dropout is turned off.
         mode = nullcontext() if torch.is_grad_enabled() else evaluating(self.base)
         with mode, self._selection.repeating() if self._keeps_rows_equal() else nullcontext():
             hidden = self.base.base_model(**inputs).last_hidden_state
         return hidden.view(num_members, batch, length, hidden.shape[-1])
 
     def _positions(self, attention_mask: Tensor | None, length: int) -> dict[str, Tensor]:
-        """Position ids of the last tokens of left-padded rows, counted from the first real token.
+        """Position ids of the last `length` tokens of left-padded rows, counted from each row's first real token.
 
-        Empty for other rows, whose positions the model counts itself, and for models without position ids (those of
-        ALiBi count along the mask).
+        Empty for other rows, because the model counts their positions itself. Also empty for models that take no
+        position ids (models with ALiBi count along the mask).
         """
         if attention_mask is None or not self._takes_positions or not bool((attention_mask[:, 0] == 0).any()):
             return {}
         return {"position_ids": (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]}
 
     def _keeps_rows_equal(self) -> bool:
-        """Whether equal rows stay equal on their way to the first joint layer, so that one member's are enough.
+        """Whether the rows of all members are equal until the first joint layer, so that they are computed only once.
 
-        Dropout of the base's own and hooks on the embedding (NEFTune's noise) make them differ.
+        The base's own dropout and hooks on the embedding (NEFTune's noise) make them different.
         """
         return not self._has_dropout and not self.base.get_input_embeddings()._forward_hooks
 
@@ -190,7 +192,7 @@ class JointModel(nn.Module):
         return logits.view(num_members, *input_ids.shape, logits.shape[-1])
 
     def next_token_log_probs(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Iterator[Tensor]:
-        """Log-probabilities of whatever may follow some positions, in chunks that are small however long the rows are.
+        """Log-probabilities of all possible next tokens at some positions, in chunks of bounded size.
 
         Args:
             input_ids: [B, T], padded on the right.
@@ -198,7 +200,7 @@ class JointModel(nn.Module):
             positions: [B, T] bool.
 
         Yields:
-            float32 [M, n, V], nats; along their second dimension all chunks together are the positions, row by row.
+            float32 [M, n, V], nats. All chunks concatenated on their second dimension are the positions, row by row.
         """
         hidden_MND = self.hidden_states(input_ids, attention_mask)[:, positions]
         head: Any = self.base.get_output_embeddings()
@@ -208,7 +210,7 @@ class JointModel(nn.Module):
 
 
 def _has_dropout(base: PreTrainedModel) -> bool:
-    """Whether the base drops anything of its own in training, so that equal rows do not stay equal."""
+    """Whether the base has dropout of its own in training, which makes equal rows different."""
     declared = [value for name, value in base.config.get_text_config().to_dict().items() if "drop" in name]
     modules = [m.p for name, m in base.named_modules() if isinstance(m, nn.Dropout) and "lora_dropout" not in name]
     return any(isinstance(p, int | float) and p > 0 for p in (*declared, *modules))

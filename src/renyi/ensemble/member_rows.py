@@ -1,6 +1,7 @@
-"""Rows of a batch, once for every member and member-major, and what comes out of them by example.
+"""Repeats the rows of a batch once for every member, and sums the scores of the joint forward by example.
 
-`joint.py` runs them. Packed batches say in `position_ids` where examples begin.
+The repeated rows are member-major: all rows of member 0, then all rows of member 1, and so on. In a packed batch,
+`position_ids` says where examples begin. Read next: `joint.py`, which runs the rows.
 """
 
 from typing import Any, NamedTuple
@@ -10,12 +11,12 @@ from torch import Tensor
 
 
 class JointOutput(NamedTuple):
-    """What the joint forward returns. Position t of the last dimension predicts token t + 1.
+    """The result of the joint forward. Position t of the last dimension predicts token t + 1.
 
     Attributes:
-        log_probs: [M, B, T−1] float32, nats; zero where not trained. Carries the gradient.
-        label_mask: [B, T−1] bool, where a token is trained.
-        entropy: [M, B, T−1] float32, nats; zero where not trained; no gradient.
+        log_probs: [M, B, T−1] float32, nats; zero where not trained. It has a gradient.
+        label_mask: [B, T−1] bool, true where a token is trained.
+        entropy: [M, B, T−1] float32, nats; zero where not trained. It has no gradient.
         is_top1: [M, B, T−1] bool, whether the token is the member's most likely one.
     """
 
@@ -26,14 +27,14 @@ class JointOutput(NamedTuple):
 
 
 def repeat_rows(value: Any, num_members: int, batch: int) -> Any:
-    """Rows of a batch once for every member, member-major; anything that has no rows as it is."""
+    """Repeat the rows of a batch once for every member, member-major. A value without rows is returned as it is."""
     if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch:
         return value
     return value.repeat(num_members, *[1] * (value.dim() - 1))
 
 
 def repeat_packed(inputs: dict[str, Any], num_members: int) -> dict[str, Any]:
-    """One packed row [1, T] as [1, M·T], its sequence boundaries repeated behind each other."""
+    """Repeat one packed row [1, T] to [1, M·T]. The boundaries of its sequences are repeated with an offset."""
     length = inputs["input_ids"].shape[1]
     repeated = dict(inputs)
     for name, value in inputs.items():
@@ -51,14 +52,14 @@ def repeat_packed(inputs: dict[str, Any], num_members: int) -> dict[str, Any]:
 def example_log_likelihood(output: JointOutput, position_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Sum token log-probabilities by example.
 
-    A row is one example, or, in a packed row, several: each begins where `position_ids` is 0.
+    A row is one example. A packed row holds several examples; each begins where `position_ids` is 0.
 
     Args:
-        output: of the joint forward over B rows of T tokens.
-        position_ids: [B, T] of a packed batch; None where each row is one example.
+        output: the joint forward's output for B rows of T tokens.
+        position_ids: [B, T] of a packed batch; None if each row is one example.
 
     Returns:
-        Log-likelihoods [M, E] in nats and trained tokens [E], of the E examples that have any.
+        Log-likelihoods [M, E] in nats and numbers of trained tokens [E], of the E examples with trained tokens.
     """
     tokens_BT = output.label_mask
     if position_ids is None:

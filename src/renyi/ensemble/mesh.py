@@ -1,9 +1,12 @@
-"""Members split over processes: which are this process's own, and what processes tell each other.
+"""Members that are split over processes: which members a process holds, and what the processes exchange.
 
-The processes lie in a grid of `data` × `member`. Those of one row see the same examples, each under members of its
-own; those of one column hold the same members, each with examples of its own, and may share out the frozen base. The
-loss couples members through their log-likelihoods only, so all that a row exchanges in a step is one float per member
-and example. This file knows tensors and `torch.distributed`; nothing about layers, losses or trainers.
+The processes form a grid of `data` × `member`:
+
+- The processes of one row see the same examples, and each holds other members.
+- The processes of one column hold the same members, and each sees other examples. They may split the frozen base.
+
+The loss couples members through their log-likelihoods only. So in a step the processes of a row exchange only one float
+per member and example. Read next: `training/parallel.py`, which trains on a grid.
 """
 
 from collections.abc import Iterable
@@ -18,13 +21,13 @@ from renyi.errors import ConfigError
 
 
 class MemberMesh:
-    """A grid of processes that were started by torchrun or accelerate; all of them make one together.
+    """A grid of processes that torchrun or accelerate started. All processes must create it together.
 
     Attributes:
-        size: processes that the members are split over.
-        rank: of this process among them.
-        data_size: processes that the examples are split over.
-        data_rank: of this process among them.
+        size: number of processes that the members are split over.
+        rank: number of this process among them.
+        data_size: number of processes that the examples are split over.
+        data_rank: number of this process among them.
     """
 
     def __init__(self, size: int, device_type: str):
@@ -40,10 +43,10 @@ class MemberMesh:
         return self.data_rank == self.rank == 0
 
     def share(self, num_members: int) -> range:
-        """The members of this process.
+        """The members that this process holds.
 
         Raises:
-            ConfigError: processes would hold different numbers of members.
+            ConfigError: the processes would hold different numbers of members.
         """
         if num_members % self.size:
             raise ConfigError(
@@ -55,9 +58,9 @@ class MemberMesh:
         return range(self.rank * own, (self.rank + 1) * own)
 
     def gather(self, own: Tensor) -> Tensor:
-        """Values [M, …] of all members, in every process, from those of its own; a gradient reaches the own ones only.
+        """Gather the values [M, …] of all members in every process. Only a process's own values have a gradient.
 
-        That is all that a loss over all members needs: each process minimises it by its own members.
+        This is enough for a loss over all members, because each process trains only its own members.
         """
         own = own.contiguous()
         parts = [torch.empty_like(own) for _ in range(self.size)]
@@ -66,7 +69,7 @@ class MemberMesh:
         return torch.cat(parts)
 
     def gather_to_first(self, own: Tensor) -> Tensor | None:
-        """Values [M, …] of all members in the memory of the first process's CPU; None in others."""
+        """Gather the values [M, …] of all members on the CPU of the first process; None in the other processes."""
         if self.data_rank != 0:
             return None
         own = own.detach().contiguous()
@@ -75,7 +78,7 @@ class MemberMesh:
         return None if parts is None else torch.cat([part.cpu() for part in parts])
 
     def average(self, gradients: Iterable[Tensor]) -> None:
-        """Average in place over the processes that hold the same members."""
+        """Average gradients in place over the processes that hold the same members."""
         if self.data_size == 1:
             return
         group, gradients = self._mesh.get_group("data"), list(gradients)
@@ -85,12 +88,18 @@ class MemberMesh:
             gradient.div_(self.data_size)
 
     def shard(self, model: nn.Module, blocks: Iterable[nn.Module], whole: set[nn.Parameter]) -> None:
-        """Split the parameters of a model's blocks, but for those in `whole`, over the processes of the same members.
+        """Split the parameters of a model's blocks over the processes that hold the same members.
 
-        A block is put together while it runs, the next one meanwhile. These processes must run it equally often.
+        A block is gathered when it runs, and the next block is gathered in the meantime. So these processes must run
+        every block equally often.
+
+        Args:
+            model: the model that has the blocks.
+            blocks: the modules whose parameters are split.
+            whole: parameters that are not split.
         """
         for block in blocks:
             fully_shard(block, mesh=self._mesh["data"], reshard_after_forward=True, ignored_params=whole)
-        # With nothing left to split, the model only tells its blocks who comes next.
+        # All other parameters are ignored. The call on the model only tells its blocks which block comes next.
         rest = {p for p in model.parameters() if not isinstance(p, DTensor)}
         fully_shard(model, mesh=self._mesh["data"], ignored_params=rest)

@@ -1,8 +1,7 @@
-"""Training and evaluation mode: who drops, and when.
+"""Training mode and evaluation mode, which decide whether dropout is active.
 
-A trainer puts its model into training mode by itself. Everything that only asks the members something does so inside
-`evaluating`, and gets the same answer each time. Used by the joint forward (`joint.py`) and by every function of
-`renyi.inference`.
+A trainer puts its model into training mode. All code that only scores or generates runs inside `evaluating`, and so
+gets the same result each time. The joint forward (`joint.py`) and the functions of `renyi.inference` use it.
 """
 
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put every submodule into evaluation mode; afterwards each one has the mode back that it had itself."""
+    """Put every submodule into evaluation mode. Afterwards each submodule gets back the mode that it had."""
     changed = [m for m in module.modules() if m.training != _repacks(m)]
     for submodule in changed:
         submodule.training = not submodule.training
@@ -25,16 +24,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def evaluate(module: nn.Module) -> None:
-    """Put every submodule into evaluation mode for good, as a model is after loading."""
+    """Put every submodule into evaluation mode and leave it there, as after loading a model."""
     for submodule in module.modules():
         submodule.training = _repacks(submodule)
 
 
 def _repacks(module: nn.Module) -> bool:
-    """Whether evaluation changes this layer for good, so that it is always left in training mode.
+    """Whether evaluation would change this layer permanently, so that it must always stay in training mode.
 
     On a CPU, bitsandbytes 0.50 rewrites the weights of a 4-bit layer when it is first evaluated without a gradient.
-    The rewritten layer passes no gradient on, so that training afterwards would train nothing. The mode of such a layer
-    decides nothing else.
+    No gradient passes through the rewritten layer, so later training would train nothing. The mode of such a layer has
+    no other effect.
     """
     return any(kind.__name__ == "Linear4bit" for kind in type(module).__mro__)

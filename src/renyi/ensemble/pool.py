@@ -1,6 +1,6 @@
-"""What a target is a power of: the frozen base, or a trained ensemble's members, pooled.
+"""The distribution p of which PowerFlow's target is a power: the frozen base, or a pool of a trained ensemble.
 
-Knows members and rows of tokens; nothing about rollouts, powers or training.
+Read next: `training/powerflow.py`, which trains toward the target.
 """
 
 import torch
@@ -13,16 +13,16 @@ POOLS = ("arithmetic", "geometric", "member")
 
 
 class BaseScore:
-    """Log-likelihoods of whole trajectories under the base, or under a pool of members that are kept frozen beside it.
+    """Log-likelihoods of whole trajectories under the base, or under a pool of frozen members on the same base.
 
     Args:
-        ensemble: on whose base the members live.
-        members: they; None for the base alone.
-        pool: "arithmetic", the mixture of sequences log Σ_k π_k p_k(y); "geometric", Σ_k π_k log p_k(y), which is not
-            normalised; or "member", each policy by the member of its number.
+        ensemble: the policies, whose base is used.
+        members: the frozen members of the pool; None for the base alone.
+        pool: how the K members are pooled. "arithmetic" is the mixture of sequences, log Σ_k π_k p_k(y). "geometric" is
+            Σ_k π_k log p_k(y), which is not normalised. "member" gives each policy the member with the same number.
 
     Raises:
-        ConfigError: another pool; or one member a policy, and there are more of one than of the other.
+        ConfigError: `pool` is unknown; or it is "member" and the numbers of members and policies differ.
     """
 
     def __init__(self, ensemble: LoraEnsemble, members: Snapshot | None = None, pool: str = "arithmetic"):
@@ -41,7 +41,7 @@ class BaseScore:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-        """Nats, summed over the tokens that `labels` trains: [1, B], or [M, B] if every policy has its own."""
+        """Log-likelihoods in nats, summed over the tokens with labels: [1, B], or [M, B] for the pool "member"."""
         acting = self.ensemble.using(()) if self.members is None else self.ensemble.acting_as(self.members)
         with acting:
             ell_KB = self.ensemble(input_ids, attention_mask, labels).log_probs.sum(dim=-1)

@@ -1,6 +1,7 @@
-"""What a preference is measured against, and what an ensemble tuned on preferences keeps of that beside its members.
+"""The reference of preference margins, and its files in the folder of an ensemble that was tuned on preferences.
 
-Knows members and files, and the settings of a loss as data; nothing about batches of pairs or training.
+Read next: `objectives/preference.py`, the margins, and `training/reference.py`, which computes the reference before
+training.
 """
 
 import json
@@ -21,10 +22,11 @@ from renyi.objectives import PreferenceLoss, completion_log_prob
 
 
 class Reference:
-    """The policy that log-ratios are taken to: the base alone, or every member as it was when training began.
+    """The policy in the denominator of log-ratios: the base alone, or each member as it was when training began.
 
     Attributes:
-        start: the members as they were; None for the base, which is computed once for all members.
+        ensemble: the ensemble that runs the forwards.
+        start: the members as they were when training began; None for the base, which is the same for all members.
     """
 
     def __init__(self, ensemble: LoraEnsemble, start: Snapshot | None = None):
@@ -35,8 +37,8 @@ class Reference:
         """Log-probabilities of completions, nats: [1, 2B] under the base, [M, 2B] under the members' start.
 
         Args:
-            pairs: a batch of TRL's: `input_ids`, `attention_mask` and `completion_mask` [2B, T], chosen rows first.
-            ld_alpha: as for `completion_log_prob`.
+            pairs: a batch from TRL: `input_ids`, `attention_mask` and `completion_mask` [2B, T], chosen rows first.
+            ld_alpha: as in `completion_log_prob`.
         """
         acting = self.ensemble.using(()) if self.start is None else self.ensemble.acting_as(self.start)
         with acting:
@@ -45,7 +47,7 @@ class Reference:
         return log_probs_S2B if self.start is None else self.ensemble.gathered(log_probs_S2B)
 
     def fingerprint(self) -> str:
-        """A hash of every number that `token_log_probs` depends on."""
+        """A hash of every tensor that `log_probs` depends on: the base's and, if there is one, the start's."""
         digest = blake2b(digest_size=16)
         own = self.ensemble.stack.names()
         tensors = [(n, t) for n, t in self.ensemble.base.state_dict().items() if n not in own]
@@ -57,19 +59,19 @@ class Reference:
 
 
 def completion_labels(pairs: Mapping[str, Tensor]) -> Tensor:
-    """Labels [2B, T] of a batch of pairs: completions are trained, prompts and padding are not."""
+    """Labels [2B, T] of a batch of pairs: token ids in completions, −100 in prompts and padding."""
     return pairs["input_ids"].masked_fill(pairs["completion_mask"] == 0, IGNORED)
 
 
 class KeptPreference(NamedTuple):
-    """What a preference-tuned ensemble says of itself, so that its margins can be computed again."""
+    """The loss and the reference of a preference-tuned ensemble, from which its margins can be computed again."""
 
     loss: PreferenceLoss
     reference: Reference
 
 
 def write_preference(folder: str | Path, loss: PreferenceLoss, reference: Reference) -> None:
-    """Write the loss's settings, and the members' start if that is the reference, into an ensemble's folder."""
+    """Write the loss's settings into an ensemble's folder, and the members' start if that is the reference."""
     folder = Path(folder)
     if reference.start is not None:
         with reference.ensemble.acting_as(reference.start):
@@ -81,7 +83,7 @@ def write_preference(folder: str | Path, loss: PreferenceLoss, reference: Refere
 
 
 def read_preference(folder: str | Path, ensemble: LoraEnsemble) -> KeptPreference:
-    """Read them back; the defaults, and the base, for an ensemble that was not tuned on preferences.
+    """Read the loss and the reference. Without a file they are the default loss and the base as reference.
 
     Raises:
         EnsembleFormatError: the file or the reference is damaged.

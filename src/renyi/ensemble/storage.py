@@ -1,7 +1,9 @@
-"""Reading and writing the ensemble folder, so that a crash never leaves half of one and a file never leads out of it.
+"""Reads and writes the ensemble folder.
 
-`ensemble.json` is written last and removed first: where it stands, the members beside it are whole. `renyi.layout` has
-the names of the files.
+`ensemble.json` is written last and removed first. So if it is there, the members beside it are complete, even after a
+crash. Names in the file are checked, so that they cannot point outside of the folder.
+
+Read next: `layout.py`, which has the names of the files.
 """
 
 import json
@@ -31,17 +33,17 @@ _MEMBER_FILES = {ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, DISTRIBUTION_FILE, "
 
 @dataclass
 class Manifest:
-    """What `ensemble.json` holds.
+    """The content of `ensemble.json`.
 
     Attributes:
         base_model: hub id or folder of the frozen base.
         members: folder names of the members, in order.
         weights: mixture weight of each member; they sum to one.
-        alpha: Rényi order the ensemble was trained with; the order of its responsibilities.
-        routing_quantity: what was routed, "sequence" or "length_normalised".
-        member_kind: what a member is; see `renyi.members`.
-        renyi_version: version that wrote the folder.
-        format_version: of this layout.
+        alpha: Rényi order of the training, and of responsibilities.
+        routing_quantity: what responsibilities are computed from, "sequence" or "length_normalised".
+        member_kind: the kind of the members; see `renyi.members`.
+        renyi_version: the version of renyi that wrote the folder.
+        format_version: the version of this layout.
     """
 
     base_model: str
@@ -55,10 +57,10 @@ class Manifest:
 
 
 def resolve_folder(path: str | Path) -> Path:
-    """The local folder of an ensemble given as a folder or a Hugging Face hub id.
+    """The local folder of an ensemble that is given as a folder or a Hugging Face hub id.
 
     Raises:
-        EnsembleFormatError: neither a folder nor a repository of the hub.
+        EnsembleFormatError: it is neither a folder nor a repository on the hub.
     """
     if Path(path).is_dir():
         return Path(path)
@@ -73,7 +75,7 @@ def resolve_folder(path: str | Path) -> Path:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder is one PEFT adapter and no ensemble."""
+    """Whether a folder is a single PEFT adapter and not an ensemble."""
     return (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / MANIFEST_FILE).is_file()
 
 
@@ -81,7 +83,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check `ensemble.json`.
 
     Raises:
-        EnsembleFormatError: it is missing, damaged, of a newer format, or names a member that is not there.
+        EnsembleFormatError: the file is missing, damaged, or of a newer format, or it names a missing member.
     """
     file = folder / MANIFEST_FILE
     if not file.is_file():
@@ -126,7 +128,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _refuse_whole_model(folder: Path) -> None:
-    """Raise `EnsembleFormatError` if the folder is a model by itself, named by its architecture."""
+    """Raise `EnsembleFormatError` if the folder holds a whole model. The message names its architecture."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         architecture = ", ".join(map(str, config["architectures"]))
@@ -140,7 +142,7 @@ def _refuse_whole_model(folder: Path) -> None:
 
 
 def _check_fields(manifest: Manifest) -> None:
-    """Raise `ValueError` or `TypeError` unless every field is of its kind and in its range."""
+    """Raise `ValueError` or `TypeError` unless every field has the right type and is in its range."""
     names = [*manifest.members, manifest.base_model, manifest.routing_quantity, manifest.member_kind]
     if not isinstance(manifest.members, list) or not all(isinstance(name, str) for name in names):
         raise TypeError("a name is not text")
@@ -163,7 +165,7 @@ def _check_fields(manifest: Manifest) -> None:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process writes to a folder, and keep others waiting; where the system has such locks."""
+    """Lock a folder, so that only one process writes to it. Without such locks on the system it does nothing."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -179,18 +181,18 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def write_folder(folder: Path, manifest: Manifest, write_member: Callable[[int, Path], None]) -> None:
-    """Write an ensemble folder; other files in `folder` stay.
+    """Write an ensemble folder. Other files in `folder` are not changed.
 
-    Members are written beside their places first and moved there only when all of them are whole.
+    Members are first written to the subfolder `.partial`. They are moved into place when all of them are complete.
 
     Args:
-        folder: made if it does not exist.
-        manifest: what to write as `ensemble.json`.
-        write_member: called with a member's index and a folder to make.
+        folder: the folder; it is created if it does not exist.
+        manifest: the content of `ensemble.json`.
+        write_member: called with a member's index and the folder that it has to create.
 
     Raises:
-        SaveError: something could not be written. What was there before the call is still there, or, if only moving
-            failed, the new ensemble is whole in `.partial`.
+        SaveError: a file could not be written. Then the earlier content of the folder is still there. Only if moving
+            failed, it may be gone; then the new ensemble is in `.partial`.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -235,10 +237,10 @@ def _not_written(folder: Path, error: Exception) -> SaveError:
 
 
 def _replaceable(folder: Path, new: list[str]) -> list[Path]:
-    """The folders that a save takes away: the members of the ensemble that is there, and what new ones replace.
+    """The folders that a save removes: the members of the earlier ensemble, and folders that new members replace.
 
     Raises:
-        SaveError: a new member would replace something else.
+        SaveError: a new member would replace something that is not a member.
     """
     old: list[str] = []
     with suppress(EnsembleFormatError):  # a save that was interrupted, or no ensemble

@@ -1,7 +1,7 @@
 """Which pairs of members and examples a training step runs, and how many at a time.
 
-Start with `plan.py`, the settings. `router.py` wraps the joint forward of an ensemble, `race.py` scores members only as
-far as they keep up, and `statistics.py` says what was left out.
+Read in this order: `plan.py` (the settings), `router.py` (wraps the joint forward of an ensemble), `race.py` (scores in
+blocks and stops scoring members that fall behind), `statistics.py` (counts what was scored and what was left out).
 """
 
 from renyi.routing.plan import ROUTINGS, SHARE, RoutingPlan, share_of

@@ -1,4 +1,4 @@
-"""The settings of routing, and how a batch is cut into parts. Read `router.py` next, which runs a batch by a plan."""
+"""The settings of routing, and the cutting of a batch into parts. Read next: `router.py`, which runs a batch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,24 +8,28 @@ import torch
 from torch import Tensor
 
 ROUTINGS = ("dense", "sampled", "sparse", "raced", "auto")
-SHARE = "share_of_batch"  # key of a part of a batch: its number of examples divided by that of the whole batch
+SHARE = "share_of_batch"  # a key in a part of a batch: the part's number of examples divided by the whole batch's
 
 Batch = dict[str, Any]  # the arguments of a joint forward
 
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """How training goes through the pairs of M members and E examples.
+    """Which pairs of M members and E examples a training step runs.
 
     Attributes:
-        kind: "dense", every pair; "sampled", one member an example, drawn by its share of the gradient and weighted
-            with the inverse, so that the gradient is unbiased; "sparse", the pairs whose share is at least `threshold`;
-            "raced", as "sampled", but members that fall behind are scored no further. "auto" is "dense" or "sparse",
-            as `AutoRouting` says.
+        kind: one of `ROUTINGS`.
+            "dense": every pair.
+            "sampled": one member per example. It is drawn by its share of the gradient and weighted with the inverse of
+            that share, so the gradient is unbiased.
+            "sparse": the pairs whose share is at least `threshold`.
+            "raced": as "sampled", but members that fall behind are not scored further.
+            "auto": "dense" or "sparse", whichever `AutoRouting` chooses.
         threshold: ε, the share below which a pair is left out.
-        token_budget: most tokens of a pass that keeps a graph, padding counted; None for no limit. Passes that only
-            score keep no graph: there an example runs under all members at once, however many tokens these are.
-        rows_per_example: 2 for batches of pairs, whose rejected rows come after all chosen ones.
+        token_budget: the greatest number of tokens, with padding, in a pass that keeps a graph; None for no limit.
+            Passes that only score keep no graph. In these an example runs under all members at once, even if that
+            exceeds the budget.
+        rows_per_example: 2 for batches of preference pairs, in which all chosen rows come before all rejected rows.
     """
 
     kind: str = "dense"
@@ -34,17 +38,17 @@ class RoutingPlan:
     rows_per_example: int = 1
 
     def takes(self, rows: int, length: int) -> bool:
-        """Whether so many rows of that length may be one pass."""
+        """Whether the token budget allows this number of rows of this length in one pass."""
         return self.token_budget is None or rows * length <= self.token_budget
 
     def is_plain(self, rows: int, length: int) -> bool:
-        """Whether the plain joint forward of so many member-major rows is all that is needed."""
+        """Whether the plain joint forward of this number of member-major rows is enough."""
         return self.kind == "dense" and self.takes(rows, length)
 
     def parts(self, batch: Batch, num_members: int) -> list[Batch]:
-        """A batch cut by examples, so that a pass of a part under all members fits the token budget.
+        """Cut a batch by examples, so that a pass of each part under all members fits the token budget.
 
-        Examples of a part are about equally long. If there are several parts, each has its `SHARE` of the batch.
+        The examples of one part have similar lengths. If there are several parts, each has its share under `SHARE`.
         """
         rows, length = batch["input_ids"].shape
         if self.takes(num_members * rows, length) or rows == self.rows_per_example:
@@ -62,12 +66,12 @@ class RoutingPlan:
 
 
 def share_of(batch: Mapping[str, Any]) -> float:
-    """Which share of its batch a part from `RoutingPlan.parts` holds; 1 for a whole batch."""
+    """The share of its batch that a part from `RoutingPlan.parts` holds; 1 for a whole batch."""
     return batch.get(SHARE, 1.0)
 
 
 def take_examples(batch: Batch, examples: Tensor, rows_per_example: int = 1) -> Batch:
-    """Some examples of a batch, without columns that are padding in all of their rows."""
+    """Take some examples of a batch, and drop the columns that are padding in all of their rows."""
     many = len(batch["input_ids"])
     of_pairs = many // rows_per_example
     rows = torch.cat([examples + part * of_pairs for part in range(rows_per_example)])

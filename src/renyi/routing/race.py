@@ -1,4 +1,7 @@
-"""Scoring in blocks of tokens, in which members that fall behind are scored no further."""
+"""Scores a batch in blocks of tokens, and stops scoring a member for an example once the member falls behind.
+
+Read next: `statistics.py`.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -14,20 +17,20 @@ from renyi.routing.statistics import PassStatistics
 if TYPE_CHECKING:
     from renyi.ensemble import LoraEnsemble
 
-FIRST_BLOCK = 16  # tokens of the first block; each next one ends twice as far
+FIRST_BLOCK = 16  # tokens of the first block; each next block ends at twice the position
 
 
 def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float) -> tuple[JointOutput, PassStatistics]:
-    """Score a batch; a member whose responsibility for an example falls below the threshold is scored no further.
+    """Score a batch. A member is dropped for an example when its responsibility falls below the threshold.
 
-    Later tokens of a dropped member are taken to be as likely as under the member that leads at that point. So it keeps
-    its distance. What that neglects is the responsibility that was dropped, which the statistics say.
+    A dropped member is not scored further. Its later tokens get the scores of the member that leads, so the difference
+    between the two stays the same. The error of this is the responsibility that was dropped; the statistics report it.
 
     Args:
         ensemble: M members on a base that caches keys and values of attention.
-        plan: its threshold is the responsibility that drops a member.
-        batch: of the joint forward, with labels, padded on the right.
-        alpha: the order at which responsibilities are taken, the same as for the loss of this batch.
+        plan: its threshold is the responsibility below which a member is dropped.
+        batch: arguments of the joint forward, with labels, padded on the right.
+        alpha: the order of the responsibilities, the same as for the loss of this batch.
     """
     ids_BT, mask_BT, labels_BT = batch["input_ids"], batch.get("attention_mask"), batch["labels"]
     (rows, length), device = ids_BT.shape, ids_BT.device
@@ -46,7 +49,7 @@ def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float
         targets_Pn = labels_BT[examples, start + 1 : end + 1]  # nothing follows the last token
         block = slice(start, start + targets_Pn.shape[1])
         cached = {"past_key_values": cache, "use_cache": True}
-        if len(members) == num_members * rows:  # nobody has fallen behind: pairs are the joint forward's rows
+        if len(members) == num_members * rows:  # no member was dropped: the pairs are the rows of the joint forward
             mask = None if mask_BT is None else mask_BT[:, :end]
             hidden_1PnD = ensemble.hidden_states(ids_BT[:, start:end], mask, cached).flatten(0, 1)[None]
         else:

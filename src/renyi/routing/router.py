@@ -1,9 +1,13 @@
-"""The joint forward of an ensemble, run so that a backward trains the pairs of members and examples that a plan takes.
+"""Runs the joint forward of an ensemble so that the backward trains only the pairs that a plan (`plan.py`) selects.
 
-Members are coupled by one number for each member and example: the gradient that arrives at a log-likelihood. So a
-step need not keep a graph of all pairs. It scores them without one. When the backward says how much each pair matters,
-those that do are run again, as many at a time as the token budget allows. How much a pair matters is read off the
-gradient itself (`member_shares` in `statistics.py`). The plan is in `plan.py`.
+The loss couples members by one number per member and example: the gradient with respect to the log-likelihood. So a
+training step need not keep a graph of all pairs:
+
+1. The forward scores all pairs without a graph.
+2. The backward receives the gradient of each pair. `member_shares` in `statistics.py` turns it into members' shares.
+3. The pairs that the plan selects by their shares are run again with a graph, in passes within the token budget.
+
+Read next: `race.py`, a faster way of scoring.
 """
 
 from collections.abc import Callable
@@ -34,8 +38,8 @@ class Router:
     """Runs batches through an ensemble by a plan.
 
     Attributes:
-        ensemble: M members. They are used as they are and not changed.
-        auto: what "auto" goes by; the router's only state, which a trainer updates.
+        ensemble: M members. The router does not change them.
+        auto: the measurements that decide "auto". It is the router's only state, and a trainer updates it.
     """
 
     def __init__(self, ensemble: LoraEnsemble, plan: RoutingPlan):
@@ -43,22 +47,23 @@ class Router:
 
     @property
     def plan(self) -> RoutingPlan:
-        """The plan of the next forward: the given one, with "auto" decided."""
+        """The plan of the next forward: the given plan, with "auto" replaced by its choice."""
         return replace(self._plan, kind=self.auto.kind) if self._plan.kind == "auto" else self._plan
 
     def forward(self, batch: Batch, alpha: float, through: nn.Module | None = None) -> Routed:
-        """The joint forward, of which a backward trains the pairs that the plan takes.
+        """The joint forward, whose backward trains the pairs that the plan selects.
 
-        Values are those of the plain forward without dropout, except in two cases. What "raced" did not score is
-        taken from the member that leads. Where alpha is 0, responsibilities are the mixture weights whatever members
-        say: if members are drawn then, those that were not drawn are taken to say what the drawn one says.
+        The values are those of the plain forward without dropout, with two exceptions. With "raced", tokens that were
+        not scored get the values of the member that leads. With alpha 0, the responsibilities are the mixture weights
+        in any case. So if one member per example is drawn, the other members get the drawn member's values.
 
         Without gradients, or in evaluation mode, this is the plain forward.
 
         Args:
-            batch: arguments of `LoraEnsemble.forward`; `SHARE` may be among them.
+            batch: arguments of `LoraEnsemble.forward`; it may also hold the key `SHARE`.
             alpha: the order at which this batch is trained.
-            through: what wraps the ensemble to exchange gradients (DistributedDataParallel), whose forward has to run.
+            through: the wrapper of the ensemble that exchanges gradients (DistributedDataParallel). Its forward has to
+                run as well.
         """
         wrapper = self.ensemble if through is None else through
         batch = {name: value for name, value in batch.items() if name != SHARE}
@@ -100,7 +105,7 @@ class Router:
     def _train_pairs(
         self, plan: RoutingPlan, batch: Batch, upstream_MBT: Tensor, parameters: list[nn.Parameter]
     ) -> list[Tensor]:
-        """Gradients by the parameters of Σ upstream · log-probabilities over the pairs that are taken."""
+        """Gradients with respect to the parameters of Σ upstream · log-probability over the selected pairs."""
         share_ME = member_shares(upstream_MBT, plan.rows_per_example)
         if plan.kind == "sparse":
             weight_ME = (share_ME >= plan.threshold).to(share_ME)
@@ -116,7 +121,7 @@ class Router:
             return gradients
         length = batch["input_ids"].shape[1]
         many = len(rows) if plan.token_budget is None else max(1, plan.token_budget // length)
-        many = 1 if "cu_seq_lens_q" in batch else many  # a packed row says where its own examples begin
+        many = 1 if "cu_seq_lens_q" in batch else many  # the boundaries of examples belong to one packed row
         for at in torch.arange(len(rows), device=rows.device).split(many):
             with self.ensemble.pairing(members[at].tolist(), rows[at]):
                 log_probs_PT = self.ensemble(**take_examples(batch, rows[at])).log_probs[0]
@@ -125,7 +130,7 @@ class Router:
         return gradients
 
     def _drawn_forward(self, batch: Batch) -> Routed:
-        """One pass with a graph of a member an example, drawn by mixture weight."""
+        """One pass with a graph, with one member per example, drawn by mixture weight."""
         rows, per_example = len(batch["input_ids"]), self.plan.rows_per_example
         weight_ME = _one_of(self.ensemble.weights[:, None].expand(-1, rows // per_example))
         weight_MB = weight_ME.repeat(1, per_example)
@@ -137,7 +142,7 @@ class Router:
         return Routed(of_all._replace(log_probs=log_probs), PassStatistics(scored=0.0))
 
     def _scored(self, batch: Batch, alpha: float) -> tuple[JointOutput, PassStatistics]:
-        """All pairs, as many examples at a time as the budget allows under all members."""
+        """Score all pairs, in passes of as many examples as the budget allows under all members."""
         (rows, length), members = batch["input_ids"].shape, len(self.ensemble.members)
         if self.plan.takes(members * rows, length):
             return self._score(batch, alpha)
@@ -160,7 +165,7 @@ class Router:
 
 
 class _Deferred(torch.autograd.Function):
-    """Values that are known already; their gradient by parameters is computed when what comes from above is known."""
+    """Returns known values; computes their gradients with respect to parameters when the upstream gradient arrives."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, gradients: Callable[[Tensor], list[Tensor]], *parameters: Tensor) -> Tensor:
@@ -174,10 +179,10 @@ class _Deferred(torch.autograd.Function):
 
 
 def _through(wrapper: nn.Module, module: nn.Module, method: Callable[..., Routed], *args: Any) -> Routed:
-    """`method(*args)` where `wrapper` would call the forward of `module`, which it wraps.
+    """Call `wrapper`, and run `method(*args)` where it calls the forward of the module that it wraps.
 
-    DistributedDataParallel readies its exchange of gradients in its own forward, and that calls nothing but the
-    module's forward. TRL and Lightning do the same.
+    DistributedDataParallel prepares its exchange of gradients in its own forward, and calls only the module's forward.
+    So `method` takes the place of that forward for one call. TRL and Lightning use the same trick.
     """
     own = vars(module).get("forward")
 
@@ -188,7 +193,7 @@ def _through(wrapper: nn.Module, module: nn.Module, method: Callable[..., Routed
             module.forward = own
 
     def once(*given: Any) -> Routed:
-        restore()  # for `method` runs the real forward
+        restore()  # because `method` calls the module's real forward
         return method(*given)
 
     module.forward = once
@@ -199,7 +204,7 @@ def _through(wrapper: nn.Module, module: nn.Module, method: Callable[..., Routed
 
 
 def _one_of(share_ME: Tensor) -> Tensor:
-    """Zero but for one member of each example, drawn by its share, which gets the inverse of it."""
+    """Weights [M, E]: one member of each example is drawn by its share and gets the inverse of it, the others get 0."""
     drawn_E = torch.multinomial(share_ME.T.clamp(min=torch.finfo(share_ME.dtype).tiny), 1).T
     return torch.zeros_like(share_ME).scatter_(0, drawn_E, 1 / share_ME.gather(0, drawn_E).clamp(min=1e-30))
 

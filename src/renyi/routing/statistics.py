@@ -1,4 +1,7 @@
-"""What is counted of routing: what a pass scored and left out, who takes the examples, and what "auto" goes by."""
+"""Statistics of routing: what a pass scored and left out, which members take the examples, and the choice of "auto".
+
+Read next: `training/statistics.py`, which adds these sums up between two logs.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,9 +13,9 @@ from torch import Tensor
 from renyi.objectives import effective_members, renyi_loss
 from renyi.routing.plan import RoutingPlan
 
-Sums = Mapping[str, tuple[Tensor, Tensor]]  # by logged name: what is added up, and what it is divided by
+Sums = Mapping[str, tuple[Tensor, Tensor]]  # by logged name: a sum, and the number that it is divided by
 
-# By how much "sparse" must be cheaper than "dense" by its reckoning for "auto" to take it.
+# "auto" takes "sparse" only if its estimated cost is lower than that of "dense" by this share.
 MARGIN = 0.05
 
 
@@ -21,7 +24,7 @@ class PassStatistics(NamedTuple):
 
     Attributes:
         scored: share of all members' tokens that were scored.
-        dropped: responsibility of the members that a race left behind, at the moment it did: a mean over examples.
+        dropped: responsibility of the members that a race dropped, at the time it dropped them: a mean over examples.
     """
 
     scored: float = 1.0
@@ -30,10 +33,11 @@ class PassStatistics(NamedTuple):
 
 @dataclass
 class AutoRouting:
-    """What "auto" goes by: what scoring costs, measured once, and the share of pairs that matter.
+    """The measurements that decide "auto": the cost of scoring, and the share of pairs that would be trained.
 
     Attributes:
-        scoring_cost: seconds of a pass without a graph, divided by those of a dense step; None until it is measured.
+        scoring_cost: seconds of a pass without a graph, divided by the seconds of a dense step; measured once, None
+            before that.
         active: share of pairs at or above the threshold, a moving mean over batches.
     """
 
@@ -42,28 +46,28 @@ class AutoRouting:
 
     @property
     def kind(self) -> str:
-        """ "sparse" where a scoring pass and the pairs that matter are cheaper than all pairs, else "dense"."""
+        """ "sparse" if a scoring pass and training the active pairs cost less than training all pairs; else "dense"."""
         cost = self.scoring_cost
         return "sparse" if cost is not None and cost + self.active < 1 - MARGIN else "dense"
 
     def observe(self, share_ME: Tensor, threshold: float) -> None:
-        """Take note of the members' shares [M, E] of a training batch."""
+        """Update `active` from the members' shares [M, E] of a training batch."""
         self.active += 0.1 * ((share_ME >= threshold).float().mean().item() - self.active)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The values that a checkpoint stores."""
         return asdict(self)
 
 
 def member_shares(upstream_MBT: Tensor, rows_per_example: int) -> Tensor:
     """Each member's share of the gradient that arrives at an example's log-probabilities, [M, E].
 
-    Where the log-probabilities are summed to the log-likelihood ℓ that is routed, this is the responsibility. For
-    preference pairs the gradient by a log-probability has a factor more, which differs between members.
+    If the loss takes the sum ℓ of the log-probabilities, the share is the responsibility. For preference pairs the
+    gradient with respect to a log-probability has one more factor, which differs between members.
 
     Args:
-        upstream_MBT: gradient by the log-probabilities [M, B, T] of a joint forward.
-        rows_per_example: 2 for pairs, whose rejected rows come after all chosen ones.
+        upstream_MBT: gradient with respect to the log-probabilities [M, B, T] of a joint forward.
+        rows_per_example: 2 for pairs, whose rejected rows come after all chosen rows.
     """
     size_MB = upstream_MBT.abs().sum(dim=-1)
     size_ME = size_MB.unflatten(1, (rows_per_example, -1)).sum(dim=1)
@@ -73,16 +77,16 @@ def member_shares(upstream_MBT: Tensor, rows_per_example: int) -> Tensor:
 def pair_sums(
     share_ME: Tensor, r_ME: Tensor, plan: RoutingPlan, passed: PassStatistics
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """What is logged of the pairs of a training batch that was run by `plan`.
+    """The logged sums about the pairs of a training batch that was run by `plan`.
 
-    A member's gradient changes by at most Σ r ‖∇ℓ‖ over the pairs that are left out; `routing/dropped` is Σ r of an
-    example.
+    Leaving pairs out changes a member's gradient by at most Σ r ‖∇ℓ‖ over these pairs. `routing/dropped` is the mean
+    over examples of Σ r over the pairs that are left out.
 
     Args:
-        share_ME: `member_shares` [M, E], by which pairs are left out.
+        share_ME: `member_shares` [M, E], which decide the pairs that are left out.
         r_ME: responsibilities [M, E].
         plan: its kind is not "auto".
-        passed: what the forward left out.
+        passed: what the forward scored and left out.
     """
     one, examples = torch.ones((), device=r_ME.device), r_ME.new_tensor(r_ME.shape[1])
     if plan.kind in ("dense", "sparse"):
@@ -98,10 +102,10 @@ def pair_sums(
 
 
 def routing_sums(ell_ME: Tensor, r_ME: Tensor, log_weights: Tensor, units: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """What any ensemble logs of a batch of E examples, from log-likelihoods and responsibilities [M, E].
+    """The sums that every ensemble logs for a batch of E examples, from ℓ and responsibilities [M, E].
 
-    Negative log-likelihoods and the Jensen gap are per unit, of which the batch holds `units`: trained tokens, or
-    examples.
+    Negative log-likelihoods and the Jensen gap are logged per unit. A unit is a trained token or an example, and
+    `units` is their number in the batch.
     """
     members, mixture = renyi_loss(ell_ME, 0.0, log_weights).sum(), renyi_loss(ell_ME, 1.0, log_weights).sum()
     sums = {
@@ -113,7 +117,7 @@ def routing_sums(ell_ME: Tensor, r_ME: Tensor, log_weights: Tensor, units: Tenso
 
 
 def member_sums(r_ME: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Who takes the examples, from responsibilities [M, E]."""
+    """The sums about which members take the examples, from responsibilities [M, E]."""
     examples = r_ME.new_tensor(r_ME.shape[1])
     sums = {"effective_members": (effective_members(r_ME).sum(), examples)}
     return sums | {f"member_load/{m}": (load, examples) for m, load in enumerate(r_ME.sum(dim=1))}
