@@ -1,4 +1,4 @@
-"""Trainers over an ensemble and their configs."""
+"""Trainers of an ensemble, and their configs. Read next: `sft.py`, the shortest trainer."""
 
 from renyi.training.dpo import RenyiDPOConfig, RenyiDPOTrainer
 from renyi.training.powerflow import PowerFlowConfig, PowerFlowTrainer

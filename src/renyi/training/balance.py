@@ -1,9 +1,9 @@
-"""What is watched of a trajectory balance, and whether a policy is where the balance says that it will be.
+"""What is logged of a trajectory balance, and a check of whether a policy has reached the fixed point.
 
 Every figure is a mean or follows from means of products, so that processes, micro-batches and log intervals add up.
 At the fixed point log π = power · log p_base − λ |y| with a λ for each prompt: the slopes of that regression must
 approach (power, −λ).
-It knows log-likelihoods; nothing about prompts, models or trainers.
+Read next: `renyi.objectives.power`, the loss itself.
 """
 
 from typing import NamedTuple
@@ -23,11 +23,11 @@ class Balance(NamedTuple):
         tokens: [B].
         log_partition: [M, B].
         residual: [M, B].
-        is_clipped: [M, B], whether the importance ratio was.
+        is_clipped: [M, B], whether the importance ratio was clipped.
         entropy: [M, B], of the policy's next-token distributions, summed over tokens.
         weights: [M], of the policies.
         base_by_length: [1 or M, B], of the trajectory's prompt: the coefficient of log p_base on |y| (`by_length`).
-        policy_by_length: [M, B], likewise of log π.
+        policy_by_length: [M, B], the same coefficient of log π.
     """
 
     log_policy: Tensor
@@ -54,7 +54,7 @@ def by_length(log_probs: Tensor, tokens: Tensor, group_size: int) -> Tensor:
 
 
 def balance_sums(batch: Balance) -> Sums:
-    """What is added up of a batch; names that begin with "_" only serve what follows from them."""
+    """What is added up of a batch. Names that begin with "_" are not logged: other figures are computed from them."""
     weights = batch.weights.double()[:, None]
     y, x, n = batch.log_policy.double(), batch.log_base.double(), batch.tokens.double()
     log_partition, residual = batch.log_partition.double(), batch.residual.double()
@@ -63,7 +63,7 @@ def balance_sums(batch: Balance) -> Sums:
         return (weights * values.expand_as(y)).sum()
 
     rows, tokens = y.new_tensor(len(n)), n.sum()
-    # What length does not explain within a prompt: then λ, which every prompt has its own of, is out of the way.
+    # What length does not explain within a prompt. This takes out λ, which differs between prompts.
     x_left, y_left = x - n * batch.base_by_length.double(), y - n * batch.policy_by_length.double()
     products = {"xx": x_left * x_left, "xy": x_left * y_left, "yy": y_left * y_left}
     products |= {"xn": x * n, "yn": y * n, "nn": n * n, "y": y, "y_squared": y * y}

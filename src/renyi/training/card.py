@@ -1,7 +1,7 @@
 """The model card of an ensemble: what it is, how it was made, how to load it.
 
-Written beside the adapters as `README.md`. What is particular to a method its trainer says. It knows nothing about
-training beyond what was logged.
+It is written beside the adapters as `README.md`. Each trainer says what is particular to its method (`method_card`);
+the figures come from the trainer's log history.
 """
 
 from collections.abc import Mapping
@@ -50,13 +50,13 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}")
 
 
 class Method(NamedTuple):
-    """What a trainer says of its method.
+    """What a trainer says about its method.
 
     Attributes:
-        introduction: how members were made and what that makes of them, going on from "… LoRA adapters on BASE, ".
-        settings: by name, those that matter.
+        introduction: how members were made and what they are. It continues the sentence "… LoRA adapters on BASE, ".
+        settings: the settings that matter, by name.
         measured: heading of the measures, with their unit.
-        measures: by name, the logged metric; of held-out data it carries `eval_`.
+        measures: the logged metric, by name. On held-out data the metric's name begins with `eval_`.
     """
 
     introduction: str
@@ -66,7 +66,7 @@ class Method(NamedTuple):
 
 
 def routed(unit: str) -> Method:
-    """Of the α-Rényi loss, with log-likelihoods per `unit`."""
+    """The method of the α-Rényi loss, with log-likelihoods per `unit`."""
     return Method(
         introduction="trained together with the α-Rényi loss\n([Soft Specialists](https://arxiv.org/abs/2605.27747)). "
         "Examples were softly routed to the members that explain\nthem; where members disagree, the training data did.",

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: which are whole, how one is written so that it is whole or gone, and whether it is the end.
+"""Checkpoints of a run: find the complete ones, write one completely or not at all, and see whether a run ended there.
 
 A checkpoint is sealed when everything in it is written: the seal lists every file with its size. A run that was
-killed while writing leaves an unsealed folder, which nobody resumes from. `trainer.py` has the Trainer hooks that use
+killed while writing leaves an unsealed folder, and no run resumes from that. Read next: `trainer.py`, whose hooks use
 this.
 """
 
@@ -69,14 +69,14 @@ def written_whole(checkpoint: Path, is_writer: bool, wait_for_everyone: Callable
     Args:
         checkpoint: the folder. What an earlier run left half-written there is removed first.
         is_writer: whether this process removes and seals.
-        wait_for_everyone: returns when every process has come here.
+        wait_for_everyone: returns when every process has called it.
 
     Raises:
         SaveError: a file could not be written. Earlier checkpoints are untouched.
     """
     if is_writer:
-        shutil.rmtree(checkpoint, ignore_errors=True)  # sealed ones are never written twice
-    wait_for_everyone()  # before another process writes its own random state there
+        shutil.rmtree(checkpoint, ignore_errors=True)  # a sealed checkpoint is never written twice
+    wait_for_everyone()  # only then may other processes write their own random state there
     try:
         yield
         wait_for_everyone()
@@ -107,7 +107,7 @@ def is_write_error(error: BaseException) -> bool:
 
 
 def state_at_end(checkpoint: Path, num_steps: int) -> TrainerState | None:
-    """The trainer's state in `checkpoint` if a run of `num_steps` ended there: it took them all or stopped early."""
+    """The trainer's state in `checkpoint` if a run of `num_steps` ended there: after all steps, or stopped early."""
     state_file = checkpoint / TRAINER_STATE_NAME
     if not state_file.is_file():
         return None

@@ -1,4 +1,4 @@
-"""Gradients are clipped member by member, so that each member takes the step that it would take in a run of its own."""
+"""Clip gradients member by member, so that each member takes the step that it would take in a run of its own."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ def clip_by_member(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     """Scale each member's gradient, in place, to a norm of at most `max_norm`, as `clip_grad_norm_` does for a model.
 
     Args:
-        parameters: stacked over the members [M, …]; those without a gradient are passed over.
+        parameters: stacked over the members [M, …]; those without a gradient are skipped.
         max_norm: the greatest norm of one member's gradient, over all of its parameters.
 
     Returns:

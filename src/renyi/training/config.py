@@ -1,6 +1,6 @@
-"""The settings that every ensemble trainer adds to its TRL config, and what they may be.
+"""The settings that every ensemble trainer adds to its TRL config, and the checks of their values.
 
-Mixed in before a TRL config. It knows no objective and no trainer.
+`EnsembleConfig` is mixed in before a TRL config. Read next: `sft.py`, which has the shortest such config.
 """
 
 import math
@@ -15,7 +15,7 @@ from renyi.routing import ROUTINGS
 from renyi.training.checks import check_numbers, check_packages, check_scheduler
 
 AUTO = "auto"
-_BeforeConfig: Any = object  # a TRL config comes next in the order of bases, which mypy cannot know
+_BeforeConfig: Any = object  # a TRL config comes next in the order of bases; mypy cannot know that
 
 
 @dataclass
@@ -25,29 +25,29 @@ class EnsembleConfig(_BeforeConfig):
     Args:
         num_members: M, adapters in the ensemble.
         member_parallel: processes that members are split over; 1 keeps all of them in every process. It divides
-            num_members and the number of processes that torchrun or accelerate started; examples are split over the
-            rest. Results are those of one process.
-        shard_base: split the frozen base, block by block, over the processes that examples are split over (FSDP2),
-            where one device cannot hold it; adapters stay whole.
-        alpha: Rényi order of the objective. 0: every member fits everything; 1: the mixture fits the data. A command
-            line also takes "auto": fit one adapter, and choose by its curvature (`renyi.runs.auto`).
-        alpha_hold_ratio: share of training with alpha 0, in which members learn what the data agree on.
-        alpha_ramp_ratio: share of training in which alpha then rises to its value.
+            num_members and the number of processes that torchrun or accelerate started. Processes that hold the same
+            members split the examples between them. Results are those of one process.
+        shard_base: split the frozen base, block by block, over the processes that examples are split over (FSDP2).
+            For a base that one device cannot hold. Adapters stay whole.
+        alpha: Rényi order of the objective. 0: every member fits everything; 1: the mixture fits the data. The command
+            line also takes "auto": it fits one adapter and chooses alpha by its curvature (`renyi.runs.auto`).
+        alpha_hold_ratio: share of training with alpha 0. Members learn what the data agree on in it.
+        alpha_ramp_ratio: share of training after the hold in which alpha rises to its value.
         routing_quantity: what is routed: the log-likelihood of a whole example ("sequence"), or its mean per trained
-            token ("length_normalised"), which routes long examples as softly as short ones.
-        routing: which pairs of members and examples are trained: "dense", all; "sampled", one member an example, drawn
-            by its responsibility, so that gradients are unbiased; "sparse", those whose responsibility reaches
-            `routing_threshold`; "raced", as "sampled", but members that fall behind in an example are not scored to its
-            end; "auto", "sparse" where it pays. What was left out is logged.
-        routing_threshold: the responsibility below which "sparse" leaves a pair out and "raced" a member behind.
-        token_budget: most tokens of one forward and backward pass, over all members, padding counted; a larger batch
-            comes in parts, with the same gradients. By default what one member's batch may hold, at least 8,192, so
-            that memory does not grow with the members.
+            token ("length_normalised"). The mean routes long examples as softly as short ones.
+        routing: which pairs of members and examples are trained. "dense": all. "sampled": one member for each example,
+            drawn by its responsibility, so that gradients are unbiased. "sparse": pairs whose responsibility reaches
+            `routing_threshold`. "raced": as "sampled", but a member that falls behind in an example is not scored to
+            its end. "auto": "sparse" where it pays. The log says what was left out.
+        routing_threshold: the responsibility below which "sparse" leaves out a pair and "raced" stops scoring a member.
+        token_budget: most tokens of one forward and backward pass, over all members, padding counted. A larger batch
+            is run in parts, with the same gradients. The default is what one member's batch may hold, at least 8,192:
+            then memory does not grow with the members.
         mixture_weights: "uniform", or "learned" by expectation–maximisation, so that a member nobody needs loses its
             vote.
         mixture_weights_rate: how far learned weights move towards the member loads in one optimizer step.
         prior_std: σ of a Gaussian prior around each member's initial values, per parameter; None for no prior.
-        bf16_if_it_pays: not a key: whether `bf16` was left open, for the trainer to decide.
+        bf16_if_it_pays: not a key: whether `bf16` was not given, so that the trainer decides.
         compile_blocks: not a key: backend and mode where `torch_compile` was asked for.
         early_stopping_patience: stop after this many evaluations without a better `metric_for_best_model`.
     """
@@ -119,12 +119,12 @@ class EnsembleConfig(_BeforeConfig):
         args: Any = self  # with the fields of the TRL config
         _check_sizes(args)
         if args.bf16 is None and not (args.use_cpu or is_torch_bf16_gpu_available()):
-            args.bf16 = False  # TRL turns it on, which transformers then refuses on such a machine
+            args.bf16 = False  # TRL turns it on, and transformers refuses it on such a machine
             self.bf16_if_it_pays = True  # the trainer, which knows the model, may turn it on
         if self.early_stopping_patience is not None and args.metric_for_best_model is None:
             args.metric_for_best_model = "loss"
         if args.greater_is_better is None and "nll" in (args.metric_for_best_model or ""):
-            args.greater_is_better = False  # transformers takes whatever is not called a loss for a gain
+            args.greater_is_better = False  # transformers takes a higher value as better unless its name ends in "loss"
         # transformers would compile the ensemble whole, anew for every shape; the trainer compiles its blocks.
         if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
             self.compile_blocks = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
@@ -185,7 +185,7 @@ class EnsembleConfig(_BeforeConfig):
 
     @property
     def recomputes_reentrantly(self) -> bool:
-        """Whether gradient checkpointing runs blocks again with `use_reentrant`, where members cannot be told apart."""
+        """Whether gradient checkpointing uses `use_reentrant`. Such a rerun of a block cannot tell members apart."""
         args: Any = self
         return args.gradient_checkpointing and bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
 
@@ -196,7 +196,7 @@ class EnsembleConfig(_BeforeConfig):
         return int(args.world_size) // self.member_parallel
 
 
-# The least value of what counts something. Libraries take a negative one for an index from the end, or not at all.
+# The least value of each setting that counts something. Libraries read a negative count in ways of their own, or fail.
 _LEAST = {
     "max_length": 1,
     "max_prompt_length": 1,
@@ -220,7 +220,7 @@ _LEAST = {
 
 
 def _check_sizes(args: Any) -> None:
-    """Raise `ConfigError` for a number that is too small for what it counts, or no number."""
+    """Raise `ConfigError` for a count that is too small, or that is not a number."""
     for key, least in _LEAST.items():
         value = getattr(args, key, None)
         if isinstance(value, int | float):

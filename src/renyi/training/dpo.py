@@ -1,8 +1,10 @@
 """Preference optimisation of an ensemble with the α-Rényi loss.
 
 The one difference from TRL's DPOTrainer is `compute_loss`: a joint forward gives each pair's margin under every
-member, the log-likelihood of its label follows, and the objective is the Rényi loss of those. The reference is the
-frozen base, computed once for all members. Datasets, templates, truncation and the loop are TRL's.
+member, the margin gives the log-likelihood of the pair's label, and the objective is the Rényi loss of those. For fresh
+members the reference is the frozen base, computed once for all members. The loop is TRL's.
+
+Read next: `trainer.py` (what every ensemble trainer changes), `renyi.objectives.preference` (the formulas).
 """
 
 import math
@@ -115,7 +117,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
             conversational; or ShareGPT pairs.
         peft_config: a `peft.LoraConfig` for the members; rank 16 on all linear layers if not given.
         quantization_config: how to quantise the base when `model` is a name.
-        kwargs: as for TRL's DPOTrainer, but for `ref_model`: see `RenyiDPOConfig.reference`.
+        kwargs: as for TRL's DPOTrainer, except `ref_model`: see `RenyiDPOConfig.reference`.
 
     Raises:
         ConfigError, DataError: before anything is written.
@@ -127,7 +129,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
     unit = "pair"
     preparation_class = data.PairPreparation
     rows_per_example = 2
-    routings = ("dense", "sampled", "sparse", "auto")  # a pair is not decided before its end
+    routings = ("dense", "sampled", "sparse", "auto")  # not "raced": a margin is known only at the end of both rows
 
     args: RenyiDPOConfig
     preparation: data.PairPreparation
@@ -160,14 +162,14 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
             )
         kwargs["ref_model"] = _NoSecondModel(ensemble)
         super().__init__(ensemble, args, train_dataset, callbacks=callbacks, **kwargs)
-        if kwargs.get("data_collator") is None:  # TRL's, which cuts
+        if kwargs.get("data_collator") is None:  # then TRL's collator is used, and it cuts rows
             collator: Any = self.data_collator
             collator.max_length = self.preparation.within(self.limits).max_length
-        _ = self.reference  # now, before a checkpoint is resumed or a step taken
+        _ = self.reference  # made now, before a checkpoint is resumed or a step is taken
 
     @cached_property
     def reference(self) -> Reference:
-        """What log-ratios are taken to."""
+        """The reference that log-ratios are measured against."""
         keeps_start = self.args.reference == "start" and not self.model.is_fresh
         return Reference(self.model, self.model.snapshot() if keeps_start else None)
 
@@ -197,7 +199,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         return loss
 
     def _reference_log_probs(self, inputs: dict[str, Any]) -> Tensor:
-        """[S, 2B], read off the batch if they were computed before training."""
+        """[S, 2B], taken from the batch if they were computed before training."""
         if "ref_chosen_logps" in inputs:
             both = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
             return both.view(len(both), -1).T
@@ -213,10 +215,10 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         r_MB: Tensor,
         pair_sums: Sums,
     ) -> None:
-        """Log what TRL logs, of the mixture and of each member.
+        """Log what TRL logs, for the mixture and for each member.
 
-        Rewards and log-probabilities of the mixture are its members' weighted means; the mixture prefers the chosen
-        completion if its preference probability Σ_m π_m σ(Δ_m) says so.
+        Rewards and log-probabilities of the mixture are the weighted means over its members. The mixture prefers the
+        chosen completion if its preference probability Σ_m π_m σ(Δ_m) is above one half.
         """
         weights_M1 = self.model.weights[:, None]
         chosen_MB, rejected_MB = self.args.beta * ratios.chosen.detach(), self.args.beta * ratios.rejected.detach()
@@ -262,7 +264,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
     def _prepare_dataset(  # type: ignore[override]
         self, dataset: Any, processing_class: Any, args: RenyiDPOConfig, dataset_name: str
     ) -> Any:
-        """Our preparation in the place of TRL's."""
+        """Prepare rows with `renyi.data` instead of with TRL."""
         settings = self.preparation.within(self.limits)
         prepared = data.prepare_pairs(
             dataset, self._tokenizer, settings, f"{dataset_name} dataset", self.limits, args.dataset_num_proc
@@ -271,7 +273,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         return prepared
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """TRL's, but kept by content and not by the dataset's own cache, which another run does not find."""
+        """As in TRL, but kept on disk by content. TRL uses the dataset's own cache, which another run does not find."""
         return with_reference(dataset, self.reference, self.data_collator, self.args, self.accelerator, batch_size)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -284,7 +286,7 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
 
 
 class _NoSecondModel(nn.Module):
-    """Stands where TRL would load the base a second time: the ensemble without its members is the reference."""
+    """Given to TRL so that it does not load the base again. The ensemble without its members is the reference."""
 
     def __init__(self, ensemble: LoraEnsemble):
         super().__init__()

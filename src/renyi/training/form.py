@@ -1,6 +1,6 @@
-"""ψ, what a completion of the wrong form loses per token (PowerFlow's format penalty).
+"""PowerFlow's format penalty ψ: what a completion of the wrong form loses per token.
 
-It knows texts, and a user's pattern or function; nothing about tokens, models or the loss.
+Read next: `powerflow.py`, which adds ψ to the loss.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import TypeAlias
 from renyi.errors import ConfigError
 from renyi.named import named_function
 
-# (prompt, completion) to ψ in nats a token: 0 for the wanted form, below 0 for a fault.
+# From (prompt, completion) to ψ in nats a token: 0 for the wanted form, below 0 for a fault.
 Form: TypeAlias = Callable[[str, str], float]
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -19,7 +19,7 @@ _CALLED_WITH = "a prompt and a completion, both text, and returns nats a token"
 
 
 def form_of(format_penalty: str | None, size: float) -> Form | None:
-    """What a setting stands for: a function by name, or a pattern that a completion has somewhere or loses `size`.
+    """The function that a setting stands for: one given by name, or one that takes `size` if a pattern is not found.
 
     Raises:
         ConfigError: there is no such function, or the pattern is no regular expression.
@@ -40,7 +40,7 @@ def form_of(format_penalty: str | None, size: float) -> Form | None:
 
 
 class _Checked:
-    """A user's function, whose faults are told with the completion that showed them."""
+    """A user's function. An error in it is reported together with the completion that caused it."""
 
     def __init__(self, function: Callable[..., object], name: str):
         self.function, self.name = function, name

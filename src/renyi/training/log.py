@@ -21,14 +21,14 @@ STARVED_LOGS = 3
 
 
 class StarvedMembers:
-    """Warns, once a run, of a member whose load stays far below its share after alpha has reached its value."""
+    """Warns once a run about a member whose load stays far below its share after alpha has reached its value."""
 
     def __init__(self, num_members: int):
         self.low_logs = [0] * num_members  # logs in a row with a low load, by member
         self.has_warned = False
 
     def see(self, loads: Sequence[float], is_settled: bool) -> None:
-        """Take note of the loads of one log; `is_settled` says whether alpha has reached its value."""
+        """Count the low loads of one log; `is_settled` says whether alpha has reached its value."""
         num_members = len(loads)
         for m, load in enumerate(loads):
             self.low_logs[m] = self.low_logs[m] + 1 if is_settled and load < 1 / (10 * num_members) else 0
@@ -44,7 +44,7 @@ class StarvedMembers:
 
 
 class TrainingLog:
-    """Sums of what was watched since the last log, apart for training ("train") and evaluation ("eval").
+    """Sums of what was watched since the last log, separate for training ("train") and evaluation ("eval").
 
     Args:
         device: where sums are kept.
@@ -62,12 +62,12 @@ class TrainingLog:
         self.watched[mode].add(batch)
 
     def add_tokens(self, inputs: Mapping[str, Tensor]) -> None:
-        """Count the tokens of a training batch, padding left out."""
+        """Count the tokens of a training batch, without padding."""
         seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
         self._tokens = self._tokens + seen
 
     def take_tokens(self) -> int:
-        """Tokens of all processes since the last call. Once a step: processes may take a step in different parts."""
+        """Tokens of all processes since the last call. Call it once a step: processes may split a step differently."""
         tokens, self._tokens = torch.as_tensor(self._tokens, device=self.device), 0
         return int(self.reduce(tokens))
 
@@ -77,7 +77,7 @@ class TrainingLog:
         return watched.means(self.reduce(watched.sums)) if watched.names else {}
 
     def state(self) -> dict[str, Any]:
-        """What lies between two logs of training, for a checkpoint; the same in every process."""
+        """What was added up since the last log of training, for a checkpoint; the same in every process."""
         watched = self.watched["train"]
         return {
             "watched": watched.state(self.reduce(watched.sums)),
@@ -86,7 +86,7 @@ class TrainingLog:
         }
 
     def restore(self, state: Mapping[str, Any], holds_sums: bool) -> None:
-        """Go on from a checkpoint's state; one process `holds_sums` of all."""
+        """Go on from a checkpoint's state. One process takes the sums of all (`holds_sums`)."""
         watched = self.watched["train"]
         watched.restore(state["watched"])
         if not holds_sums:

@@ -1,4 +1,4 @@
-"""What a CPU is good at, found by trying, and what it should be told before long work. It knows no model."""
+"""Which precision is fast on this CPU (measured), and a setting of its memory allocator for long training."""
 
 import ctypes
 import sys
@@ -18,7 +18,7 @@ def bf16_pays() -> bool:
 
     def products_a_second(dtype: torch.dtype) -> float:
         left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-        left @ right  # the first one prepares
+        left @ right  # not timed: the first product also sets the library up
         began, number = time.perf_counter(), 0
         while (elapsed := time.perf_counter() - began) < _SECONDS:
             left @ right
@@ -30,9 +30,9 @@ def bf16_pays() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep large blocks that were freed, for the next step to use; elsewhere than under glibc do nothing.
+    """Have glibc's malloc keep large blocks that were freed, so that the next step uses them. Else do nothing.
 
-    By default it gives activations of some size back at once, and the next step takes them page by page.
+    By default malloc returns large blocks to the system at once, and the next step gets them back page by page.
     """
     if sys.platform != "linux":
         return

@@ -1,7 +1,7 @@
 """What an ensemble trainer minimises: the α-Rényi loss at the scheduled order, a prior, and M times the gradient.
 
-A trainer says what the log-likelihood of an example is; everything that follows from it is here and needs no trainer.
-The loss itself is in `renyi.objectives.mixture`, the schedule of alpha in `schedule.py`.
+A trainer says what the log-likelihood of an example is. What follows from it is here. Read next:
+`renyi.objectives.mixture` (the loss itself), `schedule.py` (the schedule of alpha).
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Prior(NamedTuple):
     units: int
 
     def __call__(self) -> Tensor:
-        """The prior's part of the loss of a step, a scalar; where members are split, the mean over those here."""
+        """The prior's part of a step's loss, a scalar: the mean over the members that this process holds."""
         return self.divergence().mean() / self.units
 
 

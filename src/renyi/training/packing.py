@@ -1,4 +1,4 @@
-"""Whether a model keeps the examples of a packed row apart, tried on one pair before training."""
+"""Check, on one pair of examples before training, whether a model keeps the examples of a packed row apart."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -17,8 +17,8 @@ LENGTH = 12  # tokens of each example of the pair
 def check_packing(ensemble: LoraEnsemble, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
     """Raise `ConfigError` unless two packed examples are as likely as each of them alone.
 
-    In a packed row, an example's tokens must not attend to the one before, and their positions count from its own
-    beginning. Some models take neither from `position_ids`, which is all that a packed batch says.
+    In a packed row, an example's tokens must not attend to the example before, and positions start again at each
+    example. A packed batch says both through `position_ids` only, and some models do not read them there.
 
     Args:
         ensemble: the model of the training.
@@ -34,14 +34,14 @@ def check_packing(ensemble: LoraEnsemble, collate: Callable[[list[dict[str, Any]
 
     try:
         packed = of_packed(first, second)
-    except ValueError as error:  # Falcon-H1 and others, without a kernel that can
+    except ValueError as error:  # Falcon-H1 and others refuse packed rows if an optional kernel is missing
         raise ConfigError(
             f"{type(ensemble.base).__name__} cannot run packed rows ({error})",
             where="packing",
             hint="Train without packing and padding_free.",
         ) from error
     alone = torch.cat([of_packed(first), of_packed(second)], dim=1)
-    # The same shapes give the same roundings, so that what comes before can be told from rounding in any precision.
+    # Equal shapes round equally. So a difference shows the influence of the first example, in any precision.
     leaks = (packed[:, 1] - of_packed(other, second)[:, 1]).abs().max() / LENGTH
     differs = (packed - alone).abs().max() / LENGTH
     precision = torch.finfo(ensemble.dtype).eps

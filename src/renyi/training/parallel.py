@@ -1,8 +1,8 @@
-"""Accelerate where members are split over processes: processes that hold other members see the same examples.
+"""An Accelerator for members that are split over processes. Processes with different members see the same examples.
 
-To transformers and TRL, which ask their Accelerator how many processes share the data, these are one. Here is what
-that changes of batches, gradients and sums over processes; the mesh itself stands in `renyi.ensemble.mesh`. Nothing
-here knows a loss.
+Transformers and TRL ask their Accelerator how many processes share the data. Processes with the same examples count as
+one there. This file has what that changes for batches, gradients and sums over processes. Read next:
+`renyi.ensemble.mesh`, the mesh itself.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ class MemberAccelerator(Accelerator):
 
     @classmethod
     def take_over(cls, accelerator: Accelerator, mesh: MemberMesh) -> None:
-        """Turn `accelerator` into one of these: transformers makes its own, of a class that cannot be chosen."""
+        """Turn `accelerator` into a MemberAccelerator. Transformers makes its own, and its class cannot be chosen."""
         accelerator.__class__ = cls
         accelerator.mesh = mesh
 
@@ -48,19 +48,19 @@ class MemberAccelerator(Accelerator):
     ) -> nn.Module:
         """Without DDP, which would average the gradients of different members."""
         if self.device.type == "cuda":
-            # Own draws of dropout for own members. The order of the data hangs on the CPU's generator.
+            # Each process draws dropout for its own members. The order of the data comes from the CPU's generator.
             torch.cuda.manual_seed(torch.initial_seed() + self.mesh.rank)
         return super().prepare_model(model, device_placement, evaluation_mode=True)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """Then average what has piled up over the processes of the same members, if a step comes next."""
+        """Run the backward. Before an optimizer step, average gradients over the processes of the same members."""
         super().backward(loss, **kwargs)
         if self.sync_gradients:
             parameters = [p for model in self._models for p in model.parameters()]
             self.mesh.average([p.grad for p in parameters if p.grad is not None])
 
     def gather(self, tensor: Any) -> Any:
-        """One after another along dimension 0, what each part of the data gave."""
+        """Concatenate along dimension 0 what each part of the data gave."""
 
         def of_data(everyones: Tensor) -> Tensor:
             by_process = everyones.unflatten(0, (self.mesh.data_size, self.mesh.size, -1))
@@ -69,7 +69,7 @@ class MemberAccelerator(Accelerator):
         return recursively_apply(of_data, super().gather(tensor))
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
-        """A sum over the data, of the mean over the processes that see the same; or the mean over all."""
+        """The sum over the parts of the data; each part counts with the mean of its processes. Or the mean over all."""
         reduced = super().reduce(tensor, reduction, scale)
         if reduction != "sum":
             return reduced
@@ -79,13 +79,13 @@ class MemberAccelerator(Accelerator):
 def gather_state(state: dict[str, Any], mesh: MemberMesh) -> dict[str, Any]:
     """An optimizer's state dict with the state of all members, in the first process.
 
-    State that is kept by member, as stacked parameters are, has them on dimension 0; the rest are step counts.
+    The state of a stacked parameter has the members on dimension 0. The rest are step counts.
     """
     return {**state, "state": {i: {k: _gathered(v, mesh) for k, v in of.items()} for i, of in state["state"].items()}}
 
 
 def own_state(state: dict[str, Any], members: range) -> dict[str, Any]:
-    """The part of such a state dict that some members' optimizer needs."""
+    """The part of such a state dict that the optimizer of `members` needs."""
 
     def own(value: Any) -> Any:
         return value[members.start : members.stop] if _by_member(value) else value
@@ -102,7 +102,7 @@ def save_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, m
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, scheduler: LRScheduler, members: range) -> None:
-    """Read back what these members' optimizer needs, and the scheduler's state."""
+    """Read back the scheduler's state and what the optimizer of `members` needs."""
     state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
     optimizer.load_state_dict(own_state(state, members))
     scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))

@@ -1,6 +1,6 @@
-"""log Z'(q), learned: a linear head a policy on the base's mean prompt state.
+"""The learned log Z'(q): one linear head per policy on the base's mean prompt state.
 
-It knows states and numbers; nothing about prompts, rollouts or the loss.
+Read next: `powerflow.py`, which trains it.
 """
 
 import torch
@@ -19,13 +19,13 @@ class LearnedPartition(nn.Module):
 
     def __init__(self, num_members: int, hidden_size: int):
         super().__init__()
-        # Members on the first dimension, as of the adapters, so that gradients are clipped by member.
+        # Members are on the first dimension, as in the adapters, so that gradients are clipped by member.
         self.weight = nn.Parameter(torch.zeros(num_members, hidden_size))
         self.bias = nn.Parameter(torch.zeros(num_members, 1))
         self.register_buffer("started", torch.tensor(False))
 
     def start_at(self, log_partition_M: Tensor) -> None:
-        """Set b, once."""
+        """Set b. It is done once."""
         if not self.started:
             with torch.no_grad():
                 self.bias.copy_(log_partition_M[:, None])

@@ -1,9 +1,9 @@
 """PowerFlow: unsupervised tuning toward a power of the base distribution (Chen et al. 2026, arXiv 2603.18363).
 
-The one difference from TRL's GRPOTrainer is the loss: no reward and no advantage, but a length-aware trajectory
-balance between a policy's log-likelihood of its own rollout and the power of the base's. The base is the frozen model
-without its adapters, so there is no second copy. Rollouts stand in `rollouts.py`, the loss in
-`renyi.objectives.power`.
+The one difference from TRL's GRPOTrainer is the loss. It has no reward and no advantage. It is a length-aware
+trajectory balance between a policy's log-likelihood of its own rollout and the power of the base's. The base is the
+frozen model without its adapters, so there is no second copy. Read next: `renyi.objectives.power` (the loss),
+`rollouts.py`.
 """
 
 import math
@@ -39,7 +39,7 @@ from renyi.training.target import card_of
 PARTITIONS = ("group", "learned")
 PARTITION_FILE = "partition.safetensors"
 _NO_PART = "which has no part in this loss"
-# GRPO's settings that would change what is sampled or minimised: their one value here, and why.
+# GRPO's settings that would change what is sampled or minimised: the one value that each may have here, and why.
 _FIXED: dict[str, tuple[Any, str]] = {
     **{name: (value, "rollouts must be samples of the policy itself") for name, value in UNTOUCHED.items()},
     "beta": (0.0, f"that is the weight of a KL term, {_NO_PART}"),
@@ -57,7 +57,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
 
 @dataclass
 class PowerFlowConfig(EnsembleConfig, GRPOConfig):
-    """TRL's GRPOConfig plus what PowerFlow needs; members of the ensemble are policies, one unless told otherwise.
+    """TRL's GRPOConfig plus what PowerFlow needs. Members of the ensemble are policies; by default there is one.
 
     Sampling is from the policy itself: temperature 1, top-p 1, no dropout; anything else is refused. `epsilon` and
     `epsilon_high` clip the importance ratio of rollouts that are used for several updates.
@@ -71,8 +71,8 @@ class PowerFlowConfig(EnsembleConfig, GRPOConfig):
         partition_learning_rate: of that head.
         reference: what the target is a power of: "start", the policies as training began (for fresh ones that is the
             base); "base", the frozen base; or the folder of an ensemble on this base.
-        reference_pool: how a reference of several members is one: "arithmetic", the mixture of sequences; "geometric";
-            or "member", each policy by its own.
+        reference_pool: how several members make one reference: "arithmetic" (the mixture of sequences), "geometric", or
+            "member" (each policy has the reference member of its own number).
         format_penalty: a regular expression that a well-formed completion contains, or `package.module:function` of
             prompt and completion that returns ψ in nats a token; None for no penalty.
         format_penalty_size: what a completion without a match loses, nats a token.
@@ -170,8 +170,8 @@ class PowerFlowTrainer(RolloutTrainer):
         train_dataset: a column `prompt`: text, or messages. Other columns are left alone.
         peft_config: a `peft.LoraConfig` of the policies, without dropout; rank 16 on all linear layers if not given.
         quantization_config: how to quantise the base when `model` is a name.
-        base_score: log-likelihoods [1 or M, B] of trajectories, from (input_ids, attention_mask, labels), in the place
-            of what `reference` says.
+        base_score: log-likelihoods [1 or M, B] of trajectories, from (input_ids, attention_mask, labels). It replaces
+            what `reference` says.
         kwargs: as for TRL's GRPOTrainer (`eval_dataset`, `processing_class`, `optimizers`), but for rewards and tools.
 
     Raises:
@@ -233,7 +233,7 @@ class PowerFlowTrainer(RolloutTrainer):
 
     @torch.no_grad()
     def score_rollouts(self, rollouts: Rollouts, group_size: int) -> dict[str, Tensor]:
-        """Of each rollout: log-likelihoods under base and policies as they wrote it, ψ, and log Z' of its prompt."""
+        """For each rollout: log-likelihoods under the base and under the policies that wrote, ψ, and log Z'."""
         size = self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
         base, policy = [], []
         rows = (rollouts.input_ids, rollouts.attention_mask, rollouts.labels)
@@ -344,7 +344,7 @@ class PowerFlowTrainer(RolloutTrainer):
         return partition
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """Those of the policies: a prior pulls them back, and says nothing of log Z'."""
+        """The parameters of the policies. The prior acts on them, and not on the head of log Z'."""
         own = set(self._partition.parameters()) if self.args.partition == "learned" else set()
         return [p for p in super().trained_parameters() if p not in own]
 
@@ -360,7 +360,7 @@ class PowerFlowTrainer(RolloutTrainer):
         return torch.cat(states) / rollouts.prompt_tokens[:, None]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """transformers', with a group and a learning rate of its own for a learned partition."""
+        """The optimizer of transformers, with a group of its own, and a learning rate, for a learned partition."""
         is_new = self.optimizer is None  # trained again, a trainer keeps its optimizer
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.args.partition == "learned":

@@ -1,7 +1,7 @@
-"""Reference log-probabilities computed before training, and kept on disk by content.
+"""Reference log-probabilities that are computed before training and kept on disk by content.
 
-Whatever decides them (the base's weights, the tokens, where they are cut) names the file, so another run over the same
-pairs finds it, and one that differs in anything does not.
+The file's name is a hash of everything that decides them: the base's weights, the tokens, where pairs are cut. So
+another run over the same pairs finds the file, and a run that differs in anything does not. Read next: `dpo.py`.
 """
 
 import json
@@ -39,7 +39,7 @@ def with_reference(
         dataset: prepared pairs.
         reference: what to compute them under.
         collate: makes a batch of pairs.
-        args: of the trainer: where pairs are cut, and in which precision they are computed.
+        args: the trainer's config: where pairs are cut, and the precision of the forward.
         accelerator: of the trainer.
         batch_size: pairs computed together.
     """
@@ -62,7 +62,7 @@ def cache_folder() -> Path:
 
 
 def _keep(found: dict[str, Tensor], file: Path) -> None:
-    """Write the file whole or not at all; a run that cannot keep its references is no worse for it."""
+    """Write the file whole or not at all. If it cannot be written, the run goes on without it."""
     partial = file.with_suffix(".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -103,13 +103,13 @@ def _computed(
             logps_S2B = reference.log_probs(batch, ld_alpha)
         found += zip(rows, *(half_SB.T.tolist() for half_SB in logps_S2B.chunk(2, dim=1)), strict=True)
     model.train(training)
-    # Processes with other members compute the same rows.
+    # Processes that hold different members compute the same rows.
     everyones = sorted({row[0]: row for row in (gather_object(found) if state.num_processes > 1 else found)}.values())
     return {column: torch.tensor([row[1 + i] for row in everyones]) for i, column in enumerate(_COLUMNS)}
 
 
 def _batches(dataset: Dataset, rows: Iterable[int], size: int) -> Iterator[list[int]]:
-    """Rows of like length together: padding is all that batches of reference rows cost."""
+    """Batches of rows of similar length, so that little is spent on padding."""
     columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     lengths = {i: sum(map(len, columns[i].values())) for i in rows}
     ordered = sorted(lengths, key=lengths.__getitem__)

@@ -1,6 +1,6 @@
-"""What a run leaves behind without any tracker: `metrics.jsonl`, every logged step, and `training.png`, the curves.
+"""What a run writes without any tracker: `metrics.jsonl` (every logged step) and `training.png` (the curves).
 
-Both come from the trainer's log history and from nothing else, so a resumed run leaves what an uninterrupted one does.
+Both come from the trainer's log history alone, so a resumed run writes what an uninterrupted run writes.
 """
 
 import json
@@ -29,7 +29,7 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # A resumed run begins with the history of its checkpoint; later lines of the killed run go.
+        # A resumed run begins with the history of its checkpoint. Later lines of the killed run are removed.
         folder = Path(args.output_dir or "")
         if state.is_world_process_zero and (state.log_history or (folder / METRICS_FILE).exists()):
             _write(folder, state.log_history, mode="w")
@@ -51,15 +51,15 @@ def _write(folder: Path, rows: Sequence[Row], mode: str) -> None:
 
 
 def _ordered(row: Row) -> Row:
-    """Step first, then by name, and null for what is no finite number: JSON has no NaN."""
+    """The row with its step first, then sorted by name. A number that is not finite becomes null: JSON has no NaN."""
     row = {"step": row["step"], **dict(sorted(row.items()))}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def draw_training(log_history: Sequence[Row], title: str, file: Path, unit: str = "trained token") -> None:
-    """Draw the curves of a run: what members and mixture pay per `unit`, the order in force, who takes the examples.
+    """Draw the curves of a run: the loss of members and mixture per `unit`, alpha, and the members' loads.
 
-    Of preferences also how often mixture and members prefer what was chosen.
+    For preferences also how often the mixture and each member prefer the chosen completion.
 
     Nothing is drawn when nothing was logged.
 
@@ -146,7 +146,7 @@ def draw_powerflow(log_history: Sequence[Row], title: str, file: Path, power: fl
     rows = [row for row in log_history if "residual/variance" in row]
     if not rows:
         return
-    written = [row for row in rows if "completions/mean_length" in row]  # in the others rollouts were used again
+    written = [row for row in rows if "completions/mean_length" in row]  # the other rows used rollouts again
     heights = [3, 2, 2, 2] + [2] * (len(_loads(rows)) > 1)
     figure = Figure(figsize=(8, 0.6 + sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,8 +1,9 @@
-"""Rollouts: what policies write in answer to prompts, by the machinery of TRL's GRPOTrainer.
+"""Rollouts: what policies write in answer to prompts. TRL's GRPOTrainer does most of the work.
 
 GRPOTrainer chooses and repeats prompts, generates (by transformers or vLLM), reuses rollouts over several updates, and
-logs completions. This is the one file that touches its private methods, which change between minor versions of TRL: it
-generates from every policy at once, and leaves what a rollout is worth to a trainer. It knows nothing about powers.
+logs completions. This file changes how it generates: from every policy at once. It is the one file that touches
+GRPOTrainer's private methods, which change between minor versions of TRL. A subclass scores the rollouts. Read next:
+`powerflow.py`.
 """
 
 from abc import abstractmethod
@@ -23,7 +24,7 @@ from renyi.errors import ConfigError
 from renyi.labels import IGNORED
 from renyi.training.trainer import EnsembleTrainer
 
-# What a processor of logits may be set to without changing what is sampled from.
+# The values of sampling settings that do not change the distribution that is sampled from.
 UNTOUCHED = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 
 
@@ -37,10 +38,10 @@ class Rollouts(NamedTuple):
         tokens: [N], of the completion, the end of text included.
         prompt_tokens: [N].
         is_truncated: [N] bool, whether it was cut at the longest length.
-        prompts: as text; of messages, the last.
+        prompts: as text; for messages, the text of the last one.
         completions: as text.
-        sampled_log_prob: [N], log-likelihood under the engine that sampled, nats. None if transformers sampled: its
-            probabilities are those that we compute.
+        sampled_log_prob: [N], log-likelihood under the engine that sampled, nats. None if transformers sampled: then
+            the probabilities that we compute are the same.
     """
 
     input_ids: Tensor
@@ -55,15 +56,16 @@ class Rollouts(NamedTuple):
 
 
 class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
-    """GRPOTrainer over an ensemble whose members are policies; of a prompt's rollouts each policy writes its share."""
+    """GRPOTrainer over an ensemble whose members are policies. Each policy writes its share of a prompt's rollouts."""
 
     loss_is_scaled_for_ga = False  # unlike GRPOTrainer's, our losses leave it to transformers
 
     @abstractmethod
     def score_rollouts(self, rollouts: Rollouts, group_size: int) -> dict[str, Tensor]:
-        """What `compute_loss` needs of rollouts, once for all updates: tensors whose first dimension is N.
+        """What `compute_loss` needs to know about rollouts, computed once for all updates: tensors [N, …].
 
-        And `advantage` [N], by how much each is better than its group, which is only shown (`log_completions`).
+        It includes `advantage` [N], by how much each rollout is better than its group. That is shown by
+        `log_completions` and not used otherwise.
         """
 
     # ---- Generation --------------------------------------------------------------------------------------------
@@ -72,7 +74,7 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
         prompts = [row["prompt"] for row in inputs]
         prompt_ids, completion_ids, _, completions, sampled, *_ = self._generate(prompts)
         mode = "train" if self.model.training else "eval"
-        self._metrics[mode].pop("num_tokens", None)  # ours counts what is trained on
+        self._metrics[mode].pop("num_tokens", None)  # our own count is of the tokens that are trained on
         device = self.accelerator.device
 
         def padded(rows: list[list[int]] | list[list[float]], value: Any) -> Tensor:
@@ -100,7 +102,7 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
         return scored
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
-        """As scoring and display do it, with one beginning of text."""
+        """The tokens that scoring and display use too, with a single beginning-of-text token."""
         row = {"tools": self.tools or None, "chat_template_kwargs": self.chat_template_kwargs}
         return [prompt_tokens(prompt, self._tokenizer, "prompt", row) for prompt in prompts], None, {}
 
@@ -116,7 +118,7 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
 
     @torch.no_grad()
     def _write(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Continue prompts, in as many equal blocks as there are members, each by its own member: one pass for all."""
+        """Continue prompts in one pass. The rows are M equal blocks, and block m is continued by member m."""
         base: Any = self.model.base
         device = self.accelerator.device
         rows = [torch.tensor(ids) for ids in prompt_ids]
@@ -127,9 +129,9 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
         }
         training, config = self.model.training, base.generation_config
         self.model.eval()
-        base.generation_config = self.generation_config  # alone: what the model's own config sets would be merged in
+        base.generation_config = self.generation_config  # otherwise `generate` would merge the model's own config in
         try:
-            with self.accelerator.autocast():  # as they are trained: the policy that writes is the one that is scored
+            with self.accelerator.autocast():  # the precision of training, so that rollouts come from what is scored
                 written = base.generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
         finally:
             base.generation_config = config
@@ -138,7 +140,7 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
         return [ids[: next((t + 1 for t, token in enumerate(ids) if token in ends), len(ids))] for ids in written]
 
     def send_members_to_vllm(self) -> None:
-        """Make TRL's vLLM engine take the policy's merged weights, where it knows only PEFT's models."""
+        """Make TRL's vLLM engine take the policy's merged weights. TRL can send only those of PEFT's models."""
         engine: Any = self.vllm_generation
         engine._iter_named_params = lambda: merged_parameters(self.model, engine._fix_param_name_to_vllm)
 
@@ -147,7 +149,7 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         sampler: Any = super()._get_train_sampler(dataset)
         if self.shuffle_dataset:
-            # TRL's draws one order after another, so that a resumed run would begin with that of the first epoch.
+            # TRL's sampler draws one order after another, so a resumed run would begin with the first epoch's order.
             sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(self.args.seed + epoch)
         return sampler
 
@@ -164,7 +166,7 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         file = self._rollout_file(Path(resume_from_checkpoint))
-        if file.is_file():  # else another number of processes wrote it: new rollouts are drawn
+        if file.is_file():  # if not, another number of processes wrote the checkpoint: new rollouts are drawn
             state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
             self._step, self._buffered_inputs = state["step"], state["buffered"]
             self._metrics["train"].update(state["metrics"])
@@ -174,12 +176,12 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
 
 
 def no_reward(**kwargs: Any) -> list[float]:
-    """What GRPOTrainer insists on having. Nobody calls it: rollouts are scored by `score_rollouts`."""
+    """GRPOTrainer requires a reward function. It is never called: `score_rollouts` scores rollouts."""
     raise AssertionError("PowerFlow has no rewards")
 
 
 def by_member(rows: int, num_members: int) -> list[int]:
-    """Row numbers in member-major order; row i is written by member i mod M, so that all share in every prompt.
+    """Row numbers in member-major order. Member i mod M writes row i, so that every member writes for every prompt.
 
     Raises:
         ConfigError: they do not divide.

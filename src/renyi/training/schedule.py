@@ -1,8 +1,8 @@
-"""The alpha schedule: hold at 0, then ramp, then stay.
+"""The alpha schedule: stay at 0, then rise, then stay at the final value.
 
-With alpha at full strength from the first step, routing freezes on noise: the members' log-likelihoods differ by many
-nats by chance, a few members take every example and the rest starve. Holding alpha at 0 lets every member learn what
-all the data agree on; ramping it then lets them part where the data do not. Nothing here knows about trainers.
+If alpha has its final value from the first step, routing freezes on noise: the members' log-likelihoods differ by many
+nats by chance, a few members take every example, and the rest starve. While alpha is 0, every member learns what all
+the data agree on. As alpha rises, members part where the data disagree. Read next: `objective.py`, which uses it.
 """
 
 

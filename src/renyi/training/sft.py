@@ -1,8 +1,9 @@
 """Supervised fine-tuning of an ensemble with the α-Rényi loss.
 
 The one difference from TRL's SFTTrainer is `compute_loss`: a joint forward gives each example's log-likelihood under
-every member, and the objective is the Rényi loss of those. Datasets, templates, masks, packing, evaluation and the
-loop are TRL's; what any ensemble trainer changes in the loop stands in `trainer.py`.
+every member, and the objective is the Rényi loss of those. Packing, evaluation and the loop are TRL's.
+
+Read next: `trainer.py`, what every ensemble trainer changes in the loop.
 """
 
 import copy
@@ -108,7 +109,8 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
         num_tokens = own_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = loss_E.sum() / num_tokens.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the tokens are everyone's, and DDP averages gradients
+            # The loss is divided by the tokens of all processes, and DDP averages gradients.
+            loss = loss * self.accelerator.num_processes
         loss = self.minimised(loss, ell_ME, r_ME, inputs, num_items_in_batch)
 
         tokens = tokens_E.sum()
@@ -132,7 +134,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
         formatting_func: Any,
         name: str,
     ) -> Any:
-        """Our preparation in the place of TRL's, and its packing."""
+        """Prepare rows with `renyi.data` instead of with TRL, then pack them with TRL."""
         if "seq_lengths" in (dataset.column_names or ()):  # packed already
             return dataset
         settings = self.preparation
@@ -140,7 +142,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
             dataset = dataset.map(lambda row: {"text": formatting_func(row)}).select_columns("text")
             settings = replace(settings, dataset_text_field="text")
         if packing and args.packing_strategy == "bfd_split":
-            settings = replace(settings, max_length=None)  # long examples are split, not cut
+            settings = replace(settings, max_length=None)  # packing splits long examples instead of cutting them
         limits = self.limits
         prepared = data.prepare(
             dataset, self._tokenizer, settings, f"{name} dataset", limits, num_proc=args.dataset_num_proc

@@ -1,6 +1,6 @@
-"""The ensemble that a trainer starts from: given, saved, or drawn on a base model; split over processes if asked for.
+"""The ensemble that a trainer starts from: given, loaded, or newly drawn on a base. It may be split over processes.
 
-It knows settings and files; nothing of training itself.
+Read next: `renyi.ensemble.facade`, `LoraEnsemble`.
 """
 
 from pathlib import Path

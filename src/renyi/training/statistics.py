@@ -1,6 +1,6 @@
-"""Sums that are kept between two logs, and mixture weights that are learned from responsibilities.
+"""Sums that are kept between two logs, and a callback that learns mixture weights from responsibilities.
 
-What is summed of an ensemble is in `renyi.routing.statistics`.
+Read next: `renyi.routing.statistics`, which says what is summed for an ensemble.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,7 @@ from renyi.routing import Sums
 class RunningMeans:
     """Means over what this process saw since the last log, each kept as a sum and a count.
 
-    Sums of sums are sums, so processes, micro-batches and log intervals add up exactly.
+    Sums can be added, so the means over processes, micro-batches and log intervals are exact.
     """
 
     def __init__(self, device: torch.device):
@@ -25,14 +25,14 @@ class RunningMeans:
         self.sums = torch.zeros(2, 0, dtype=torch.float64, device=device)  # sums, counts
 
     def add(self, batch: Sums) -> None:
-        """Add a batch, which has the same names each time."""
+        """Add the sums of a batch. Every batch has the same names."""
         added = torch.stack([torch.stack([x.double() for x in pair]) for pair in batch.values()], dim=1)
         if not self.names:
             self.names, self.sums = list(batch), torch.zeros_like(added)
         self.sums = self.sums + added
 
     def means(self, sums: Tensor) -> dict[str, float]:
-        """The means that `sums`, those of all processes, stand for."""
+        """The means by name, from the `sums` of all processes."""
         return dict(zip(self.names, (sums[0] / sums[1].clamp(min=1e-12)).tolist(), strict=True))
 
     def state(self, sums: Tensor) -> dict[str, list[float]]:
@@ -45,7 +45,7 @@ class RunningMeans:
 
 
 def mean_of_members(values_MBT: Tensor) -> Tensor:
-    """A sum over the tokens of a batch, as the mean of its members, which may be those of this process only."""
+    """The sum over the tokens of a batch, averaged over the members that this process holds."""
     return values_MBT.sum() / len(values_MBT)
 
 

@@ -1,7 +1,7 @@
 """How a training step runs its batch: in parts that fit the token budget, and through the router.
 
-Mixed in before a TRL trainer. What the router does with a batch is in `renyi.routing`; this has what only a Trainer
-hook can do.
+`RoutedSteps` is mixed in before a TRL trainer, and has what only a Trainer hook can do. Read next: `renyi.routing`,
+what the router does with a batch.
 """
 
 import resource
@@ -17,7 +17,7 @@ from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
 from renyi.routing import Routed, Router, RoutingPlan, Sums, member_shares, pair_sums
 
-# A pass of fewer tokens would leave a processor idle, whatever one member's batch is.
+# The least default budget: a pass of fewer tokens would not keep a processor busy.
 LEAST_BUDGET = 8192
 
 
@@ -29,7 +29,7 @@ class RoutedSteps(Trainer):
     router: Router
     rows_per_example = 1
     routings: tuple[str, ...] = ("dense", "sampled", "sparse", "raced", "auto")
-    splits_batches = True  # whether a batch may come in parts; rollouts are generated for a whole one
+    splits_batches = True  # whether a batch may be run in parts; False for rollouts, which belong to a whole batch
 
     def start_routing(self) -> None:
         """Make the router.
@@ -45,9 +45,9 @@ class RoutedSteps(Trainer):
         self.router = Router(self.model, RoutingPlan(kind, args.routing_threshold, budget, self.rows_per_example))
 
     def _default_budget(self) -> int | None:
-        """What one member's largest batch takes, so that memory does not grow with the members."""
+        """The tokens of one member's largest batch, so that memory does not grow with the members."""
         length = getattr(self.args, "max_length", None)
-        # Processes that share a base run it equally often.
+        # Processes that share a base must run it equally often.
         if not self.splits_batches or length is None or self.args.shard_base or self.args.recomputes_reentrantly:
             return None
         return max(LEAST_BUDGET, self.args.per_device_train_batch_size * self.rows_per_example * length)
@@ -58,7 +58,7 @@ class RoutedSteps(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """TRL's, in as many parts as the token budget asks for; gradients are those of the whole batch."""
+        """TRL's step, in as many parts as the token budget asks for. The gradients are those of the whole batch."""
         if self.args.routing == "auto":
             self._measure_scoring(inputs)
         plan, parts = self.router.plan, [inputs]
@@ -68,7 +68,7 @@ class RoutedSteps(Trainer):
         self.model.redraw(self._noise_seed())  # the same for every forward of this batch
         losses = []
         for number, part in enumerate(parts, 1):
-            # Gradients of all parts travel together.
+            # Processes exchange gradients once, after the last part.
             self.accelerator.gradient_state._set_sync_gradients(syncs and number == len(parts))
             with self.accelerator.no_sync(model) if number < len(parts) else nullcontext():
                 losses.append(super().training_step(model, part, num_items_in_batch))
@@ -77,7 +77,7 @@ class RoutedSteps(Trainer):
         return torch.stack(losses).sum()
 
     def _noise_seed(self) -> int:
-        """Of the micro-batch at hand: another one for each, and the same again after resuming."""
+        """The seed of this micro-batch. Each has another one, and a resumed run has the same ones again."""
         step = self.state.global_step
         self._micro_batch = (step, self._micro_batch[1] + 1) if self._micro_batch[0] == step else (step, 0)
         return (self.args.seed * 1_000_003 + step) * 1_009 + self._micro_batch[1]
@@ -94,7 +94,7 @@ class RoutedSteps(Trainer):
             return self.router.forward(batch, alpha, through=model)
 
     def _measure_scoring(self, inputs: dict[str, Any]) -> None:
-        """Take the time of a scoring pass, once, as a share of the dense step before it."""
+        """Measure once how long a scoring pass takes, as a share of the dense step before it."""
         auto = self.router.auto
         if auto.scoring_cost is not None or self.state.global_step < 2 or auto.kind != "dense":
             return
@@ -106,7 +106,7 @@ class RoutedSteps(Trainer):
         auto.scoring_cost = (time.perf_counter() - began) / self._seconds
 
     def pair_sums(self, loss: Tensor, routed: Routed, r_ME: Tensor) -> Sums:
-        """What is logged of the pairs of a training batch; nothing of a dense run.
+        """What is logged about the pairs of a training batch; empty in a dense run.
 
         Args:
             loss: of the batch, before its backward.
@@ -115,7 +115,7 @@ class RoutedSteps(Trainer):
         """
         if self.args.routing == "dense" or not self.model.training:
             return {}
-        # What the backward will bring to the log-probabilities; it stops there, before the model.
+        # The gradient of the loss with respect to the log-probabilities alone; it does not go through the model.
         (upstream_MBT,) = torch.autograd.grad(loss, routed.output.log_probs, retain_graph=True)
         share_ME = member_shares(upstream_MBT, self.rows_per_example)
         plan = self.router.plan
@@ -125,11 +125,11 @@ class RoutedSteps(Trainer):
     # ---- Memory ----------------------------------------------------------------------------------------------------
 
     def rehearse(self) -> int:
-        """Bytes at the peak of a step on the longest examples, optimizer state included; nothing is learned or kept.
+        """Bytes at the peak of a step on the longest examples, optimizer state included. No weight changes.
 
-        On a GPU those of tensors, on a CPU those of the process.
+        On a GPU the bytes of tensors, on a CPU the bytes of the process.
         """
-        self.current_gradient_accumulation_steps = 1  # which the training loop would have said
+        self.current_gradient_accumulation_steps = 1  # otherwise the training loop sets it
         batch = self.data_collator(self._longest(self.args.per_device_train_batch_size))
         self.training_step(
             self.model, self._prepare_inputs(batch), self._get_num_items_in_batch([batch], self.args.device)
@@ -150,7 +150,7 @@ _OF_FORWARD = ("input_ids", "attention_mask", "labels", "position_ids")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, or that this process took of a CPU's memory."""
+    """The most bytes that tensors took on a GPU, or that this process took in main memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

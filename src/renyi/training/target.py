@@ -1,6 +1,6 @@
 """What a PowerFlow run tunes toward, in words: for the plan before it and the model card after it.
 
-It knows the settings and what the target is a power of; nothing about how a trainer gets there.
+Read next: `powerflow.py`, which has the settings and the loss.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from renyi.training.card import Method
 
 
 def reference_in_words(args: Any, score: Any) -> str:
-    """What the target is a power of.
+    """The distribution that the target is a power of, in words.
 
     Args:
         args: a `PowerFlowConfig`.
@@ -30,7 +30,7 @@ def reference_in_words(args: Any, score: Any) -> str:
 
 
 def target_in_words(args: Any, score: Any) -> str:
-    """The target, and how it is tilted: never just a power, for that is not where this loss leads."""
+    """The target, and how it is tilted. The fixed point of this loss is a power of the base with a tilt by length."""
     of, power = reference_in_words(args, score), f"{args.power:g}"
     if args.balance == "trajectory":
         return f"p^{power} of {of}, made to sum to one (plain trajectory balance)"

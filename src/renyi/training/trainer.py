@@ -1,9 +1,9 @@
-"""What any trainer over an ensemble changes in transformers' Trainer: hooks, each a few lines.
+"""What every trainer of an ensemble changes in transformers' Trainer: hooks of a few lines each.
 
-Mixed in before a TRL trainer. The work behind the hooks stands by itself: `objective.py` (what is minimised),
-`clipping.py`, `checkpoints.py`, `log.py`, `parallel.py` (members split over processes), `steps.py` (parts of a batch,
-and the router), `start.py` (where the ensemble comes from). What an example's log-likelihood is, a trainer says:
-`sft.py` is the shortest.
+`EnsembleTrainer` is mixed in before a TRL trainer. The work behind the hooks is in files that can be read alone:
+`objective.py` (what is minimised), `clipping.py`, `checkpoints.py`, `log.py`, `parallel.py` (members split over
+processes), `steps.py` (parts of a batch, and the router), `start.py` (where the ensemble comes from). Each trainer says
+what an example's log-likelihood is; `sft.py` is the shortest.
 
 Transformers' Trainer has no public hook for much of this, so this file and `steps.py` override and read its private
 methods and counters. Trainers add to what is prepared and saved (`_prepare_dataset`, `_save`).
@@ -53,7 +53,7 @@ LOGGING_STATE_FILE = "logging_state.json"
 
 @contextmanager
 def _unmasked(args: Any) -> Iterator[None]:
-    """Keep TRL from looking for messages to mask in its own way: rows of every form come to it with labels."""
+    """Keep TRL from masking messages in its own way. Rows of every form already have labels."""
     asked = getattr(args, "assistant_only_loss", False)
     if asked:
         args.assistant_only_loss = False
@@ -65,7 +65,7 @@ def _unmasked(args: Any) -> Iterator[None]:
 
 
 class EnsembleTrainer(RoutedSteps):
-    """Mixin for a TRL trainer whose `model` is a `LoraEnsemble`. The TRL trainer must leave log-probabilities to us."""
+    """Mixin for a TRL trainer whose `model` is a `LoraEnsemble`. The subclass computes log-probabilities, not TRL."""
 
     model: LoraEnsemble
     objective: Objective
@@ -97,7 +97,7 @@ class EnsembleTrainer(RoutedSteps):
         if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
             raise DataError("the dataset is empty", where="train dataset", hint="A dataset needs at least one row.")
         self.preparation = self.preparation_class.of(args)
-        if kwargs.get("formatting_func") is None:  # which reads columns of its own
+        if kwargs.get("formatting_func") is None:  # such a function reads columns of its own
             readable, held_out = self.preparation.readable, kwargs.get("eval_dataset")
             train_dataset = readable(train_dataset, "train dataset")
             if isinstance(held_out, dict):
@@ -110,7 +110,7 @@ class EnsembleTrainer(RoutedSteps):
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
         ensemble.alpha, ensemble.routing_quantity = args.alpha, args.routing_quantity
         if args.compile_blocks is not None:
-            # Scoring and training are graphs of their own; with lengths as variables they stay within torch's limit.
+            # Scoring and training are different graphs. With lengths as variables they stay within torch's limit.
             ensemble.compile(dynamic=None if args.routing == "dense" else True, **args.compile_blocks)
         if args.device.type == "cpu":
             keep_freed_memory()
@@ -124,7 +124,7 @@ class EnsembleTrainer(RoutedSteps):
         # Count the tokens that are trained. For models whose class names no loss (GPT-2), transformers counts the
         # first token of each row, too, which nothing predicts.
         self._loss_shifts_labels = True
-        # TRL wraps the model's forward to add its own head, which ours makes needless.
+        # TRL wraps the model's forward to add a head of its own. The ensemble has its own head.
         self.model.__dict__.pop("forward", None)
         rows, batch = self.train_dataset, args.train_batch_size * args.data_processes
         if args.dataloader_drop_last and self.splits_batches and isinstance(rows, Dataset) and len(rows) < batch:
@@ -135,7 +135,7 @@ class EnsembleTrainer(RoutedSteps):
             )
         self.logged = TrainingLog(args.device, self.model.num_members, self.accelerator.reduce)
         self._restored_logging: dict[str, Any] | None = None
-        self._step_of_first_loss = 0  # what the total loss is summed from
+        self._step_of_first_loss = 0  # the step from which the total loss is summed
         self.add_callback(_RestoreLogging(self))
         self.start_routing()
         learned_weights = None
@@ -158,7 +158,7 @@ class EnsembleTrainer(RoutedSteps):
                 hint="Launch without them; shard_base splits the base, and only adapters have optimizer states.",
             )
         MemberAccelerator.take_over(self.accelerator, self.model.mesh)
-        if self.args.shard_base:  # before the whole of it goes to one device
+        if self.args.shard_base:  # split it before the whole base moves to one device
             self.model.shard_base()
 
     @property
@@ -169,10 +169,10 @@ class EnsembleTrainer(RoutedSteps):
 
     @property
     def current_alpha(self) -> float:
-        """The order of the batch at hand: the schedule's while training, the final one in evaluation.
+        """The order of this batch: the schedule's in training, the final one in evaluation.
 
-        Read it once a batch, at the start of `compute_loss`, and pass it on as a number: whoever turns the model's
-        training mode off for a while would read another one.
+        Read it once a batch, at the start of `compute_loss`, and pass it on as a number. It depends on the model's
+        training mode, which code in between may turn off for a while.
         """
         return self._scheduled_alpha if self.model.training else self.args.alpha
 
@@ -183,10 +183,10 @@ class EnsembleTrainer(RoutedSteps):
     def minimised(
         self, loss: Tensor, ell_ME: Tensor, r_ME: Tensor, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
-        """What `compute_loss` returns: a micro-batch's loss with the prior, checked, and with M times its gradient.
+        """What `compute_loss` returns: the loss of a micro-batch with the prior, and with M times its gradient.
 
         Raises:
-            TrainingDivergedError: it is no finite number.
+            TrainingDivergedError: the loss is not a finite number.
         """
         share = None
         if self.model.training:
@@ -214,7 +214,7 @@ class EnsembleTrainer(RoutedSteps):
     # ---- Gradients ---------------------------------------------------------------------------------------------
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        """Clip every member's gradient by itself, as an independent run would; return the mean of their norms."""
+        """Clip each member's gradient by itself, as an independent run would. Returns the mean of their norms."""
         self.accelerator.unscale_gradients()
         norms_M = clip_by_member(self.model.parameters(), self.args.max_grad_norm)
         return self.model.gathered(norms_M).mean()
@@ -226,7 +226,7 @@ class EnsembleTrainer(RoutedSteps):
     ) -> TrainOutput:
         """As in transformers, but `resume_from_checkpoint=True` takes the newest *complete* checkpoint, if any.
 
-        A run that had already ended is not trained further, where transformers would take one step more.
+        A run that had already ended is not trained further. Transformers would take one more step.
         """
         if resume_from_checkpoint is True:
             newest = find_checkpoints(self.output_dir).newest
@@ -237,7 +237,7 @@ class EnsembleTrainer(RoutedSteps):
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _ended(self, checkpoint: Path) -> TrainOutput | None:
-        """What training to the end returned, with the members as they were then, if `checkpoint` is that end."""
+        """If the run ended at `checkpoint`: load its members, and return what training returned. Else None."""
         state = state_at_end(checkpoint, self.num_steps)
         if state is None:
             return None
@@ -274,9 +274,9 @@ class EnsembleTrainer(RoutedSteps):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers, and beside the ensemble its model card and the curves of its training."""
+        """As in transformers; it also writes the model card and the curves of training beside the ensemble."""
         super().save_model(output_dir, _internal_call)
-        if not _internal_call:  # which a checkpoint is
+        if not _internal_call:  # a checkpoint is an internal call
             self.create_model_card(folder=output_dir)
             self.draw(Path(output_dir or self.output_dir) / FIGURE_FILE)
 
@@ -316,7 +316,7 @@ class EnsembleTrainer(RoutedSteps):
         self._restore_members(self.state.best_model_checkpoint)
 
     def _restore_members(self, checkpoint: str) -> None:
-        """Members and weights of a checkpoint; the order is this run's, which may have been given another."""
+        """Load members and weights of a checkpoint. Alpha stays this run's, which may differ from the checkpoint's."""
         order = self.model.alpha, self.model.routing_quantity
         self.model.restore(checkpoint)
         self.model.alpha, self.model.routing_quantity = order
@@ -326,7 +326,7 @@ class EnsembleTrainer(RoutedSteps):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "train_loss" in logs:  # transformers divides by the steps of this process alone
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step - self._step_of_first_loss, 1)
-        # What is logged shows in the names, not in the model's mode: after an evaluation it stays in evaluation mode.
+        # The names tell what is logged. The model's mode does not: it stays in evaluation mode after an evaluation.
         prefix = next((n.removesuffix("loss") for n in logs if n.endswith("_loss") and n != "train_loss"), "")
         mode = "eval" if prefix else "train"
         if "loss" in logs or "train_loss" in logs:
@@ -346,13 +346,13 @@ class EnsembleTrainer(RoutedSteps):
         return means
 
     def draw(self, file: Path | None = None) -> None:
-        """Draw the curves of the run, as far as it is logged, into a file; that of the output folder if None."""
+        """Draw the curves of the run so far into a file; `training.png` in the output folder if None."""
         if self.is_world_process_zero():
             file = file or self.output_dir / FIGURE_FILE
             draw_training(self.state.log_history, self.output_dir.name, file, self.unit)
 
     def watch(self, batch: Sums, inputs: dict[str, Any]) -> None:
-        """Add what is logged of a batch, and in training the tokens of its inputs."""
+        """Add what is logged about a batch, and in training also the tokens of its inputs."""
         self.logged.add(batch, "train" if self.model.training else "eval")
         if self.model.training:
             self.logged.add_tokens(inputs)
@@ -363,7 +363,7 @@ class EnsembleTrainer(RoutedSteps):
         return loss
 
     def _write_logging_state(self, checkpoint: Path) -> None:
-        """What lies between two logs, so that a resumed run logs what an uninterrupted one does."""
+        """Write what was added up since the last log, so that a resumed run logs what an uninterrupted one does."""
         loss = self.accelerator.reduce(self._tr_loss.detach().clone(), reduction="mean")
         state = {
             **self.logged.state(),
@@ -416,7 +416,7 @@ class EnsembleTrainer(RoutedSteps):
 
 
 class _RestoreLogging(TrainerCallback):
-    """The training loop resets its sums when it starts; this puts the checkpoint's back just after."""
+    """Puts a checkpoint's sums back right after the training loop has started, because the loop resets them there."""
 
     def __init__(self, trainer: EnsembleTrainer):
         self.trainer = trainer
@@ -431,12 +431,12 @@ class _RestoreLogging(TrainerCallback):
 def follow_schedule(scheduler: Any) -> None:
     """Give the optimizer the learning rates of its schedule at the step where it stands.
 
-    A checkpoint brings the rates of the schedule that it was written under. A run that goes on for longer has another
-    one, and would take its first step at the old rate, which is 0 at the end of a linear schedule.
+    A checkpoint has the rates of the schedule that it was written under. A run that goes on for longer has another
+    schedule. It would take its first step at the old rate, which is 0 at the end of a linear schedule.
     """
     if isinstance(scheduler, LambdaLR):
         step = scheduler.last_epoch
         rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})  # which is what is logged
+        scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})  # `_last_lr` is what is logged
