@@ -1,7 +1,9 @@
-"""Rows of local json, jsonl and csv files, exactly as they are written.
+"""Reads local json, jsonl and csv files, and keeps every value exactly as it is written.
 
-No type is guessed: text stays text, whatever other rows have in its place, and every cell of a csv file is text. Rows
-are read in chunks; a large file goes through an Arrow file in the cache, which is mapped into memory rather than held.
+No type is guessed. Text stays text, even if other rows have another type in the same column. Every cell of a csv file
+is text. Rows are read in chunks. A large file is copied to an Arrow file in the cache, which is mapped into memory and
+not loaded.
+
 Read next: `splits.py`, which decides which files a dataset has.
 """
 
@@ -24,22 +26,23 @@ from renyi.data.rows import FILE_COLUMN, ROW_COLUMN
 from renyi.errors import DataError
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-_LARGE = 64 * 2**20  # bytes above which rows are not held in memory
+_LARGE = 64 * 2**20  # rows of larger files (in bytes) are not held in memory
 _CHUNK = 1000  # rows
-_VERSION = 1  # of the files in the cache
+_VERSION = 1  # version of the files in the cache
 
 
 def read_files(files: Sequence[Path], streaming: bool = False) -> Dataset | IterableDataset:
     """The rows of json, jsonl and csv files, one file after the other.
 
-    A dataset of several files has the columns `FILE_COLUMN` and `ROW_COLUMN`, by which a message names a row.
+    A dataset of several files has the columns `FILE_COLUMN` and `ROW_COLUMN`, so that a message can name a row.
 
     Args:
         files: not empty; each ends with .json, .jsonl or .csv.
-        streaming: read rows as they are asked for.
+        streaming: whether to read rows only when they are needed.
 
     Raises:
-        DataError: a file cannot be read, with its line; for a streamed dataset as the line comes by.
+        DataError: a file cannot be read; the message names the line. A streamed dataset raises when it reaches the
+            line.
     """
     rows = RowsOf(files)
     if streaming:
@@ -50,7 +53,7 @@ def read_files(files: Sequence[Path], streaming: bool = False) -> Dataset | Iter
 
 
 def exact_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """A dataset in memory that gives every value back as it is; `Dataset.from_list` may change types and fill keys."""
+    """A dataset in memory that returns every value unchanged. `Dataset.from_list` may change types and add keys."""
     kinds = _kinds(rows)
     tables = [_table(chunk, kinds) for chunk in _chunks(rows)]
     table = pa.concat_tables(tables) if tables else _table([], kinds)
@@ -59,9 +62,10 @@ def exact_dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
 
 
 def new_fingerprint(rows: Dataset) -> str | None:
-    """What to call a dataset made of one in memory; None, for the library's hash, where results are kept on disk.
+    """The fingerprint for a dataset that is made from `rows`: a random one if `rows` is in memory, else None.
 
-    The hash takes in the tokenizer, which costs a tenth of a second or more, and nobody looks it up again.
+    With None the library computes a hash, by which it finds earlier results on disk. The hash includes the tokenizer
+    and takes a tenth of a second or more. For rows in memory it is not needed, because nothing is kept on disk.
     """
     return None if rows.cache_files else uuid.uuid4().hex
 
@@ -71,7 +75,7 @@ def _stream(files: tuple[str, ...]) -> Iterator[dict[str, Any]]:
 
 
 class RowsOf:
-    """The rows of files as dictionaries, as often as they are asked for; raises as `read_files`."""
+    """The rows of files as dictionaries. They can be iterated over many times. Errors are those of `read_files`."""
 
     def __init__(self, files: Sequence[Path]):
         self.files = files
@@ -86,7 +90,7 @@ class RowsOf:
 
 
 def _through_cache(rows: RowsOf, files: Sequence[Path]) -> Dataset:
-    """As a dataset on disk, which is written once for as long as the files stay as they are."""
+    """The rows as a dataset on disk. It is written again only if the files have changed."""
     stamps = [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = hashlib.sha256(repr((_VERSION, stamps)).encode()).hexdigest()[:24]
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "renyi" / f"{key}.arrow"
@@ -114,11 +118,11 @@ def _chunks(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 # ---- Types -----------------------------------------------------------------------------------------------------------
 
 _SCALARS = {bool: "bool", int: "int64", float: "float64", str: "string"}
-_JSON = "json"  # the kind of a column whose values have no one type: each is kept as the JSON it was
+_JSON = "json"  # the kind of a column with values of several types: each value is kept as JSON
 
 
 def _kind(value: Any) -> str | None:
-    """The Arrow type of a value: "string", "list of int64", …; "list" of an empty one, `_JSON` of all else."""
+    """The Arrow type of a value: "string", "list of int64", …; "list" for an empty list, `_JSON` for all else."""
     if value is None:
         return None
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
@@ -135,7 +139,7 @@ def _kind(value: Any) -> str | None:
 
 
 def _kinds(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """The kind of every column, in the order in which columns come first."""
+    """The kind of every column, in the order in which the columns first occur."""
     found: dict[str, set[str]] = {}
     for row in rows:
         for column, value in row.items():
@@ -199,7 +203,7 @@ def _as_json(value: Any, column: str) -> str:
 
 
 def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Objects one a line, or one list of objects. Only a line feed ends a line."""
+    """Read one object per line, or a file that is one list of objects. Only a line feed ends a line."""
     with file.open("rb") as opened:
         for number, raw in enumerate(opened, start=1):
             where = f"{file}, line {number}"
@@ -234,9 +238,9 @@ def _whole(file: Path) -> Iterator[dict[str, Any]]:
 
 def _parsed(text: str) -> Any:
     try:
-        value = json.loads(text, strict=False)  # strict would refuse a raw tab within text
+        value = json.loads(text, strict=False)  # with strict=True a raw tab within text would be an error
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
     if "\\ud" in text.lower() and (half := _half_character(value)) is not None:
         raise ValueError(f"it holds half a character: {half!r}")
     return value
@@ -249,7 +253,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _half_character(value: Any) -> str | None:
-    """A text with a surrogate that has no partner, which no encoding can hold."""
+    """Find a text in a value that holds one half of a surrogate pair alone, which no encoding can write."""
     if isinstance(value, str):
         try:
             value.encode()
@@ -264,7 +268,7 @@ def _no_json(error: ValueError, where: str) -> DataError:
     return DataError(
         f"could not be loaded: it is not JSON ({error})",
         where=where,
-        hint="A jsonl file has one whole JSON object a line, a json file one list of objects.",
+        hint="A jsonl file has one whole JSON object per line. A json file has one list of objects.",
     )
 
 
@@ -277,7 +281,7 @@ def _short(value: Any) -> str:
 
 
 def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Every cell as text, an empty one as None."""
+    """Read every cell as text, and an empty cell as None."""
     csv.field_size_limit(sys.maxsize)
     with file.open(encoding="utf-8-sig", newline="") as opened:
         reader = csv.reader(opened, strict=True)
@@ -301,7 +305,7 @@ def _csv_rows(file: Path) -> Iterator[dict[str, Any]]:
             raise DataError(
                 f"could not be loaded: it is not csv ({error})",
                 where=f"{file}, line {reader.line_num}",
-                hint='A cell that holds a comma, a quotation mark or a line break stands in "…", with "" for a mark.',
+                hint='Put a cell with a comma, a quotation mark or a line break in "…", and write a mark in it as "".',
             ) from error
         except UnicodeDecodeError as error:
             raise _encoding(file) from error
@@ -318,7 +322,7 @@ def _decoded(raw: bytes, file: Path) -> str:
 
 
 def _encoding(file: Path) -> DataError:
-    """The error that names the first byte of a file that is not UTF-8, and what the file may be."""
+    """The error for a file that is not UTF-8. It names the first wrong byte and a likely encoding."""
     with file.open("rb") as opened:
         start = opened.read(2)
         if start in (b"\xff\xfe", b"\xfe\xff"):

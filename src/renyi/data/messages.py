@@ -1,7 +1,7 @@
-"""Messages as a chat template takes them, whatever their source calls roles and keys.
+"""Reads messages of several formats into the format that chat templates take.
 
-`read_messages` reads a value of any known shape: a list of messages with `role` and `content` or with ShareGPT's `from`
-and `value`, such a list as JSON text, or one message alone. `rows.py` says which columns hold messages; read it next.
+`read_messages` accepts a list of messages with `role` and `content` or with ShareGPT's `from` and `value`, such a list
+as JSON text, or a single message. Read next: `rows.py`, which says which columns hold messages.
 """
 
 import json
@@ -12,7 +12,7 @@ from renyi.errors import DataError
 
 Problem = tuple[str, str] | None  # what is wrong, and what to do about it
 
-# What else the roles are called, in lower case. A name that could mean two of them is not here.
+# Other names of the roles, in lower case. A name that could mean two roles is not in the list.
 _ALIASES = {
     **dict.fromkeys(("human", "prompter", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "assistant", "bot", "chatbot", "ai", "model"), "assistant"),
@@ -20,25 +20,25 @@ _ALIASES = {
     "system": "system",
     "developer": "developer",
 }
-KNOWN_ROLES = ("system", "user", "assistant", "tool")  # that a template need not name to render
+KNOWN_ROLES = ("system", "user", "assistant", "tool")  # allowed even if the template does not name them
 _A_MESSAGE = "A message has `role` and `content`, or ShareGPT's `from` and `value`."
 
 
 def standard_role(role: str) -> str:
-    """A role as chat templates have it, such as "assistant" for "gpt" and "user" for "User"; others as they are."""
+    """The role's name in chat templates: "assistant" for "gpt", "user" for "User". Other names are not changed."""
     return _ALIASES.get(role.strip().lower(), role)
 
 
 def role_of(message: Mapping[str, Any]) -> str:
-    """The role of a message as it is written."""
+    """The role of a message as the source writes it."""
     role = message.get("role")
     return role if role is not None else message.get("from")  # type: ignore[return-value]
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a value is a list of messages, or the JSON text of one, and not text to be trained as it is.
+    """Whether a value is a list of messages or the JSON text of one. Other text is trained as it is.
 
-    JSON text is messages where any of its objects has a `role` or a `from`: a text may well be other JSON.
+    JSON text counts as messages only if one of its objects has a `role` or a `from`, because a text may be other JSON.
     """
     if not isinstance(value, str):
         return isinstance(value, list | dict)
@@ -53,18 +53,19 @@ def is_messages(value: Any) -> bool:
 
 
 def read_messages(value: Any, where: str, is_exact: bool = True) -> list[dict[str, Any]]:
-    """Messages with standard roles, text contents, and no key that a template would not expect.
+    """Read messages: the result has standard roles, text contents, and no keys that a template does not expect.
 
-    Parts of text become one text, because a template without a loop over parts would print Python's form of the list.
+    A content that is a list of text parts becomes one text. Otherwise a template that does not loop over parts would
+    print the Python list.
 
     Args:
         value: a list of messages, the JSON text of one, or one message.
-        where: file, row and column, for the message of an error.
-        is_exact: whether None is what the source says. In Arrow's structs it also fills keys that a row lacks, and is
-            left out.
+        where: file, row and column, for error messages.
+        is_exact: whether the source itself says None. If false, None may be Arrow's filler for keys that a row does not
+            have, and such keys are dropped.
 
     Raises:
-        DataError: the value is none of these, or a message is malformed, empty, or not to be trained.
+        DataError: the value is not messages, or a message is malformed or empty, or it says that it is not trained.
     """
     if isinstance(value, str):
         try:
@@ -84,7 +85,7 @@ def read_messages(value: Any, where: str, is_exact: bool = True) -> list[dict[st
 
 
 def renamed_roles(value: Any) -> dict[str, str]:
-    """The roles of well-formed messages that are read under another name, and that name."""
+    """The roles of well-formed messages that are read under another name, each with that name."""
     if isinstance(value, str):
         value = json.loads(value)
     messages = [value] if isinstance(value, dict) else value
@@ -93,7 +94,7 @@ def renamed_roles(value: Any) -> dict[str, str]:
 
 
 def without_fillers(value: Any) -> Any:
-    """A value of Arrow's structs without the keys that only other rows have, which Arrow fills with None."""
+    """A value from Arrow without the keys that only other rows have. Arrow fills such keys with None."""
     if isinstance(value, dict):
         return {key: without_fillers(item) for key, item in value.items() if item is not None}
     return [without_fillers(item) for item in value] if isinstance(value, list) else value
@@ -138,13 +139,13 @@ def _content(content: Any, role: str, turn: int, where: str) -> Any:
                 raise DataError(what, where=where, hint="Only text can be trained: remove the row, or the part.")
             texts.append(text)
         return "".join(texts)
-    if role == "tool":  # a result may be an object; the template says how it looks
+    if role == "tool":  # a tool's result may be an object; the template renders it
         return content
     raise DataError(f"has no text in message {turn}: {content!r}", where=where, hint="Write the content as text.")
 
 
 def _check_weight(message: Mapping[str, Any], turn: int, where: str) -> None:
-    """Refuse a message that is not to be trained, or half: nothing here could do that."""
+    """Refuse a message with a training weight other than 1, because single messages cannot be weighted here."""
     for key, allowed in (("weight", (None, 1)), ("train", (None, True))):
         value = message.get(key)
         if value not in allowed or (key == "weight" and isinstance(value, bool)):
@@ -157,7 +158,7 @@ def _check_weight(message: Mapping[str, Any], turn: int, where: str) -> None:
 
 
 def check_roles(messages: Iterable[Mapping[str, Any]], template: str, where: str) -> None:
-    """Raise `DataError` for a role that the chat template does not speak of, and would print as it stands."""
+    """Raise `DataError` for a role that the chat template does not name. It would print such a role unchanged."""
     for turn, message in enumerate(messages, start=1):
         role = message["role"]
         if role not in KNOWN_ROLES and f"'{role}'" not in template and f'"{role}"' not in template:

@@ -1,7 +1,7 @@
-"""The forms a row of preferences may have, and what a pair says once it is read.
+"""The forms of rows of preferences, and the reading of a row as a pair.
 
-A pair is a prompt with a chosen and a rejected completion, all text or all messages. As in `rows.py`, every way to
-training, scoring and display goes through one function, `read_pair`. `prepare_pairs.py` makes the tokens; read it next.
+A pair is a prompt with a chosen and a rejected completion. They are all text or all messages. Training, scoring and
+display all read pairs by one function, `read_pair`. Read next: `prepare_pairs.py`, which makes the tokens.
 """
 
 from collections.abc import Iterable, Mapping
@@ -29,7 +29,7 @@ from renyi.errors import DataError
 _WITH_PROMPTS, _SHARE_GPT, _IMPLICIT = "pairs with prompts", "ShareGPT pairs", "pairs with implicit prompts"
 PREPARED = ("prompt_ids", "chosen_ids", "rejected_ids")
 
-# Each form of a pair by the columns that make it, in order of precedence.
+# The columns that make each form of a pair, in order of precedence.
 _FORMS: dict[str, tuple[str, ...]] = {
     _WITH_PROMPTS: ("prompt", "chosen", "rejected"),
     _SHARE_GPT: ("conversations", "chosen", "rejected"),
@@ -42,10 +42,10 @@ _A_PAIR = (
 
 
 def pair_form(rows: Dataset | IterableDataset, where: str = "dataset") -> Form:
-    """The form of pairs by their columns.
+    """The form of pairs, from the names of the columns.
 
     Raises:
-        DataError: they are no pairs.
+        DataError: the columns do not make pairs.
     """
     there = [c for c in columns_of(rows) if c not in (ROW_COLUMN, FILE_COLUMN)]
     name = _matching(there)
@@ -67,11 +67,11 @@ def check_pairs(rows: Dataset, where: str = "dataset") -> Form:
     """Read every pair and return the form, such as "pairs with prompts, conversational".
 
     Args:
-        rows: as they were loaded.
-        where: what to call the dataset, such as its file name.
+        rows: the rows as they were loaded.
+        where: a name of the dataset for messages, such as its file name.
 
     Raises:
-        DataError: names the first bad row (counted from 1) and its column.
+        DataError: a row is bad; the message names the first one (counted from 1) and its column.
     """
     check_not_empty(rows, where)
     form = pair_form(rows, where)
@@ -90,18 +90,18 @@ def check_pairs(rows: Dataset, where: str = "dataset") -> Form:
 def read_pair(
     row: Mapping[str, Any], form: Form, where: str, exact: Mapping[str, bool] | None = None
 ) -> dict[str, Any]:
-    """What a pair says: `prompt`, `chosen` and `rejected`, all text or all messages of standard roles.
+    """Read a row as a pair: `prompt`, `chosen` and `rejected`, all text or all messages of standard roles.
 
-    With messages come `tools` and `chat_template_kwargs`, where the row has them.
+    For messages the result also has `tools` and `chat_template_kwargs`, if the row has them.
 
     Args:
-        row: as it was loaded, with more columns than the form's or not.
-        form: of the dataset, by `pair_form` or `check_pairs`.
+        row: the row as it was loaded; it may have more columns than the form.
+        form: the dataset's form, from `pair_form` or `check_pairs`.
         where: the row's name, for messages.
-        exact: of columns, see `are_exact`; all are if None.
+        exact: whether each column is exact, see `are_exact`; None means that all are.
 
     Raises:
-        DataError: the row is malformed, or leaves nothing to compare; names the column.
+        DataError: the row is malformed, or there is nothing to compare; the message names the column.
     """
     exact = exact or {}
     columns = [c for c in form.columns if c not in FOR_TEMPLATES]
@@ -151,10 +151,10 @@ def _read_column(column: str, value: Any, is_chat: bool, where: str, is_exact: b
 
 
 def _with_prompt(chosen: Any, rejected: Any, where: str) -> dict[str, Any]:
-    """The beginning that both share as their prompt, and what is left without it."""
+    """Split off the beginning that both completions share, and return it as their prompt."""
     hint = "Both must begin with the prompt and go on to an answer each; or give it in a column `prompt`."
     parts: dict[str, Any] = extract_prompt({"chosen": chosen, "rejected": rejected})
-    # Where the first differ, TRL looks at the last.
+    # TRL compares the last items as well if the first ones differ, so check the first ones here.
     if chosen[0] != rejected[0] or _is_blank(parts["prompt"]):
         raise DataError("shares no beginning with rejected", where=f"{where}, column chosen", hint=hint)
     for column, mine, other in (("chosen", chosen, rejected), ("rejected", rejected, chosen)):

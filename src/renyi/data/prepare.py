@@ -1,7 +1,9 @@
-"""From rows to tokens and labels: the one way for training, scoring and what is shown.
+"""Turns rows into tokens and labels. Training, scoring and display all use it.
 
-`prepare` gives what TRL's SFTTrainer would with the same settings (a test holds it to that), and an error that names
-the row where TRL would crash, train on something else, or drop the row in silence. `rows.py` says what a row means.
+`prepare` gives the same tokens and labels as TRL's SFTTrainer with the same settings; a test checks that. Where TRL
+would crash, train on something else, or drop a row silently, `prepare` raises an error that names the row.
+
+Read next: `prepare_pairs.py`, the same for preference pairs, or `training/sft.py`, the trainer.
 """
 
 import json
@@ -44,17 +46,17 @@ from renyi.errors import ConfigError, DataError, EnsembleFormatError
 from renyi.labels import IGNORED
 
 PREPARATION_FILE = "preparation.json"
-_VERSION = 2  # of what is computed here, for the datasets that are kept on disk
+_VERSION = 2  # version of this computation: prepared datasets on disk from another version are not used
 
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
 class Limits(NamedTuple):
-    """What a base model can read.
+    """The limits of a base model's input.
 
     Attributes:
-        positions: the most tokens of a row; None if its positions have no end.
-        vocabulary: ids below this have an embedding; None if that is not known.
+        positions: the greatest number of tokens in a row; None for no limit.
+        vocabulary: the number of embeddings: token ids must be below it. None if it is not known.
     """
 
     positions: int | None = None
@@ -62,7 +64,7 @@ class Limits(NamedTuple):
 
     @classmethod
     def of(cls, model: Any) -> "Limits":
-        """Read off a transformers model."""
+        """Read the limits from a transformers model."""
         config = model.config.get_text_config()
         positions = getattr(config, "max_position_embeddings", None)
         embedding = model.get_input_embeddings()
@@ -70,7 +72,7 @@ class Limits(NamedTuple):
         return cls(positions if isinstance(positions, int) and positions > 0 else None, size)
 
     def longest(self, max_length: int | None) -> int | None:
-        """The most tokens of a row: `max_length`, or the model's positions where these are fewer."""
+        """The greatest number of tokens in a row: `max_length`, or the model's positions if these are fewer."""
         return min((n for n in (max_length, self.positions) if n is not None), default=None)
 
 
@@ -79,16 +81,16 @@ NO_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class RowPreparation(ABC):
-    """The settings that decide a row's tokens, under TRL's names. An ensemble keeps those of its training."""
+    """The settings that decide a row's tokens, under TRL's names. An ensemble's folder keeps those of its training."""
 
     @classmethod
     def of(cls, settings: Any) -> Self:
-        """Read off anything with attributes of these names, such as TRL's config of the same method."""
+        """Take the settings from an object with attributes of these names, such as TRL's config of the same method."""
         return cls(**{f.name: getattr(settings, f.name) for f in fields(cls)})
 
     @classmethod
     def read(cls, folder: Path | str) -> Self:
-        """The settings kept in an ensemble's folder, or the defaults if it keeps none.
+        """Read the settings from an ensemble's folder. Without a file there, they are the defaults.
 
         Raises:
             EnsembleFormatError: the file is damaged.
@@ -109,21 +111,21 @@ class RowPreparation(ABC):
 
     @abstractmethod
     def check(self, rows: Dataset, name: str = "dataset") -> Form:
-        """The form of the rows; raises `DataError` that names the first bad one."""
+        """Read every row and return the form. Raises `DataError` that names the first bad row."""
 
     @abstractmethod
     def form(self, rows: Any, name: str = "dataset") -> Form:
-        """The form of the rows by their columns, without a look at the rows; raises `DataError`."""
+        """The form of the rows from the names of their columns only. Raises `DataError` if there is no such form."""
 
     @abstractmethod
     def readable(self, rows: Any, name: str = "dataset") -> Any:
-        """The rows, streamed or not, with the columns of their form alone; raises `DataError`."""
+        """The rows, streamed or not, without the columns that are not read. Raises `DataError`."""
 
     @abstractmethod
     def prepare(
         self, rows: Any, tokenizer: PreTrainedTokenizerBase, name: str = "dataset", limits: Limits = NO_LIMITS
     ) -> Any:
-        """The rows as tokens, as training sees them; raises `DataError` and `TokenizerError`."""
+        """The rows as tokens, as in training. Raises `DataError` and `TokenizerError`."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,10 @@ class Preparation(RowPreparation):
     """The settings that decide the tokens and labels of rows for supervised fine-tuning.
 
     Attributes:
-        max_length: tokens after which a row is cut; None for no limit but the model's.
-        truncation_mode: which end is kept.
+        max_length: number of tokens after which a row is cut; None for the model's limit only.
+        truncation_mode: which end of a row is kept, "keep_start" or "keep_end".
         dataset_text_field: the column that holds the text of a row of text.
-        completion_only_loss: whether only a completion is trained; None: where there is one.
+        completion_only_loss: whether only a completion is trained; None means: if rows have completions.
         assistant_only_loss: whether only the assistant's messages are trained.
     """
 
@@ -165,9 +167,9 @@ class Preparation(RowPreparation):
 
 
 def check_cut(max_length: int | None, truncation_mode: str) -> None:
-    """Raise `ConfigError` unless rows can be cut like that."""
+    """Raise `ConfigError` unless both settings are allowed."""
     if max_length is not None and max_length < 1:
-        hint = "Give the most tokens of a row, or null for no limit."
+        hint = "Give the greatest number of tokens in a row, or null for no limit."
         raise ConfigError(f"{max_length} is not allowed", where="max_length", hint=hint)
     if truncation_mode not in ("keep_start", "keep_end"):
         hint = "Write keep_start or keep_end."
@@ -183,23 +185,26 @@ def prepare(
     keep: Sequence[str] = (),
     num_proc: int | None = None,
 ) -> Rows:
-    """Turn rows of any form into columns `input_ids`, `labels` and `WHOLE_LENGTH`, one row each, in order.
+    """Turn rows of any form into rows with columns `input_ids`, `labels` and `WHOLE_LENGTH`, in the same order.
 
-    Labels are −100 where a token is not trained. This is what `RenyiSFTTrainer` trains on with the same settings.
+    Labels are −100 where a token is not trained. `RenyiSFTTrainer` trains on these rows with the same settings.
 
     Args:
-        rows: as loaded, streamed or not; may be numbered by `number_rows`. Prepared rows come out as they are.
-        tokenizer: of the base.
-        settings: how.
-        name: what to call the dataset.
-        limits: of the base; a row is cut at its positions, and an id without an embedding is an error.
-        keep: columns that go on beside the tokens, such as the one that rows are routed by.
-        num_proc: processes that share the work.
+        rows: rows as loaded, streamed or not; they may be numbered by `number_rows`. Rows that are already prepared
+            are returned as they are.
+        tokenizer: the base's tokenizer.
+        settings: how to prepare the rows.
+        name: a name of the dataset, for messages.
+        limits: the limits of the base. A row is cut at its positions. An id without an embedding is an error.
+        keep: columns to keep beside the tokens, such as the column of `routing_group`.
+        num_proc: number of processes that share the work.
 
     Raises:
-        ConfigError: the settings train a part of rows that these do not have.
-        DataError: a row is malformed, or nothing of it would be trained. For a streamed dataset, as the row comes by.
-        TokenizerError: text needs an end-of-text token to close it, messages a chat template, and there is none.
+        ConfigError: the settings train a part of rows that these rows do not have.
+        DataError: a row is malformed, or no token of it would be trained. A streamed dataset raises when it reaches the
+            row.
+        TokenizerError: the rows are text and the tokenizer has no end-of-text token, or they are messages and it has no
+            chat template.
     """
     if isinstance(rows, Dataset):
         check_not_empty(rows, name)
@@ -229,7 +234,7 @@ def prepare(
 
 
 class _Tokenise:
-    """A row as tokens and labels."""
+    """Turns one row into tokens and labels."""
 
     def __init__(
         self,
@@ -295,7 +300,7 @@ class _Tokenise:
             mask = tokens["assistant_masks"]
             if 1 not in mask:
                 raise no_masks()
-            # The token that ends a turn is the assistant's, too, though some templates mark only what is before it.
+            # The token that ends an assistant's turn is trained, too, although some templates do not mark it.
             tokens["assistant_masks"] = [
                 int(bit or (i > 0 and mask[i - 1] == 1 and token == self.end))
                 for i, (bit, token) in enumerate(zip(mask, tokens["input_ids"], strict=True))
@@ -303,7 +308,7 @@ class _Tokenise:
         return tokens
 
     def _with_prompt(self, read: Mapping[str, Any], where: str) -> tuple[int, dict[str, list[int]]]:
-        """The number of tokens of a prompt, and the tokens of it and its completion."""
+        """The number of tokens of the prompt, and the tokens of prompt and completion together."""
         prompt, completion = read["prompt"], read["completion"]
         check_can_tokenise(self.tokenizer, not is_messages(completion))
         if isinstance(completion, str):
@@ -317,13 +322,13 @@ class _Tokenise:
 
 
 def closed(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text with the end of text behind it, once."""
+    """The text with the end-of-text token after it, unless the text already ends with it."""
     end = str(tokenizer.eos_token)
     return text if text.endswith(end) else text + end
 
 
 def common_length(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two sequences share at their beginning."""
+    """The number of tokens that two sequences share at their beginning."""
     return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
 
 
@@ -334,11 +339,11 @@ def check_ids(ids: Sequence[int], limits: Limits, where: str) -> None:
         raise DataError(
             f"has the token {ids[place]} at place {place + 1}, and the base has {limits.vocabulary} embeddings",
             where=where,
-            hint="Take the tokenizer of this base: another has more words.",
+            hint="Use the tokenizer of this base. Another tokenizer may have more tokens.",
         )
 
 
-# ---- What is lost, and what is cut -----------------------------------------------------------------------------------
+# ---- Rows without trained tokens, rows that are cut, and counts ------------------------------------------------------
 
 
 def _lost_hint(settings: Preparation) -> str:
@@ -349,14 +354,14 @@ def _lost_hint(settings: Preparation) -> str:
 
 
 def _check_trained(prepared: Dataset, rows: Dataset, settings: Preparation, name: str) -> None:
-    """Raise `DataError` if preparation left some of the rows without a trained token."""
+    """Raise `DataError` if some prepared rows have no trained token."""
     nothing = np.concatenate([trained == 0 for trained in _trained_by_row(prepared)])
     if nothing.any():
         raise nothing_left(rows, np.flatnonzero(nothing).tolist(), _lost_hint(settings), name)
 
 
 def nothing_left(rows: Dataset, lost: Sequence[int], hint: str, name: str) -> DataError:
-    """The error that names the first of some rows, by their places in a dataset, of which nothing would be trained."""
+    """The error for rows without a trained token. It names the first one. `lost` are their places in the dataset."""
     others = f" (nor in {len(lost) - 1} other rows)" if len(lost) > 1 else ""
     columns = [c for c in (ROW_COLUMN, FILE_COLUMN) if c in rows.column_names]
     numbers = rows.select_columns(columns) if columns else None
@@ -366,7 +371,7 @@ def nothing_left(rows: Dataset, lost: Sequence[int], hint: str, name: str) -> Da
 
 
 def count_cut(prepared: Dataset | IterableDataset) -> int:
-    """How many rows of a prepared dataset lost tokens to `max_length` or the model's positions; 0 if streamed."""
+    """The number of prepared rows that were cut at `max_length` or at the model's positions; 0 if streamed."""
     if not isinstance(prepared, Dataset) or WHOLE_LENGTH not in prepared.column_names:
         return 0
     cut = 0
@@ -377,7 +382,7 @@ def count_cut(prepared: Dataset | IterableDataset) -> int:
 
 
 def told_cut(cut: int, max_length: int | None, limits: Limits = NO_LIMITS) -> str | None:
-    """A line of the plan on rows that are cut; None if there are none."""
+    """A line of the printed plan about rows that are cut; None if no row is cut."""
     if not cut:
         return None
     longest = limits.longest(max_length)
@@ -386,7 +391,7 @@ def told_cut(cut: int, max_length: int | None, limits: Limits = NO_LIMITS) -> st
 
 
 class Counts(NamedTuple):
-    """How much a prepared dataset holds; an example's first token is never predicted, so never trained."""
+    """The size of a prepared dataset. An example's first token is never predicted, so it never counts as trained."""
 
     examples: int
     tokens: int
@@ -394,10 +399,10 @@ class Counts(NamedTuple):
 
 
 def count_tokens(prepared: Dataset | IterableDataset) -> Counts:
-    """Count the examples, tokens and trained tokens of a prepared dataset; a packed row holds several examples.
+    """Count the examples, tokens and trained tokens of a prepared dataset. A packed row holds several examples.
 
     Raises:
-        ConfigError: the dataset is streamed, so nobody knows.
+        ConfigError: the dataset is streamed, so its size is unknown.
     """
     prepared = countable(prepared, "trained tokens")
     examples = tokens = trained = 0
@@ -411,7 +416,7 @@ def count_tokens(prepared: Dataset | IterableDataset) -> Counts:
 
 
 def countable(prepared: Dataset | IterableDataset, what: str) -> Dataset:
-    """The dataset itself, unless it is streamed: then `ConfigError`."""
+    """Return the dataset, or raise `ConfigError` if it is streamed. `what` is to be counted, for the message."""
     if isinstance(prepared, Dataset):
         return prepared
     raise ConfigError(
@@ -422,7 +427,7 @@ def countable(prepared: Dataset | IterableDataset, what: str) -> Dataset:
 
 
 def _labels(prepared: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Chunk by chunk, the lengths of the examples and, for all their tokens in a row, whether each is trained."""
+    """For each chunk of rows: the lengths of its examples, and for each of their tokens whether it is trained."""
     columns = [c for c in ("labels", "seq_lengths") if c in prepared.column_names]
     for table in prepared.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         rows = table["labels"].combine_chunks()
@@ -437,7 +442,7 @@ def _labels(prepared: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _trained_by_row(prepared: Dataset) -> Iterator[np.ndarray]:
-    """Chunk by chunk, the number of trained tokens of each row of an unpacked dataset."""
+    """For each chunk of an unpacked dataset: the number of trained tokens of each row."""
     for lengths, is_trained in _labels(prepared):
         ends = np.cumsum(lengths)
         total = np.concatenate([[0], np.cumsum(is_trained)])
@@ -445,7 +450,7 @@ def _trained_by_row(prepared: Dataset) -> Iterator[np.ndarray]:
 
 
 def sample(dataset: Dataset | IterableDataset, size: int) -> Dataset:
-    """At most `size` rows, evenly spaced over the dataset; of a streamed one the first."""
+    """At most `size` rows, evenly spaced over the dataset. From a streamed dataset it takes the first rows."""
     if not isinstance(dataset, Dataset):
         rows = list(dataset.take(size))
         return exact_dataset(rows) if dataset.features is None else Dataset.from_list(rows, features=dataset.features)

@@ -1,7 +1,9 @@
-"""From preference rows to tokens: the one way for training, scoring and what is shown.
+"""Turns preference rows into tokens. Training, scoring and display all use it.
 
-`prepare_pairs` gives what TRL's DPOTrainer would (a test holds it to that), and an error that names the row where TRL
-would drop a pair, cut the end of its prompt, or train on two sides that are the same. `pairs.py` says what a row means.
+`prepare_pairs` gives the same tokens as TRL's DPOTrainer; a test checks that. Where TRL would drop a pair, cut the end
+of its prompt, or train on two equal sides, `prepare_pairs` raises an error that names the row.
+
+Read next: `training/dpo.py`, the trainer.
 """
 
 from collections.abc import Mapping
@@ -30,17 +32,17 @@ from renyi.data.rows import Form, are_exact, check_not_empty, columns_of, only_c
 from renyi.errors import DataError
 
 _SIDES = ("chosen", "rejected")
-_VERSION = 2  # of what is computed here, for the datasets that are kept on disk
+_VERSION = 2  # version of this computation: prepared datasets on disk from another version are not used
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
 @dataclass(frozen=True)
 class PairPreparation(RowPreparation):
-    """The settings that decide the tokens of preference pairs; a prompt and a completion are cut together.
+    """The settings that decide the tokens of preference pairs.
 
     Attributes:
-        max_length: tokens after which they are cut; None for no limit but the model's.
-        truncation_mode: which end is kept.
+        max_length: number of tokens after which a prompt with its completion is cut; None for the model's limit only.
+        truncation_mode: which end is kept, "keep_start" or "keep_end".
     """
 
     max_length: int | None = 1024
@@ -61,7 +63,7 @@ class PairPreparation(RowPreparation):
         return only_columns(rows, self.form(rows, name))
 
     def within(self, limits: Limits) -> Self:
-        """The same, cut at the positions of a base at the latest."""
+        """The same settings, with `max_length` lowered to the base's positions if these are fewer."""
         return replace(self, max_length=limits.longest(self.max_length))
 
     def prepare(
@@ -78,21 +80,24 @@ def prepare_pairs(
     limits: Limits = NO_LIMITS,
     num_proc: int | None = None,
 ) -> Rows:
-    """Turn pairs of any form into columns `prompt_ids`, `chosen_ids` and `rejected_ids`, one row each, in order.
+    """Turn pairs of any form into rows with columns `prompt_ids`, `chosen_ids` and `rejected_ids`, in the same order.
 
-    This is what TRL's DPOTrainer trains on with the same settings; its collator then cuts to `max_length`.
+    TRL's DPOTrainer trains on these rows with the same settings. Its collator then cuts them to `max_length`.
 
     Args:
-        rows: as loaded, streamed or not; may be numbered by `number_rows`. Prepared rows come out as they are.
-        tokenizer: of the base.
-        settings: how.
-        name: what to call the dataset.
-        limits: of the base; what its positions would cut counts as lost, and an id without an embedding is an error.
-        num_proc: processes that share the work.
+        rows: rows as loaded, streamed or not; they may be numbered by `number_rows`. Rows that are already prepared
+            are returned as they are.
+        tokenizer: the base's tokenizer.
+        settings: how to prepare the pairs.
+        name: a name of the dataset, for messages.
+        limits: the limits of the base. Tokens beyond its positions count as lost. An id without an embedding is an
+            error.
+        num_proc: number of processes that share the work.
 
     Raises:
         DataError: a row is malformed, loses the end of its prompt, or leaves nothing to compare.
-        TokenizerError: text needs an end-of-text token to close it, or messages a chat template, and there is none.
+        TokenizerError: the rows are text and the tokenizer has no end-of-text token, or they are messages and it has no
+            chat template.
     """
     if isinstance(rows, Dataset):
         check_not_empty(rows, name)
@@ -118,7 +123,7 @@ def prepare_pairs(
 
 
 class _Tokenise:
-    """A pair as tokens."""
+    """Turns one pair into tokens."""
 
     def __init__(
         self,
@@ -151,7 +156,7 @@ class _Tokenise:
         return made
 
     def _text(self, read: Mapping[str, Any], where: str) -> tuple[list[int], list[list[int]]]:
-        """The tokens of a prompt, and of the prompt and either completion."""
+        """The tokens of the prompt, and the tokens of the prompt with each of the two completions."""
         whole = [read["prompt"] + closed(read[side], self.tokenizer) for side in _SIDES]
         sides = [text_tokens(self.tokenizer, text, where) for text in whole]
         return text_tokens(self.tokenizer, read["prompt"], where), sides
@@ -164,9 +169,10 @@ class _Tokenise:
         return prompt, [chat_tokens(self.tokenizer, messages, where, options)["input_ids"] for messages in whole]
 
     def _check_prompt(self, read: Mapping[str, Any], lost: list[int], where: str) -> None:
-        """Raise `DataError` for a conversation that does not begin with its prompt once both are rendered.
+        """Raise `DataError` if the rendered conversation does not begin with the rendered prompt.
 
-        Text is compared: where only tokens of the prompt merged with the answer's, as in plain text, nothing is lost.
+        The texts are compared and not the tokens. A token may hold the end of the prompt and the beginning of the
+        answer, as in plain text; then nothing is lost.
         """
         options = for_template(read)
         prompt = chat_text(self.tokenizer, read["prompt"], where, {"add_generation_prompt": True, **options})
@@ -174,15 +180,15 @@ class _Tokenise:
         if all(text.startswith(prompt) for text in whole):
             return
         raise DataError(
-            "the rendered conversation does not begin with the rendered prompt, whose end is lost: "
+            "the rendered conversation does not begin with the rendered prompt, so the end of the prompt is lost: "
             f"{self.tokenizer.decode(lost)!r}",
             where=where,
-            hint="Use a chat template that renders a prompt alone as it does before an answer (chat_template_path), "
-            "or settings that make it (a column chat_template_kwargs).",
+            hint="The chat template must render a prompt in the same way with and without an answer. Give another "
+            "template (chat_template_path), or set its options in a column chat_template_kwargs.",
         )
 
     def _check_left(self, made: Mapping[str, list[int]], where: str) -> None:
-        """As the function of this name, for one row."""
+        """The check of the function `_check_left`, for one row of a streamed dataset."""
         lengths = np.array([[len(made[column])] for column in PREPARED])
         tokens, trained = _kept(lengths, self.settings)
         if not (trained > 0).all():
@@ -199,12 +205,12 @@ def _lost_hint(settings: PairPreparation) -> str:
 
 
 def _check_left(prepared: Dataset, rows: Dataset, settings: PairPreparation, name: str) -> None:
-    """Raise `DataError` if a side has no trained token after the cut, or both sides are the same."""
+    """Raise `DataError` if a side has no trained token after the cut, or if both sides are equal."""
     tokens, trained = _kept(_lengths(prepared), settings)
     lost = np.flatnonzero(~(trained > 0).all(axis=0))
     if len(lost):
         raise nothing_left(rows, lost.tolist(), _lost_hint(settings), name)
-    # Only sides of the same lengths can be the same.
+    # Only sides of equal lengths can be equal.
     for i in np.flatnonzero((tokens[0] == tokens[1]) & (trained[0] == trained[1])):
         _check_different(prepared[int(i)], settings, row_name(rows[int(i)], int(i), name))
 
@@ -221,7 +227,7 @@ def _check_different(made: Mapping[str, list[int]], settings: PairPreparation, w
 
 
 def _cut(prompt: int, settings: PairPreparation) -> slice:
-    """What is left of a completion after a prompt of so many tokens."""
+    """The part of a completion that is left after the cut, if the prompt has `prompt` tokens."""
     if settings.max_length is None:
         return slice(None)
     if settings.truncation_mode == "keep_start":
@@ -230,7 +236,7 @@ def _cut(prompt: int, settings: PairPreparation) -> slice:
 
 
 class PairCounts(NamedTuple):
-    """How much a prepared dataset of pairs holds within `max_length`: both sides, each with its prompt."""
+    """The size of a prepared dataset of pairs within `max_length`. Both sides count, each with its prompt."""
 
     pairs: int
     tokens: int
@@ -238,10 +244,10 @@ class PairCounts(NamedTuple):
 
 
 def count_pairs(prepared: Dataset | IterableDataset, settings: PairPreparation) -> PairCounts:
-    """Count the pairs, their tokens, and the tokens of their completions that are predicted.
+    """Count the pairs, their tokens, and the trained tokens of their completions.
 
     Raises:
-        ConfigError: the dataset is streamed, so nobody knows.
+        ConfigError: the dataset is streamed, so its size is unknown.
     """
     prepared = countable(prepared, "pairs")
     tokens, trained = _kept(_lengths(prepared), settings)
@@ -249,7 +255,7 @@ def count_pairs(prepared: Dataset | IterableDataset, settings: PairPreparation) 
 
 
 def count_cut_pairs(prepared: Dataset | IterableDataset, settings: PairPreparation) -> int:
-    """How many pairs lose tokens to `max_length`; 0 if the dataset is streamed."""
+    """The number of pairs that are cut at `max_length`; 0 if the dataset is streamed."""
     if not isinstance(prepared, Dataset) or settings.max_length is None:
         return 0
     prompt, *completions = _lengths(prepared)
@@ -257,9 +263,9 @@ def count_cut_pairs(prepared: Dataset | IterableDataset, settings: PairPreparati
 
 
 def _kept(lengths: np.ndarray, settings: PairPreparation) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens [2, pairs] that the cut leaves of chosen and rejected with their prompt, and how many are trained.
+    """Numbers of tokens [2, pairs] of chosen and rejected with their prompt after the cut, and of trained tokens.
 
-    A sequence's first token is never predicted, so never trained.
+    A sequence's first token is never predicted, so it never counts as trained.
     """
     prompt, *completions = lengths
     completion = np.stack(completions)

@@ -1,6 +1,6 @@
-"""Rows that hold a prompt and nothing to learn from but what the model itself makes of it.
+"""Rows that hold only a prompt. The model itself writes the answer, as in PowerFlow and in generation.
 
-A prompt is text or messages, read and tokenised as everywhere. `rendering.py` makes the tokens; read it next.
+A prompt is text or messages. Read next: `rendering.py`, which makes the tokens.
 """
 
 from collections.abc import Mapping
@@ -30,15 +30,15 @@ from renyi.data.rows import (
 from renyi.errors import DataError
 
 PROMPT = "prompt"
-_COLUMNS = (PROMPT, "messages", "conversations")  # where a prompt may be, in order of precedence
+_COLUMNS = (PROMPT, "messages", "conversations")  # columns that may hold the prompt, in order of precedence
 
 
 @dataclass(frozen=True)
 class PromptPreparation(RowPreparation):
-    """The settings that decide the tokens of prompts; a prompt is never cut, because its end is what is continued.
+    """The settings that decide the tokens of prompts. A prompt is never cut, because generation continues its end.
 
     Attributes:
-        max_prompt_length: tokens above which a prompt is an error; None for no limit but the model's.
+        max_prompt_length: a prompt with more tokens is an error; None for the model's limit only.
     """
 
     max_prompt_length: int | None = None
@@ -50,7 +50,7 @@ class PromptPreparation(RowPreparation):
         return prompt_form(rows, name)
 
     def readable(self, rows: Any, name: str = "dataset") -> Any:
-        """The rows with `prompt` as TRL reads it: text, or messages of standard roles."""
+        """The rows with a column `prompt` in TRL's format: text, or messages of standard roles."""
         form = prompt_form(rows, name)
         exact = are_exact(rows, form.columns)
 
@@ -67,7 +67,7 @@ class PromptPreparation(RowPreparation):
     def prepare(
         self, rows: Any, tokenizer: PreTrainedTokenizerBase, name: str = "dataset", limits: Limits = NO_LIMITS
     ) -> Any:
-        """The one column `input_ids`: each prompt's tokens, as TRL's GRPOTrainer makes them."""
+        """The rows with one column, `input_ids`: the tokens of each prompt, as in TRL's GRPOTrainer."""
         form = prompt_form(rows, name)
         exact = are_exact(rows, form.columns)
         longest = limits.longest(self.max_prompt_length)
@@ -100,17 +100,17 @@ def prompt_tokens(
     where: str,
     row: Mapping[str, Any] | None = None,
 ) -> list[int]:
-    """The tokens of one prompt, with the template's opening of an answer behind a conversation.
+    """The tokens of one prompt. After a conversation come the tokens with which the template opens an answer.
 
     Args:
-        prompt: text that is continued, with one beginning of text, or messages as `read_messages` gives them.
-        tokenizer: of the base.
-        where: what to call the prompt.
-        row: what else the template is handed: `tools`, `chat_template_kwargs`.
+        prompt: a text to continue, or messages from `read_messages`.
+        tokenizer: the base's tokenizer.
+        where: a name of the prompt, for messages.
+        row: other arguments of the template: `tools`, `chat_template_kwargs`.
 
     Raises:
-        DataError: the chat template refuses it, or there are none.
-        TokenizerError: the prompt is a conversation, and there is no template.
+        DataError: the chat template refuses the prompt, or the prompt has no tokens.
+        TokenizerError: the prompt is a conversation, and the tokenizer has no chat template.
     """
     if isinstance(prompt, str):
         ids = text_tokens(tokenizer, prompt, where)
@@ -124,11 +124,14 @@ def prompt_tokens(
 
 
 def read_prompts(file: Path) -> list[dict[str, Any]]:
-    """The prompts of a json, jsonl or csv file: each a dictionary with `prompt`, text or messages of standard roles,
-    and with `tools` and `chat_template_kwargs` where the row has them.
+    """Read the prompts of a json, jsonl or csv file.
+
+    Returns:
+        One dictionary per row. It has `prompt`, which is text or messages of standard roles, and `tools` and
+        `chat_template_kwargs` if the row has them.
 
     Raises:
-        DataError: the file cannot be read, or a row has no prompt; names the file and the row.
+        DataError: the file cannot be read, or a row has no prompt; the message names the file and the row.
     """
     if not file.is_file():
         raise DataError("there is no such file", where=str(file), hint=f"Looked in {file.absolute().parent}.")
@@ -138,7 +141,7 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
 
 
 def prompts_of(rows: Dataset, name: str = "dataset") -> list[dict[str, Any]]:
-    """The same of rows that are loaded."""
+    """Read the prompts of loaded rows; result and errors as in `read_prompts`."""
     check_not_empty(rows, name)
     form = prompt_form(rows, name, for_templates=True)
     exact = are_exact(rows, form.columns)
@@ -146,15 +149,16 @@ def prompts_of(rows: Dataset, name: str = "dataset") -> list[dict[str, Any]]:
 
 
 def prompt_form(rows: Dataset | IterableDataset, name: str = "dataset", for_templates: bool = False) -> Form:
-    """Which column holds the prompt: `prompt`, else `messages` or ShareGPT's `conversations`.
+    """The form of rows with prompts. The prompt is in `prompt`, else in `messages`, else in ShareGPT's `conversations`.
 
     Args:
-        rows: as loaded.
-        name: what to call them.
-        for_templates: whether `tools` and `chat_template_kwargs` are read, too; training has its own for all rows.
+        rows: the rows as loaded.
+        name: a name of the dataset, for messages.
+        for_templates: whether to read `tools` and `chat_template_kwargs` as well. Training does not read them from
+            rows, because its settings hold for all rows.
 
     Raises:
-        DataError: none does.
+        DataError: no column can hold the prompt.
     """
     there = [c for c in columns_of(rows) if c not in (ROW_COLUMN, FILE_COLUMN)]
     column = next((c for c in _COLUMNS if c in there), None)
@@ -172,7 +176,7 @@ def check_prompts(rows: Dataset, name: str = "dataset") -> Form:
     """Read every row and return the form of the prompts: "prompts, plain text" or "prompts, conversational".
 
     Raises:
-        DataError: names the first bad row (counted from 1).
+        DataError: a row is bad; the message names the first one (counted from 1).
     """
     check_not_empty(rows, name)
     form = prompt_form(rows, name)
@@ -191,10 +195,12 @@ def check_prompts(rows: Dataset, name: str = "dataset") -> Form:
 
 
 def read_prompt(row: Mapping[str, Any], form: Form, where: str, exact: Mapping[str, bool]) -> dict[str, Any]:
-    """A row's `prompt`, text or messages that do not end with an answer, and what it hands to the template.
+    """Read a row's `prompt` and its arguments of the template.
+
+    The prompt is text, or messages that do not end with an answer.
 
     Raises:
-        DataError: there is none.
+        DataError: the row has no such prompt.
     """
     column = form.columns[0]
     value, at = row.get(column), f"{where}, column {column}"
@@ -210,7 +216,7 @@ def read_prompt(row: Mapping[str, Any], form: Form, where: str, exact: Mapping[s
         raise DataError(
             "ends with the assistant's turn",
             where=at,
-            hint="End it with the user's: the answer is what the model gives.",
+            hint="End it with the user's turn: the model writes the answer.",
         )
     extras = {c: row[c] for c in form.columns[1:]}
     return {PROMPT: messages, **read_for_template(extras, where, exact)}

@@ -1,7 +1,7 @@
-"""Multiple-choice questions from rows, each bad row refused by its number.
+"""Reads multiple-choice questions from rows. An error names the bad row by its number.
 
-How answers are to be read is decided once for the whole column, see `read_questions`. `renyi.inference.choices` turns
-questions into prompts.
+Answers may be written in several ways. Which way it is, is decided once for the whole column, see `read_questions`.
+Read next: `inference/choices.py`, which turns questions into prompts.
 """
 
 import math
@@ -18,7 +18,7 @@ _NUMBERED = re.compile(r"(?:choice|option)_?(\d+)|([A-Z])")
 
 
 class Question(NamedTuple):
-    """A question, its options (two at least, 26 at most), and which of them is right, counted from 0."""
+    """A question, its options (2 to 26), and the number of the right option, counted from 0."""
 
     question: str
     choices: list[str]
@@ -29,12 +29,13 @@ def read_questions(rows: Dataset, name: str = "dataset") -> list[Question]:
     """Read the columns `question`, `answer`, and options: a list `choices`, or `choice0`, `choice1`, … or `A`, `B`, ….
 
     An answer may be a label, an option's text, a letter, or a number counted from 0. All answers of a column are read
-    in one way, which must fit every row:
+    in the same way, which must fit every row:
 
-    1. Labels, where options have them and every answer is one: `choices` as `{"text": [...], "label": [...]}`, or what
-       the columns `option1`, `option2` or `A`, `B` are numbered by.
-    2. Otherwise the one reading, of text, letter and number, that fits every row. If two do and say different things
-       of a row, the row is refused.
+    1. As labels, if every answer is a label of its row. Options have labels if `choices` is
+       `{"text": [...], "label": [...]}`. For columns such as `option1`, `option2` or `A`, `B`, the labels are the
+       numbers or letters in the columns' names.
+    2. Otherwise as texts, as letters or as numbers: the one way that fits every row. If two ways fit and give different
+       options for a row, this is an error.
 
     Raises:
         DataError: there are no such columns, a row does not fit them, or an answer can be read in two ways.
@@ -83,7 +84,7 @@ def _row(row: Mapping[str, Any], numbered: list[str], where: str) -> _Row:
 
 
 def _text(value: Any) -> str:
-    """A cell as text: 3.0, which is how a column with gaps holds 3, as 3."""
+    """A cell as text. 3.0 becomes "3", because a column of integers with gaps holds floats."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
 
 
@@ -112,7 +113,7 @@ _READINGS: dict[str, _Reading] = {"text": _by_text, "letter": _by_letter, "numbe
 
 
 def _answers(rows: Sequence[_Row], name: str) -> list[int]:
-    """Which option each answer is."""
+    """The option that each answer means, counted from 0."""
     for number, row in enumerate(rows, start=1):
         if row.answer is None or (isinstance(row.answer, float) and math.isnan(row.answer)):
             raise DataError(
@@ -144,7 +145,7 @@ def _answers(rows: Sequence[_Row], name: str) -> list[int]:
 
 
 def _no_reading(rows: Sequence[_Row], found: dict[str, list[int | None]], name: str) -> DataError:
-    """The error that names the first row which is read as nothing, or not as those before it."""
+    """The error for answers that no way of reading fits. It names the first row that does not fit."""
     possible = set(found)
     for number, row in enumerate(rows, start=1):
         here = {kind for kind, answers in found.items() if answers[number - 1] is not None}

@@ -1,4 +1,4 @@
-"""Rows in whichever way a caller holds them: a file, a hub dataset, a list of dictionaries, or a dataset.
+"""Makes a dataset from rows that a caller gives as a file, a hub dataset, a list of dictionaries, or a dataset.
 
 Read next: `splits.py`, which loads files and hub datasets.
 """
@@ -15,16 +15,16 @@ from renyi.errors import ConfigError, DataError
 
 
 def read_rows(rows: Any, split: str | None = None, config: str | None = None) -> Dataset:
-    """Rows as a dataset.
+    """Return rows as a dataset.
 
     Args:
         rows: the path of a json, jsonl, csv or parquet file, the id of a hub dataset, a list of dictionaries, a
             dataset, or a dictionary of splits.
-        split: which one to read where there are several; by default "test" if there is one, else the first.
-        config: of a hub dataset.
+        split: the split to read if there are several; by default "test" if there is one, else the first.
+        config: the configuration of a hub dataset.
 
     Raises:
-        DataError: there are no such rows, or none at all.
+        DataError: the rows cannot be loaded, or there are none.
         ConfigError: there is no such split, or the rows are streamed.
     """
     name = str(rows) if isinstance(rows, str | Path) else "rows"

@@ -1,7 +1,7 @@
-"""Text and conversations as token ids, and the tokens at which an answer ends.
+"""Turns texts and conversations into token ids, and finds the tokens at which an answer ends.
 
-Whatever tokenises, in training, scoring and generation, does it here: one beginning-of-text token, one end, and an
-error of ours where a template refuses. `prepare.py` builds rows from these; read it next.
+Training, scoring and generation all tokenise here. So a text has one beginning-of-text token and one end everywhere,
+and a template that fails gives an error of this library. Read next: `prepare.py`, which builds rows from the tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ from renyi.errors import DataError, TokenizerError
 def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, where: str = "text") -> list[int]:
     """The tokens of a text, with the special tokens that the tokenizer adds.
 
-    Where the text writes its own beginning or end of text and the tokenizer adds another, one is left.
+    If the text already has a beginning-of-text or end-of-text token and the tokenizer adds another one, only one stays.
 
     Raises:
         DataError: the text cannot be encoded.
     """
     try:
         ids = list(tokenizer(text=text)["input_ids"])
-    except (TypeError, ValueError) as error:  # half a character is no text to the tokenizer
+    except (TypeError, ValueError) as error:  # such as a lone half of a surrogate pair
         raise DataError(f"cannot be tokenised ({error})", where=where, hint="Mend or remove the row.") from error
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if begin is not None and ids[:2] == [begin, begin] and not text.startswith(2 * str(tokenizer.bos_token)):
@@ -42,12 +42,13 @@ def chat_tokens(
 
     Args:
         tokenizer: has a chat template.
-        messages: as `read_messages` gives them.
-        where: the row's name, for messages.
-        options: of `apply_chat_template`: `tools`, `add_generation_prompt`, `chat_template`, and the template's own.
+        messages: the result of `read_messages`.
+        where: the row's name, for error messages.
+        options: options of `apply_chat_template` (`tools`, `add_generation_prompt`, `chat_template`), and of the
+            template itself.
 
     Raises:
-        DataError: the template refuses the conversation, or does not know a role.
+        DataError: the template refuses the conversation, or has no such role.
     """
     return dict(_applied(tokenizer, messages, where, {"tokenize": True, "return_dict": True, **options}))
 
@@ -55,7 +56,7 @@ def chat_tokens(
 def chat_text(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], where: str, options: Mapping[str, Any]
 ) -> str:
-    """A conversation as the template writes it; as `chat_tokens` otherwise."""
+    """A conversation as the text that the template writes; arguments and errors as in `chat_tokens`."""
     return str(_applied(tokenizer, messages, where, {"tokenize": False, **options}))
 
 
@@ -67,7 +68,7 @@ def _applied(
         return tokenizer.apply_chat_template([dict(message) for message in messages], **options)
     except TemplateSyntaxError as error:
         raise syntax_error(error, "chat template") from error
-    except Exception as error:  # a template is a program of its own, and may fail in any way
+    except Exception as error:  # a template is a program, and may fail in any way
         raise DataError(
             f"the chat template refuses the conversation ({str(error).strip() or type(error).__name__})",
             where=where,
@@ -76,7 +77,7 @@ def _applied(
 
 
 def for_template(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What is handed to the template beside the messages of a row that was read."""
+    """The arguments of the template beside the messages, from a row that was read."""
     return {"tools": row.get("tools"), **row.get("chat_template_kwargs", {})}
 
 
@@ -84,7 +85,7 @@ def for_template(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def syntax_error(error: TemplateSyntaxError, where: str) -> TokenizerError:
-    """Jinja's error of a template that is no program, with its line."""
+    """The error for a template with wrong syntax; it names the line."""
     return TokenizerError(
         f"the template cannot be read: {error.message}",
         where=f"{where}, line {error.lineno}",
@@ -93,7 +94,7 @@ def syntax_error(error: TemplateSyntaxError, where: str) -> TokenizerError:
 
 
 def check_has_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `TokenizerError` unless the tokenizer can render a conversation."""
+    """Raise `TokenizerError` unless the tokenizer has a chat template."""
     if tokenizer.chat_template is None:
         raise TokenizerError(
             "has no chat template, and the rows are conversations",
@@ -103,7 +104,7 @@ def check_has_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def check_can_tokenise(tokenizer: PreTrainedTokenizerBase, is_text: bool) -> None:
-    """Raise `TokenizerError` unless the tokenizer can close a text, or render a conversation."""
+    """Raise `TokenizerError` unless there is an end-of-text token (for text) or a chat template (for messages)."""
     if not is_text:
         check_has_template(tokenizer)
     elif tokenizer.eos_token is None:
@@ -113,11 +114,11 @@ def check_can_tokenise(tokenizer: PreTrainedTokenizerBase, is_text: bool) -> Non
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template that marks the assistant's tokens, or None if the tokenizer's own template does.
+    """A template that marks the assistant's tokens; None if the tokenizer's own template marks them.
 
     Raises:
-        TokenizerError: there is no template.
-        DataError: the template marks nothing, and TRL knows no marked version of it.
+        TokenizerError: the tokenizer has no chat template.
+        DataError: the template does not mark tokens, and TRL has no version of it that does.
     """
     check_has_template(tokenizer)
     if has_generation_markers(tokenizer.chat_template):
@@ -129,7 +130,7 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def no_masks() -> DataError:
-    """The error of a template that does not say which tokens are the assistant's."""
+    """The error for a template that does not mark the assistant's tokens."""
     return DataError(
         "the chat template marks no assistant tokens, so nothing would be trained",
         where="assistant_only_loss",
@@ -140,45 +141,48 @@ def no_masks() -> DataError:
 
 # ---- Where an answer ends --------------------------------------------------------------------------------------------
 
-_ANSWER = "a1b2c3d4"  # what no template would write of its own accord, nor change
+_ANSWER = "a1b2c3d4"  # a text that templates do not contain and do not change
 
 
 def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids at which generation stops: the end of text, and what the chat template closes an answer with.
+    """The ids at which generation stops: the end of text, and the token with which the chat template closes an answer.
 
-    A model that is trained on a template which closes turns with another token than the end of text learns to write
-    that token, and would never stop if only the end of text ended it.
+    A chat template may close turns with another token than the end of text. A model that is trained with it learns to
+    write that token. It would never stop if only the end of text stopped it.
     """
     ends = [tokenizer.eos_token_id, end_of_turn(tokenizer)]
     return list(dict.fromkeys(int(end) for end in ends if end is not None))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token with which the chat template closes an answer; None without one, or without a template."""
+    """The special token with which the chat template closes an answer; None without such a token or template."""
     closing = _closing(tokenizer)
     if not closing:
         return None
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     ids: Any = tokenizer(closing, add_special_tokens=False)["input_ids"]
-    unknown = tokenizer.unk_token_id  # which stands for a token that this vocabulary lacks
+    unknown = tokenizer.unk_token_id  # it takes the place of tokens that are not in this vocabulary
     return next((int(token) for token in ids if token in special and token != unknown), None)
 
 
 def _closing(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the template writes behind the last answer; None without a template, or if it takes no conversation."""
+    """The text that the template writes after the last answer; None without a template, or if the template fails."""
     if tokenizer.chat_template is None:
         return None
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     try:
         rendered = str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception:  # the rows will say what it refuses
+    except Exception:  # the same error comes with a row's name when rows are prepared
         return None
     _, found, closing = rendered.rpartition(_ANSWER)
     return closing if found else None
 
 
 def told_ends(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A line of the plan on where answers end; None without a chat template, or if that is the end of text."""
+    """A line of the printed plan about where answers end.
+
+    None without a chat template, or if the template closes answers with the end of text.
+    """
     closing = _closing(tokenizer)
     if closing is None:
         return None

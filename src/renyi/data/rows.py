@@ -1,7 +1,7 @@
-"""The forms a row may have, and what a row of a form says once it is read.
+"""The forms of rows, and the reading of a row.
 
-Every way to training, scoring and display goes through `read_row`, so that what is shown is what is trained. It takes
-the columns of the chosen form and leaves all others alone. `prepare.py` turns what it gives into tokens; read it next.
+Training, scoring and display all read rows by one function, `read_row`. So what is shown is what is trained. It reads
+the columns of the dataset's form and ignores all others. Read next: `prepare.py`, which turns a row into tokens.
 """
 
 import json
@@ -17,20 +17,20 @@ from renyi.errors import ConfigError, DataError
 ROW_COLUMN = "__row__"  # the number of a row in its file, counted from 0, however rows are split or shuffled later
 FILE_COLUMN = "__file__"  # the name of that file, where a dataset has several
 
-# Each form of a row by the columns that make it, in order of precedence.
+# The columns that make each form of a row, in order of precedence.
 FORMS: dict[str, tuple[str, ...]] = {
     "tokenised": ("input_ids",),
     "prompt-completion": ("prompt", "completion"),
     "conversational": ("messages",),
     "ShareGPT": ("conversations",),
 }
-# Columns that make a form, of pairs, too: what a row has in one may say why it lacks another.
+# Columns that make some form, also of pairs. If a row has no value in a needed column, a message names those it has.
 RIVALS = ("input_ids", "prompt", "completion", "messages", "conversations", "text", "chosen", "rejected")
 _LABELS = ("labels", "completion_mask", "assistant_masks", "attention_mask")  # of tokenised rows
 WHOLE_LENGTH = "whole_length"  # of prepared rows: the number of tokens before they were cut
 FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # handed to the chat template
 _OURS = (ROW_COLUMN, FILE_COLUMN)
-# What `apply_chat_template` is told by us, and a row's settings of the template may not say.
+# Arguments of `apply_chat_template` that this library sets. A row's `chat_template_kwargs` may not set them.
 _RESERVED = {
     *("conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"),
     *("padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
@@ -40,13 +40,13 @@ _RESERVED = {
 
 @dataclass(frozen=True)
 class Form:
-    """How the rows of a dataset are read; as text, what a plan says of it.
+    """The way in which the rows of a dataset are read. `str(form)` is the line of it in a printed plan.
 
     Attributes:
         name: such as "text", "prompt-completion" or "conversational".
-        columns: that are read; the first ones make the form.
-        left_out: columns that have no part in training.
-        roles: roles of messages that are read under another name.
+        columns: the columns that are read; the first ones make the form.
+        left_out: columns that are not read.
+        roles: roles of messages that are read under another name, each with that name.
     """
 
     name: str
@@ -64,15 +64,16 @@ class Form:
 
 
 def columns_of(rows: Dataset | IterableDataset) -> list[str]:
-    """The names of columns; of a streamed dataset that does not know them, those of its first row."""
+    """The names of the columns. If a streamed dataset does not have them, they are taken from its first row."""
     names = rows.column_names
     return list(names if names is not None else next(iter(rows), {}))
 
 
 def form_of(rows: Dataset | IterableDataset, text_field: str = "text", where: str = "dataset") -> Form:
-    """The form of a dataset's rows by its columns.
+    """The form of a dataset's rows, from the names of its columns.
 
-    A column that `text_field` names on purpose comes before all others; "text" comes last.
+    If `text_field` is another name than "text" and there is such a column, the form is text. A column "text" makes the
+    form text only if the columns make no other form.
 
     Raises:
         DataError: no known form has these columns.
@@ -111,15 +112,15 @@ def check_rows(
     """Read every row, and return the form with the roles that are read under another name.
 
     Args:
-        rows: as they were loaded.
+        rows: the rows as they were loaded.
         text_field: the column that holds the text of a row of text.
         assistant_only: whether every row needs a message of the assistant.
-        where: what to call the dataset, such as its file name.
-        completion_only: whether only completions are trained; None: where there are any.
+        where: a name of the dataset for messages, such as its file name.
+        completion_only: whether only completions are trained; None means: if there are completions.
 
     Raises:
-        ConfigError: rows of this form have no completions, or no messages.
-        DataError: names the first bad row (counted from 1) and its column.
+        ConfigError: completions or assistant messages are to be trained, and rows of this form have none.
+        DataError: a row is bad; the message names the first one (counted from 1) and its column.
     """
     check_not_empty(rows, where)
     form = form_of(rows, text_field, where)
@@ -135,7 +136,7 @@ def check_rows(
 
 
 def check_losses(form: Form, assistant_only: bool, completion_only: bool | None) -> None:
-    """Raise `ConfigError` if a setting asks for a part of rows that rows of this form do not have."""
+    """Raise `ConfigError` if a setting trains only a part of rows that rows of this form do not have."""
     has_completion = form.name == "prompt-completion" or {"completion_mask", "labels"} & set(form.columns)
     if completion_only and not has_completion:
         is_chat = form.name in ("conversational", "ShareGPT")
@@ -148,14 +149,14 @@ def check_losses(form: Form, assistant_only: bool, completion_only: bool | None)
         )
     if assistant_only and form.name == "text":
         raise ConfigError(
-            "true, and the rows are text, where nobody speaks",
+            "true, and the rows are text, which has no messages of an assistant",
             where="assistant_only_loss",
             hint="Give rows of `messages`, or leave it out.",
         )
 
 
 def are_exact(rows: Dataset | IterableDataset, columns: Iterable[str]) -> dict[str, bool]:
-    """Whether None in a column is what the source says, and does not fill a key of Arrow's structs."""
+    """For each column, whether a None in it comes from the source. Otherwise it may be Arrow's filler for a key."""
     features = rows.features
     return {c: features is None or isinstance(features.get(c), Json) for c in columns}
 
@@ -167,21 +168,21 @@ def check_not_empty(rows: Dataset, where: str) -> None:
 
 
 def number_rows(rows: Dataset) -> Dataset:
-    """The dataset with its rows numbered, so that a later message can name the row of the file."""
+    """Add a column with the numbers of the rows, so that a later message can name the row of the file."""
     if ROW_COLUMN in rows.column_names:
         return rows
     return rows.add_column(ROW_COLUMN, list(range(len(rows))))
 
 
 def row_name(row: Mapping[str, Any], index: int, where: str) -> str:
-    """What a message calls a row: by its number in its file, counted from 1, where it has one; else by `index` + 1."""
+    """The name of a row in messages: its number in its file, counted from 1; without one, `index` + 1."""
     number = row.get(ROW_COLUMN)
     file = row.get(FILE_COLUMN)
     return f"{where}, {f'{file}, ' if file else ''}row {(index if number is None else number) + 1}"
 
 
 def numbered_rows(rows: Dataset, columns: Iterable[str], where: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """The values of each row in `columns`, and what a message calls it."""
+    """The values of each row in `columns`, and the row's name for messages."""
     asked = [c for c in dict.fromkeys((*columns, *_OURS)) if c in rows.column_names]
     index = 0
     for batch in rows.select_columns(asked).iter(batch_size=1000):
@@ -192,7 +193,7 @@ def numbered_rows(rows: Dataset, columns: Iterable[str], where: str) -> Iterator
 
 
 def only_columns(rows: Any, form: Form) -> Any:
-    """A dataset, streamed or not, without the columns that say nothing of its form, nor number its rows."""
+    """A dataset, streamed or not, with only the columns that make a form or number the rows."""
     there = columns_of(rows)
     kept = {*form.columns, *RIVALS, *_OURS}
     return rows.remove_columns([c for c in there if c not in kept])
@@ -205,19 +206,19 @@ def read_row(
     assistant_only: bool = False,
     exact: Mapping[str, bool] | None = None,
 ) -> dict[str, Any]:
-    """What a row says: `text`; or `messages`; or `prompt` and `completion`, both text or both messages; or tokens.
+    """Read a row: `text`; or `messages`; or `prompt` and `completion`, both text or both messages; or tokens.
 
-    With messages come `tools` and `chat_template_kwargs`, where the row has them.
+    For messages the result also has `tools` and `chat_template_kwargs`, if the row has them.
 
     Args:
-        row: as it was loaded, with more columns than the form's or not.
-        form: of the dataset.
+        row: the row as it was loaded; it may have more columns than the form.
+        form: the dataset's form.
         where: the row's name, for messages.
-        assistant_only: whether it needs a message of the assistant.
-        exact: of columns, see `are_exact`; all are if None.
+        assistant_only: whether the row needs a message of the assistant.
+        exact: whether each column is exact, see `are_exact`; None means that all are.
 
     Raises:
-        DataError: the row is malformed; names the column.
+        DataError: the row is malformed; the message names the column.
     """
     exact = exact or {}
     needed = FORMS.get(form.name, form.columns[:1])
@@ -273,13 +274,13 @@ def _prompt_and_completion(row: Mapping[str, Any], where: str, exact: Mapping[st
     read = {"prompt": read_messages(prompt, of_prompt, exact.get("prompt", True))}
     if is_messages(completion):
         read["completion"] = read_messages(completion, of_completion, exact.get("completion", True))
-    else:  # to a chat, a text can only be the assistant's answer
+    else:  # after a prompt of messages, a text is the assistant's answer
         read["completion"] = [{"role": "assistant", "content": _text(completion, of_completion)}]
     return read
 
 
 def read_for_template(row: Mapping[str, Any], where: str, exact: Mapping[str, bool]) -> dict[str, Any]:
-    """A row's `tools` and `chat_template_kwargs`, if it has any; either may be JSON text."""
+    """A row's `tools` and `chat_template_kwargs`, if it has them. Both may be JSON text."""
     found: dict[str, Any] = {}
     for column, kind, what in (("tools", list, "a list of tools"), ("chat_template_kwargs", dict, "settings by name")):
         value = row.get(column)
@@ -305,7 +306,7 @@ def read_for_template(row: Mapping[str, Any], where: str, exact: Mapping[str, bo
 
 
 def _tokens(row: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`input_ids`, and `labels` or masks of the same length; padding that `attention_mask` marks is left out."""
+    """`input_ids`, and `labels` or masks of the same length. Padding (`attention_mask` 0) is removed."""
     ids = row["input_ids"]
     _check_ids(ids, f"{where}, column input_ids", least=0)
     read: dict[str, Any] = {"input_ids": ids}
@@ -320,13 +321,13 @@ def _tokens(row: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise DataError("is no list of 0 and 1", where=at, hint="Give 1 for a token that counts.")
         if len(values) != len(ids):
             what = f"has {len(values)} values, and input_ids has {len(ids)}"
-            raise DataError(what, where=at, hint="Give one value a token (labels: −100 where it is not trained).")
+            raise DataError(what, where=at, hint="Give one value per token (labels: −100 where it is not trained).")
         read[column] = values
     mask = read.pop("attention_mask", None)
     if mask and not all(mask):
         kept = [i for i, here in enumerate(mask) if here]
         if not kept or kept != list(range(kept[0], kept[-1] + 1)):
-            hint = "It may be 0 for padding at an end only."
+            hint = "It may be 0 only for padding at the beginning and the end of the row."
             raise DataError("hides tokens within the row", where=f"{where}, column attention_mask", hint=hint)
         read = {column: values[kept[0] : kept[-1] + 1] for column, values in read.items()}
     return read
@@ -341,7 +342,11 @@ def _check_ids(ids: Any, where: str, least: int) -> None:
 
 
 def what_is_there_instead(row: Mapping[str, Any], rivals: Iterable[str]) -> tuple[str, str]:
-    """A missing value: either the row has another form than the others, made of `rivals`, or it has a hole."""
+    """Message and hint for a missing value.
+
+    If the row has values in some of the columns `rivals`, it has another form than the other rows. Otherwise the value
+    is just missing.
+    """
     there = [c for c in dict.fromkeys(rivals) if row.get(c) is not None]
     if there:
         return (

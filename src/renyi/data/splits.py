@@ -1,6 +1,6 @@
-"""Loading a dataset: local files and folders, what `save_to_disk` wrote, or the hub.
+"""Loads the splits of a dataset: from local files, from a folder (also one that `save_to_disk` wrote), or from the hub.
 
-Every way in which that fails says what was looked for and where. `rows.py` says what a row means; read it next.
+Every error says what was looked for and where. Read next: `rows.py`, which says what a row means.
 """
 
 import glob
@@ -25,15 +25,21 @@ _HUB_OR_FILE = "Give a json, jsonl, csv or parquet file, or the id of a hub data
 
 
 def load_splits(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict | IterableDatasetDict:
-    """Load a local json, jsonl, csv or parquet file (as split "train"), a folder of such, or a hub dataset.
+    """Load a local json, jsonl, csv or parquet file (as split "train"), a folder of such files, or a hub dataset.
 
-    Text of local json and csv files stays text, see `files.py`. A folder may also be one that `save_to_disk` wrote.
+    Values of local json and csv files stay as they are written, see `files.py`. A folder may also be one that
+    `save_to_disk` wrote.
+
+    Args:
+        name: path of a file or folder, or id of a hub dataset.
+        config: name of the configuration of a hub dataset.
+        streaming: whether to read rows only when they are needed.
 
     Returns:
-        a dictionary of datasets by split, streamed if asked for.
+        A dictionary of datasets by split.
 
     Raises:
-        DataError: the file is missing, empty or cannot be read; names the line.
+        DataError: the file is missing, empty or cannot be read; the message names the line.
     """
     path = Path(name)
     kind = FORMATS.get(path.suffix.lower())
@@ -47,7 +53,7 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     if kind and path.stat().st_size == 0:
         raise _empty(name)
     try:
-        if kind == "parquet":  # a name is a pattern to the library, and may hold brackets
+        if kind == "parquet":  # the library reads a name as a pattern, so brackets must be escaped
             return load_dataset(kind, data_files={"train": glob.escape(str(path))}, streaming=streaming)
         if kind:
             return _splits({"train": read_files([path], streaming)})
@@ -62,12 +68,12 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
         raise DataError(
             f"could not be loaded ({first_line(error.__cause__ or error)})",
             where=name,
-            hint="Give a json, jsonl, csv or parquet file with one example a row, or the id of a hub dataset.",
+            hint="Give a json, jsonl, csv or parquet file with one example per row, or the id of a hub dataset.",
         ) from error
 
 
 def _folder(path: Path, config: str | None, streaming: bool) -> DatasetDict | IterableDatasetDict:
-    """The splits of a local folder: as `save_to_disk` wrote them, or of its files."""
+    """The splits of a local folder that `save_to_disk` wrote, or of a folder of files."""
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = load_from_disk(str(path))
         splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
@@ -89,14 +95,14 @@ def choose_split(splits: Any, split: str, name: str, key: str) -> Dataset | Iter
     """One split of a loaded dataset.
 
     Args:
-        splits: as `load_splits` returns them.
-        split: its name.
-        name: of the dataset, for the message.
-        key: of the setting that chose the split, for the message.
+        splits: the result of `load_splits`.
+        split: the name of the split.
+        name: the name of the dataset, for the message.
+        key: the setting that chose the split, for the message.
 
     Raises:
         ConfigError: there is no such split.
-        DataError: it has no rows.
+        DataError: the split has no rows.
     """
     if split not in splits:
         raise ConfigError(

@@ -1,6 +1,6 @@
-"""A tokenizer that can be trained with: its padding, its chat template, its end of text.
+"""Loads a tokenizer and prepares it for training: its pad token, its chat template and its end-of-text token.
 
-`rendering.py` makes tokens with it; read it next.
+Read next: `rendering.py`, which makes tokens with it.
 """
 
 import re
@@ -13,16 +13,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from renyi.data.rendering import syntax_error, told_ends
 from renyi.errors import TokenizerError, first_line
 
-# Special tokens that may pad, in order of choice, by what their names hold; the first of a kind is taken.
+# Patterns for the names of special tokens that can serve as pad token, in order of preference.
 _PADS = (r"\bpad\b|_pad_|^<\|?pad|pad\|?>$", r"reserved|unused|extra_|control_", r"^.?unk")
 _BRACKETED = re.compile(r"[<\[].*[>\]]")
 
 
 def load_tokenizer(name: str, pad_token: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer and settle its pad token, see `settle_padding`.
+    """Load a model's tokenizer and choose its pad token, see `settle_padding`.
 
     Raises:
-        TokenizerError: there is none, or `pad_token` cannot pad.
+        TokenizerError: there is no tokenizer, or `pad_token` cannot serve as pad token.
     """
     tokenizer = _loaded(name, f"tokenizer of {name}", **kwargs)
     settle_padding(tokenizer, pad_token)
@@ -30,10 +30,10 @@ def load_tokenizer(name: str, pad_token: str | None = None, **kwargs: Any) -> Pr
 
 
 def load_tokenizer_of(folder: Path, base_name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that an ensemble's folder keeps, or its base's; for reading only, so its pad token is no matter.
+    """Load the tokenizer in an ensemble's folder, or else the base's. Its pad token is not changed.
 
     Raises:
-        TokenizerError: there is none.
+        TokenizerError: there is no tokenizer.
     """
     name = str(folder) if (folder / "tokenizer_config.json").is_file() else base_name
     return _loaded(name, f"tokenizer of {name}")
@@ -50,15 +50,15 @@ def _loaded(name: str, where: str, hint: str | None = None, **kwargs: Any) -> Pr
 
 
 def settle_padding(tokenizer: PreTrainedTokenizerBase, pad_token: str | None = None) -> None:
-    """Give the tokenizer a pad token that is not the end of text, if it has a special token to spare.
+    """Give the tokenizer a pad token that is not the end of text, if it has an unused special token.
 
-    Padding is masked by length, so training never depends on the pad token. It matters to the next tool: one that masks
-    every pad token would mask the end of text if both were the same. Only a token that is special already is chosen:
-    another would be cut out of texts from then on, which changes their tokens.
+    Padding is masked by length here, so training does not depend on the pad token. But other tools mask every pad
+    token, and would mask the end of text if both were the same. Only a token that is already special is chosen. Making
+    another token special would change the tokens of texts that hold it.
 
     Args:
-        tokenizer: is changed.
-        pad_token: what to take instead; the end of text is allowed.
+        tokenizer: the tokenizer; it is changed.
+        pad_token: the pad token to use; None to choose one. The end of text is allowed.
 
     Raises:
         TokenizerError: `pad_token` is not in the vocabulary, or is an ordinary word.
@@ -82,7 +82,7 @@ def settle_padding(tokenizer: PreTrainedTokenizerBase, pad_token: str | None = N
 
 
 def told_padding(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A line of the plan on a pad token that is not the one the tokenizer was saved with; None if it is."""
+    """A line of the printed plan about the pad token; None if it is the one that the tokenizer was saved with."""
     own = str(tokenizer.init_kwargs.get("pad_token") or "")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         return f"{tokenizer.pad_token}, the end of text: there is no other special token; padding is masked by length"
@@ -92,14 +92,14 @@ def told_padding(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The tokens that are cut out of a text before it is split, in the order of their ids."""
+    """The special tokens, in the order of their ids. They are found in a text before it is split into other tokens."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     names = [token.content for _, token in sorted(added.items()) if token.special]
     return [*names, *(t for t in tokenizer.all_special_tokens if t not in names)]
 
 
 def _spare(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """A special token that could serve as padding; None without one."""
+    """A special token that can serve as pad token; None if there is none."""
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     free = [t for t in _special(tokenizer) if t not in taken]
     for pattern in _PADS:
@@ -116,10 +116,11 @@ def _spare(tokenizer: PreTrainedTokenizerBase) -> str | None:
 def load_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Give `tokenizer` the chat template of a Jinja file or of another model's tokenizer.
 
-    With another model's template comes its end of text, because that is what closes a turn.
+    The other model's end-of-text token is taken as well, because its template closes turns with that token.
 
     Raises:
-        TokenizerError: there is no such template, it is no program, or it needs tokens that this vocabulary lacks.
+        TokenizerError: there is no such template, its syntax is wrong, or it needs tokens that are not in this
+            vocabulary.
     """
     where = f"chat_template_path {path}"
     if path.endswith((".jinja", ".j2")):
@@ -149,16 +150,16 @@ def load_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise `TokenizerError`, with the line, if the chat template is no program. It may still refuse a conversation."""
+    """Raise `TokenizerError` with the line if the template's syntax is wrong. It may still refuse a conversation."""
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
     except TemplateSyntaxError as error:
         raise syntax_error(error, where) from error
-    except Exception:  # of this conversation; the rows will say what it takes
+    except Exception:  # only this conversation failed; rows are checked when they are prepared
         return
 
 
 def told_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Lines of the plan on padding and on where answers end, by their names; only what a user may not expect."""
+    """Lines of the printed plan about padding and the end of answers, by name. Expected settings have no line."""
     lines = {"padding": told_padding(tokenizer), "end of turn": told_ends(tokenizer)}
     return {name: line for name, line in lines.items() if line}
