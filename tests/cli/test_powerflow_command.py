@@ -331,7 +331,9 @@ def test_from_an_ensemble_that_was_trained_with_dropout(
     assert (ended.code, ended.err) == (0, "")
     ensemble = LoraEnsemble.load(tmp_path / "out")
     assert (ensemble.num_members, ensemble.peft_config.lora_dropout) == (2, 0.0)
-    assert "p^4 of the base" in in_plan(quick(model_name_or_path=start, lora_r=..., reference="base"))
+    assert "p^4 of the base" in in_plan(
+        quick(model_name_or_path=start, lora_r=..., reference="base", output_dir=tmp_path / "b")
+    )
 
 
 def test_an_ensemble_as_the_reference(trained: tuple[Path, Ended], quick: Settings) -> None:

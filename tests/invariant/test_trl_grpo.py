@@ -71,7 +71,7 @@ def test_the_gradient_is_twice_grpos(tmp_path, penalised):
     for name, layer in ours.model.named_parameters():
         if not layer.requires_grad:
             continue
-        path, _, matrix = name.removeprefix("base.").rpartition(".")
+        path, _, matrix = name.removeprefix("base.").replace(".members.", ".").rpartition(".")
         found.append(layer.grad[0].flatten())
         expected.append(2 * gradient_of[f"base_model.model.{path}.{matrix}.default.weight"].flatten())
     assert len(found) == len(gradient_of)

@@ -88,7 +88,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"there is no kind {unknown[0]!r}", where="--drop", hint=f"The kinds are {', '.join(KINDS)}.")
     if args.drop and not args.write:
         raise ConfigError("drops nothing by itself", where="--drop", hint="Add --write FILE.")
-    check_output(args.output)
+    if args.output is not None and args.output.is_file():
+        raise ConfigError(f"{args.output} is a file", where="--output", hint="Name a folder; it is made if needed.")
     check_output(args.write)
     return args
 
