@@ -24,8 +24,8 @@ logging.getLogger("trl").setLevel(logging.ERROR)
 def _quick_collections() -> None:
     """Take what lives already, the libraries above all, out of the garbage collector's sight.
 
-    Every `train()` collects garbage, and so do many other calls. Each time Python would look through the million objects
-    of the imported libraries, which takes longer than most tests.
+    Every `train()` collects garbage. Each time Python would look through all objects of the imported libraries, which
+    takes longer than most tests.
     """
     gc.collect()
     gc.freeze()

@@ -244,8 +244,17 @@ def compiled() -> CompileConfig:
     return config
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
-@pytest.mark.parametrize("settings", [{}, {"compile_config": compiled()}])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("gpt2", {}),
+        ("gemma2", {}),
+        ("llama", {"compile_config": compiled()}),
+        pytest.param("gpt2", {"compile_config": compiled()}, marks=pytest.mark.slow),
+        pytest.param("gemma2", {"compile_config": compiled()}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_static_cache_changes_nothing_compiled_or_not(kind, settings):
     ensemble = tiny_ensemble(3, kind)
     input_ids, mask = padded_batch("left")

@@ -37,7 +37,7 @@ def assert_close_runs(folder: Path, expected: Path) -> None:
             assert row[name] == pytest.approx(other_row[name], rel=SAME, abs=SAME), name
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_two_processes_are_one(tmp_path, accumulation):
     one, two = tmp_path / "one", tmp_path / "two"
     settings = {**SETTINGS, "gradient_accumulation_steps": accumulation}
@@ -48,7 +48,7 @@ def test_two_processes_are_one(tmp_path, accumulation):
     assert_close_runs(two, one)
 
 
-@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("precompute", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_are_one_on_preferences(tmp_path, precompute, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
     monkeypatch.setenv("HF_HOME", str(tmp_path))

@@ -1,6 +1,7 @@
 """Where every sequence can be written down, a policy trained on its own rollouts alone is at the target."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 from renyi import LoraEnsemble
 from renyi.training import powerflow
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
 # Of 4 tokens and at most 3: 40 sequences. The full languages are those of the slow test.
 QUICK = {"max_length": 3, "max_steps": 100}
 
@@ -35,7 +38,7 @@ def assert_at_target(found: Comparison, power: float) -> None:
     assert found.r2 > 0.98
 
 
-@pytest.mark.parametrize(("power", "steps"), [(0.0, 120), (0.5, 120), (2.0, 100), (4.0, 120)])
+@pytest.mark.parametrize(("power", "steps"), [slow(0.0, 120), slow(0.5, 120), (2.0, 100), slow(4.0, 120)])
 def test_a_trained_policy_is_the_target(tmp_path, power, steps):
     trainer = trainer_in(tmp_path, wide_llama(), power=power, max_length=3, max_steps=steps)
     (found,) = train_and_compare(trainer, language(4, 3))
@@ -69,6 +72,7 @@ def test_power_one_has_nothing_to_learn(tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(then, now, strict=True))
 
 
+@pytest.mark.slow
 def test_a_learned_partition_leads_to_the_same_target(tmp_path):
     settings = {**QUICK, "partition": "learned"}
     (found,) = train_and_compare(trainer_in(tmp_path, wide_llama(), power=2.0, **settings), language(4, 3))
@@ -82,7 +86,7 @@ def test_two_policies_that_share_rollouts_are_both_at_the_target(tmp_path):
         assert_at_target(found, 2.0)
 
 
-@pytest.mark.parametrize("pool", ["arithmetic", pytest.param("geometric", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pool", ["arithmetic", slow("geometric")])
 def test_the_power_of_a_pool_of_members_is_reached(tmp_path, pool):
     members = scatter_members(LoraEnsemble.from_base(wide_llama(), 3, lora(), seed=1), 0.2)
     members.weights.copy_(torch.tensor([0.5, 0.3, 0.2]))
@@ -101,6 +105,7 @@ def test_the_power_of_a_pool_of_members_is_reached(tmp_path, pool):
     assert_at_target(found, power)
 
 
+@pytest.mark.slow
 def test_each_policy_goes_to_the_power_of_its_own_member(tmp_path):
     """On rollouts of both."""
     start = scatter_members(LoraEnsemble.from_base(wide_llama(), 2, lora(), seed=1), 0.2)
@@ -132,6 +137,7 @@ def test_penalties_of_form_and_length_are_in_the_target(tmp_path):
     assert logged(trainer, "format_rate")[-1] > logged(trainer, "format_rate")[0] + 0.1
 
 
+@pytest.mark.slow
 def test_a_memoryless_base_only_changes_temperature(tmp_path):
     probs, known, power = torch.tensor([0.3, 0.4, 0.2, 0.1]), language(4, 3), 3.0
     trainer = trainer_in(tmp_path, memoryless_llama(probs.tolist()), power=power, **QUICK)
@@ -148,7 +154,8 @@ def test_a_memoryless_base_only_changes_temperature(tmp_path):
     assert log_partition == pytest.approx((power * probs.log()).logsumexp(0).item(), abs=0.01)
 
 
-@pytest.mark.parametrize("off", [-0.4, pytest.param(0.4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("off", [-0.4, 0.4])
+@pytest.mark.slow
 def test_a_frozen_partition_tilts_lengths_by_their_square(tmp_path, monkeypatch, off):
     """The control: the normaliser matters. With log Z' frozen at c, log π = power · log p − c n + κ n²."""
     known, power = language(4, 3), 2.0
@@ -169,6 +176,7 @@ def test_a_frozen_partition_tilts_lengths_by_their_square(tmp_path, monkeypatch,
     assert to_target > 0.1
 
 
+@pytest.mark.slow
 def test_whole_trajectories_collapse_in_length_where_the_length_aware_loss_does_not(tmp_path):
     """The base ends with probability 0.15 and has five words; at most 12 tokens, power 4."""
     lengths = {}

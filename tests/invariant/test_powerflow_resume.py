@@ -74,7 +74,10 @@ def uninterrupted(request, tmp_path_factory) -> tuple[str, Path, list[dict]]:
     return request.param, folder, run(folder, request.param)
 
 
-@pytest.mark.parametrize("step", range(1, STEPS))
+# In make test once within a batch of rollouts and once at its end.
+@pytest.mark.parametrize(
+    "step", [pytest.param(step, marks=[] if step in (3, 4) else pytest.mark.slow) for step in range(1, STEPS)]
+)
 def test_resuming_changes_nothing(tmp_path, uninterrupted, step):
     partition, folder, expected = uninterrupted
     with pytest.raises(KilledError):

@@ -1,5 +1,6 @@
 """A run that is killed at any point and started again gives, bit for bit, what it would have given."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -7,15 +8,17 @@ from processes import KILLED, interrupted_run, read_log, run
 
 from renyi.training.checkpoints import find_checkpoints, is_complete
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
 KILLS = [
-    ("after the step", 1),  # before the first checkpoint
+    slow(("after the step", 1)),  # before the first checkpoint
     ("between micro-batches", 2),
-    ("after the step", 3),
-    ("after saving", 4),
+    slow(("after the step", 3)),
+    slow(("after saving", 4)),
     ("after evaluating", 4),  # evaluated, but not yet saved
     ("writing a member", 4),
     ("before the seal", 6),  # everything is there but the seal
-    ("after the step", 7),
+    slow(("after the step", 7)),
 ]
 
 
@@ -60,6 +63,7 @@ def test_resuming_after_a_kill_changes_nothing(tmp_path, uninterrupted, kill):
     assert_equal_runs(tmp_path, uninterrupted)
 
 
+@pytest.mark.slow
 def test_resuming_after_several_kills_changes_nothing(tmp_path, uninterrupted):
     for kill in (("after the step", 3), ("before the seal", 4), ("after the step", 5)):
         assert run(interrupted_run, str(tmp_path), kill) == [KILLED]
@@ -84,7 +88,7 @@ def test_resuming_a_finished_run_trains_no_more(tmp_path, uninterrupted):
 
 
 @pytest.mark.parametrize(
-    "kill", [("between micro-batches", 3), ("after evaluating", 4), ("before the seal", 6)], ids=str
+    "kill", [slow(("between micro-batches", 3)), slow(("after evaluating", 4)), ("before the seal", 6)], ids=str
 )
 def test_resuming_a_preference_run_changes_nothing(tmp_path, kill):
     expected, killed = tmp_path / "expected", tmp_path / "killed"

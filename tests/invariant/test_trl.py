@@ -1,5 +1,7 @@
 """One member is TRL's SFTTrainer; M members at alpha 0 are M runs of it."""
 
+from functools import partial
+
 import pytest
 import torch
 from datasets import Dataset
@@ -11,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS = 20
+slow = partial(pytest.param, marks=pytest.mark.slow)  # other values on paths that the cases beside them take
 SETTINGS = {"max_steps": STEPS, "max_grad_norm": 0.3, "learning_rate": 5e-3, "warmup_steps": 3}
 
 
@@ -36,7 +39,7 @@ def assert_equal_curves(ours, theirs, names: list[str]) -> None:
         assert logged(ours, name) == pytest.approx(logged(theirs, name), rel=SAME, abs=SAME), name
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.8, 1.0])
+@pytest.mark.parametrize("alpha", [slow(0.0), 0.8, slow(1.0)])
 def test_one_member_is_trl_at_any_alpha(tmp_path, alpha):
     dataset = text_rows(48)
     ours = trainer_of(tmp_path / "ours", dataset, num_members=1, alpha=alpha, **SETTINGS)
@@ -55,13 +58,13 @@ def test_one_member_is_trl_at_any_alpha(tmp_path, alpha):
     [
         ("llama", {"lora_dropout": 0.2}),
         ("llama", {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}),
-        ("llama", {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "use_rslora": True}),
+        slow("llama", {"weight_decay": 0.1, "lr_scheduler_type": "cosine", "use_rslora": True}),
         ("llama", {"gradient_checkpointing": True}),
         ("llama", {"routing_quantity": "length_normalised"}),
         ("llama", {"packing": True, "max_length": 24}),
-        ("llama", {"optim": "sgd", "learning_rate": 0.5}),
+        slow("llama", {"optim": "sgd", "learning_rate": 0.5}),
         ("gpt2", {}),
-        ("neox", {}),
+        slow("neox", {}),
         ("gemma2", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
@@ -97,7 +100,7 @@ def test_evaluation_is_trls(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"optim": "sgd", "learning_rate": 0.2, "max_grad_norm": 0.0}], ids=["adamw", "sgd"]
+    "settings", [slow({}), {"optim": "sgd", "learning_rate": 0.2, "max_grad_norm": 0.0}], ids=["adamw", "sgd"]
 )
 def test_three_members_at_alpha_zero_are_three_runs(tmp_path, settings):
     """Each with its own draw of A, the same order of data, and its own clipping. AdamW forgives a wrong scale of the

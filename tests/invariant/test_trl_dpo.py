@@ -1,6 +1,7 @@
 """One member is TRL's DPOTrainer, whatever the loss; M members at alpha 0 are M runs of it."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS = 20
 SETTINGS = {"max_steps": STEPS, "max_grad_norm": 0.3, "learning_rate": 5e-3, "warmup_steps": 3, "beta": 0.3}
+slow = partial(pytest.param, marks=pytest.mark.slow)  # other values on paths that the cases beside them take
 REWARDS = [f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")]
 
 
@@ -42,7 +44,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("renyi.training.reference.HF_HOME", str(tmp_path / "home"))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.8, 1.0])
+@pytest.mark.parametrize("alpha", [slow(0.0), 0.8, slow(1.0)])
 def test_one_member_is_trl_at_any_alpha(tmp_path, alpha):
     dataset = pair_rows(48)
     ours = dpo_trainer_of(tmp_path / "ours", dataset, num_members=1, alpha=alpha, **SETTINGS)
@@ -62,24 +64,24 @@ def test_one_member_is_trl_at_any_alpha(tmp_path, alpha):
     "settings",
     [
         {"loss_type": "ipo"},
-        {"loss_type": "hinge"},
+        slow({"loss_type": "hinge"}),
         {"loss_type": "robust", "label_smoothing": 0.1},
-        {"loss_type": "apo_zero"},
-        {"loss_type": "apo_down"},
-        {"loss_type": "exo_pair", "label_smoothing": 1e-3},
-        {"loss_type": "nca_pair"},
-        {"loss_type": "bco_pair"},
-        {"loss_type": "sppo_hard"},
-        {"loss_type": "discopop"},
-        {"loss_type": "sigmoid_norm"},
+        slow({"loss_type": "apo_zero"}),
+        slow({"loss_type": "apo_down"}),
+        slow({"loss_type": "exo_pair", "label_smoothing": 1e-3}),
+        slow({"loss_type": "nca_pair"}),
+        slow({"loss_type": "bco_pair"}),
+        slow({"loss_type": "sppo_hard"}),
+        slow({"loss_type": "discopop"}),
+        slow({"loss_type": "sigmoid_norm"}),
         {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.3]},
-        {"f_divergence_type": "forward_kl"},
+        slow({"f_divergence_type": "forward_kl"}),
         {"f_divergence_type": "js_divergence"},
-        {"f_divergence_type": "alpha_divergence"},
-        {"loss_type": "ipo", "f_divergence_type": "js_divergence"},
-        {"ld_alpha": 0.5},
+        slow({"f_divergence_type": "alpha_divergence"}),
+        slow({"loss_type": "ipo", "f_divergence_type": "js_divergence"}),
+        slow({"ld_alpha": 0.5}),
         {"ld_alpha": 0.0, "precompute_ref_log_probs": True},
-        {"precompute_ref_log_probs": True},
+        slow({"precompute_ref_log_probs": True}),
         {"max_length": 7},
         {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2},
         {"gradient_checkpointing": True},
@@ -97,7 +99,7 @@ def test_one_member_is_trl_with_other_settings(tmp_path, settings):
     assert adapter_distance(ours.model, 0, theirs.model) <= SAME
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+@pytest.mark.parametrize("loss_type", [slow("sigmoid"), "ipo"])
 def test_three_members_at_alpha_zero_are_three_runs(tmp_path, loss_type):
     dataset = pair_rows(48)
     settings = {"loss_type": loss_type, "optim": "sgd", "learning_rate": 0.2}
@@ -117,7 +119,7 @@ def test_three_members_at_alpha_zero_are_three_runs(tmp_path, loss_type):
     assert (losses[0] - losses[1]).abs().max() > 1e-4  # three different runs
 
 
-@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("precompute", [slow(False), True])
 def test_a_trained_adapter_is_its_own_reference_as_in_trl(tmp_path, precompute):
     """Going on from trained members, each is measured against its own start; TRL does so with a copy of the adapter."""
     tiny_ensemble(2).save(tmp_path / "start")

@@ -14,6 +14,7 @@ TEMPLATE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (SHARED / "models").is_dir(), reason="the real model and data are not beside the project")
 def test_real_pairs_train_as_they_are(tmp_path, capsys):
     template, out = tmp_path / "chat.jinja", tmp_path / "out"

@@ -15,7 +15,15 @@ def _afresh():
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("settings", [{}, {"routing": "sampled"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"routing": "sampled"}, marks=pytest.mark.slow),
+        {"gradient_checkpointing": True},
+    ],
+    ids=lambda settings: " ".join(settings) or "plain",
+)
 def test_a_compiled_run_is_the_same_run(tmp_path, settings):
     models = []
     for given in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):

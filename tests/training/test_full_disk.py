@@ -96,7 +96,9 @@ def test_a_full_disk_at_any_file_leaves_the_previous_checkpoint(tmp_path, method
     assert {f for f in written if "." in f} == set(files)  # these are all
 
 
-@pytest.mark.parametrize(("method", "file"), [("sft", "optimizer.pt"), ("dpo", "preference.json")])
+@pytest.mark.parametrize(
+    ("method", "file"), [pytest.param("sft", "optimizer.pt", marks=pytest.mark.slow), ("dpo", "preference.json")]
+)
 def test_a_run_whose_disk_was_full_goes_on_as_if_nothing_had_been(tmp_path, monkeypatch, float64, method, file):
     fill_the_disk_at(file, monkeypatch)
     with pytest.raises(SaveError):
