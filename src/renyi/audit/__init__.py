@@ -1,7 +1,7 @@
-"""Where a fine-tuning dataset contradicts itself.
+"""Find where a fine-tuning dataset contradicts itself.
 
 `audit` reads rows and says which contradict which, row by row and group by group. `write_audit` leaves the result in a
-folder: a line a row, a line a group, a short page of text and a page to browse. Read next: `reading.py`.
+folder: one line for each row, one for each group, a short page of text and a page to browse. Read next: `reading.py`.
 """
 
 from bisect import bisect
@@ -26,15 +26,15 @@ def audit(
     places: Sequence[tuple[str, int]] | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> Audit:
-    """Find where rows of training data contradict each other, by reading alone.
+    """Find where rows of training data contradict each other, without a model.
 
     Args:
         rows: N rows in any form that `renyi sft` and `renyi dpo` read, or Alpaca records; a list or a `Dataset`.
-        near: Jaccard similarity of their words, without stop words, from which two prompts ask nearly the same; in
-            (0, 1]. Prompts that differ in a number, a negation or a name never do.
+        near: in (0, 1]. Two prompts ask nearly the same if the Jaccard similarity of their words, without stop words,
+            is at least this. Prompts that differ in a number, a negation or a name never ask the same.
         text_field: the column of a row of text.
         places: file and number of every row, counted from 1; by default one nameless file.
-        progress: called now and then with the number of rows read.
+        progress: called from time to time with the number of rows read.
 
     Raises:
         ConfigError: `near` is out of range.
@@ -53,7 +53,7 @@ def audit(
 
 
 def read_rows(names: Sequence[str], split: str | None = None) -> tuple[Rows, list[tuple[str, int]]]:
-    """The rows of one or several datasets behind one another, and the file and number of each.
+    """The rows of one or several datasets, one dataset after another, and the file and number of each row.
 
     Args:
         names: json, jsonl, csv or parquet files, or hub ids.
@@ -78,7 +78,7 @@ def read_rows(names: Sequence[str], split: str | None = None) -> tuple[Rows, lis
 
 
 class _Joined(Sequence[Mapping[str, Any]]):
-    """Several datasets behind one another. Their columns may differ, so they stay as they are."""
+    """Several datasets, one after another. They are not merged, because their columns may differ."""
 
     def __init__(self, parts: Sequence[Any]):
         self._parts, self._starts = parts, list(accumulate(map(len, parts), initial=0))
@@ -103,7 +103,7 @@ def _place(file: str, row: int) -> str:
 def cleaned(result: Audit, drop: Iterable[str]) -> list[int]:
     """The rows, counted from 0, that stay when some kinds of finding are dropped.
 
-    Of duplicates the first row stays; of every other kind none does.
+    The first row of duplicates stays. No row of any other dropped kind stays.
 
     Args:
         result: of an audit.

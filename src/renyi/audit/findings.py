@@ -1,4 +1,4 @@
-"""What an audit finds: groups of rows that belong together, a verdict a row, and the words for both.
+"""What an audit finds: groups of rows that belong together, and a verdict for each row.
 
 Read next: `reading.py`, which fills these from text alone.
 """
@@ -42,10 +42,10 @@ class Group:
 
     Attributes:
         kind: one of `KINDS`.
-        score: in [0, 1]: how fine the rows are. Near 0 they are almost surely at fault.
+        score: in [0, 1]. Near 0 the rows almost surely have a fault; 1 means that nothing is wrong.
         prompts: of the group, shortened, each once.
         sides: the competing answers; one, where nothing competes.
-        sentence: what was found, understandable alone.
+        sentence: what was found, in a sentence that can be read alone.
     """
 
     kind: str
@@ -65,9 +65,9 @@ class RowVerdict(NamedTuple):
 
     Attributes:
         index: of the row, counted from 0.
-        file: that it stands in.
+        file: the file that has it.
         row: its number there, counted from 1.
-        score: in [0, 1]; 1 where nothing was found. The lowest of its groups.
+        score: in [0, 1]: the lowest score of its groups; 1 if it is in none.
         is_contested: whether the score is below 0.5.
         group: number of the group that gave the score; None if there is none.
         side: its side in that group, counted from 0.
@@ -116,7 +116,7 @@ class Audit:
 
 
 def shortened(text: str, limit: int = SHOWN) -> str:
-    """Text in one line of printable characters, with … where it goes on."""
+    """Text in one line of printable characters, with … where it was cut."""
     line = " ".join(printable(text[: 4 * limit]).split())
     return line if len(line) <= limit and len(text) <= 4 * limit else line[: limit - 1] + "…"
 

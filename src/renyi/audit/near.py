@@ -1,6 +1,6 @@
 """Prompts that are nearly the same: candidates by MinHash, then an exact comparison of their words.
 
-Read next: `reading.py`, which asks what such prompts were answered with.
+Read next: `reading.py`, which compares the answers to such prompts.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +18,10 @@ BLOCK = 8192  # digests that are computed at a time
 
 
 class NearIndex:
-    """Digests of word sets, added one by one.
+    """Digests of word sets, which are added one by one.
 
-    A digest has 64 minima; two sets of Jaccard similarity s agree in a share s of them, and in all four minima of at
-    least one of 16 bands with probability 1 − (1 − s⁴)¹⁶: 0.9999 at s = 0.8.
+    A digest has 64 minima. Two sets of Jaccard similarity s agree in a share s of them on average. They agree in all
+    four minima of at least one of 16 bands with probability 1 − (1 − s⁴)¹⁶, which is 0.9998 at s = 0.8.
     """
 
     def __init__(self, seed: int = 0):
@@ -43,8 +43,8 @@ class NearIndex:
     def candidates(self, threshold: float) -> NDArray[np.int64]:
         """Pairs [n, 2] of sets that may have a Jaccard similarity of at least `threshold`, each once.
 
-        They share a band, and as many minima as such sets have but for three standard errors. Of a band's bucket only
-        neighbours are paired, so the work stays linear in the number of sets.
+        Both sets of a pair share a band. The share of minima in which they agree is at most three standard errors below
+        the threshold. Only neighbours in a band's bucket are paired, so the work is linear in the number of sets.
         """
         self._digest()
         if not self._digests:
@@ -54,7 +54,7 @@ class NearIndex:
         found = []
         for start in range(0, PERMUTATIONS, ROWS_A_BAND):
             band = np.ascontiguousarray(digests_ND[:, start : start + ROWS_A_BAND])
-            # Sorted by the band first and the next band second: in a large bucket the most alike are neighbours.
+            # Sorted by this band, then by the next band: so the most similar sets of a large bucket are neighbours.
             beside = np.roll(digests_ND, -start - ROWS_A_BAND, axis=1)[:, 0]
             order = np.lexsort((beside, *band.T))
             same = (band[order[1:]] == band[order[:-1]]).all(axis=1)
@@ -71,7 +71,7 @@ class NearIndex:
 
 
 def near_groups(index: NearIndex, prompt: Callable[[int], str], size: int, threshold: float) -> list[list[int]]:
-    """Groups of prompts that are linked by words in common and by equal deciding words.
+    """Groups of prompts that are linked: they share enough words, and their deciding words are equal.
 
     Args:
         index: of the words of N prompts.

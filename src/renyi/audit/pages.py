@@ -1,4 +1,4 @@
-"""The folder that an audit leaves: a line a row, a line a group, a short page of text, and one page to browse.
+"""The folder that an audit writes: two files of JSON lines, a short page of text, and a page to browse.
 
 OUT/audit.jsonl     a line a row: index, file, row, score, is_contested, group, side, kind
 OUT/groups.jsonl    a line a group: the worst first
@@ -22,7 +22,7 @@ PLACES = 6  # rows of a side that audit.md names
 
 
 def write_audit(result: Audit, folder: str | Path, title: str) -> None:
-    """Write the four files. Each is whole or not there.
+    """Write the four files. Each is written completely or not at all.
 
     Args:
         result: of `audit`.
@@ -93,13 +93,13 @@ def in_short(result: Audit, title: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Text of the data as Markdown shows it and never interprets it."""
+    """Text of the data in a form that Markdown shows and does not interpret."""
     short = text if len(text) <= 160 else text[:159] + "…"
     return "`" + short.replace("`", "ˋ") + "`" if short else "(empty)"
 
 
 def _page(result: Audit, title: str) -> str:
-    """One page of HTML. What comes from the data is JSON that a script writes as text: nothing of it can run."""
+    """One page of HTML. The data are JSON that a script inserts as text, so nothing in them can run."""
     data = {
         "title": printable(title),
         "rows": len(result.verdicts),

@@ -1,7 +1,7 @@
-"""Contradictions that reading finds: no model, seconds.
+"""Find contradictions in the rows of a dataset, without a model.
 
-One pass over the rows keeps a hash of every prompt and answer, so a million rows need little memory. What contradicts
-what is then decided on the few rows whose hashes meet. Read next: `near.py`, for prompts that are nearly the same.
+One pass over the rows keeps a hash of every prompt and answer, so a million rows need little memory. Then only rows
+whose hashes are equal are compared. Read next: `near.py`, for prompts that are nearly the same.
 """
 
 from array import array
@@ -29,20 +29,20 @@ from renyi.audit.statements import (
 )
 
 NO_PROMPT = np.uint64(0)
-SHORT = 8  # words: an answer of at most so many is a fact rather than a text
+SHORT = 8  # an answer of at most this many words is taken as a fact, not as a text
 LIKE = 0.8  # share of their words that two long answers must have in common to say the same
 MOST_END = 0.9  # share of long answers that must end a sentence before one that does not counts as cut
 LONG = 40  # words of an answer that should end a sentence
-COMPARED = 12  # distinct answers of a group that are compared in pairs; more say nothing new
+COMPARED = 12  # the most distinct answers of a group that are compared in pairs
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 class Read(NamedTuple):
-    """What the pass over the rows keeps, an entry a statement: [n].
+    """What the pass over the rows keeps: arrays [n] with one entry for each statement.
 
     Attributes:
-        row: the row that it stands in.
+        row: the row of the statement.
         place: which of the row's statements it is.
         prompt, answer, rejected: hashes of the normalised texts; 0 where there is none.
     """
@@ -60,8 +60,8 @@ def find_conflicts(
     """What contradicts what in a dataset, by reading alone.
 
     Args:
-        rows: N rows; each is read once in order, and those of a finding once more.
-        near: Jaccard similarity of their words, without stop words, from which two prompts ask nearly the same.
+        rows: N rows. Each is read once in order; rows of a finding are read once more.
+        near: the least Jaccard similarity of the words, without stop words, of prompts that ask nearly the same.
         text_field: the column of a row of text.
         progress: called with the number of rows read.
 
@@ -114,7 +114,7 @@ def _keys(statement: Statement) -> tuple[int, int, int]:
 
 
 def _hash(text: str) -> int:
-    """A hash of 64 bits that is never 0: by chance, two of a million texts share one once in 37 million datasets."""
+    """A hash of 64 bits that is never 0. Two of a million texts collide by chance in one of 37 million datasets."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little") or 1
 
 
@@ -132,11 +132,11 @@ def _runs(keys: NDArray[Any]) -> list[NDArray[np.int64]]:
 
 
 def _duplicates(read: Read, statement: Callable[[int], Statement]) -> list[Group]:
-    """Rows whose every statement an earlier row has, too."""
+    """Rows all of whose statements are also in an earlier row."""
     order = np.lexsort((read.place, read.row))
     keys = np.stack([read.prompt, read.answer, read.rejected], axis=1)[order]
     starts = np.flatnonzero(np.diff(read.row[order], prepend=-1))
-    by_content: dict[bytes, list[int]] = defaultdict(list)  # the first statements of the rows that say it
+    by_content: dict[bytes, list[int]] = defaultdict(list)  # for each content: the first statement of each such row
     for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(order)], strict=True):
         by_content[keys[start:end].tobytes()].append(int(order[start]))
     groups = []
@@ -150,7 +150,7 @@ def _duplicates(read: Read, statement: Callable[[int], Statement]) -> list[Group
 
 
 def _different_answers(read: Read, statement: Callable[[int], Statement]) -> list[Group]:
-    """Groups of one prompt with several answers; preference pairs are no answers."""
+    """Groups of one prompt with several answers. Preference pairs do not count as answers."""
     asked = np.flatnonzero((read.prompt != NO_PROMPT) & (read.rejected == 0))
     groups = []
     for run in _runs(read.prompt[asked]):
@@ -214,7 +214,7 @@ def _sides(read: Read, answers: Iterable[str], statements: Iterable[Sequence[int
 
 
 def _how_compatible(answers: Sequence[str]) -> tuple[float, str]:
-    """How well the least compatible two of some answers go together, in [0, 1], and in words."""
+    """How compatible the two least compatible answers are, in [0, 1], and the same in words."""
     return min(_compatible(a, b) for a, b in combinations(answers[:COMPARED], 2))
 
 
@@ -255,11 +255,11 @@ def _bare(words: Sequence[str]) -> list[str]:
 
 
 def _preference_cycles(read: Read, statement: Callable[[int], Statement]) -> list[Group]:
-    """Answers to one prompt that are preferred in a circle; A over B and B over A is the shortest."""
+    """Answers to one prompt that are preferred in a circle. The shortest circle is A over B and B over A."""
     pairs = np.flatnonzero(read.rejected != 0)
     if not len(pairs):
         return []
-    # An answer is a node of its own for every prompt.
+    # The same answer to two prompts is two nodes.
     ends = np.concatenate([np.stack([read.prompt[pairs], k[pairs]], axis=1) for k in (read.answer, read.rejected)])
     _, node = np.unique(ends, axis=0, return_inverse=True)
     over, under = node.reshape(2, -1)
@@ -293,7 +293,7 @@ def _preference_cycles(read: Read, statement: Callable[[int], Statement]) -> lis
 
 
 class _SharedAnswers:
-    """Prompts that differ in one number alone, or in a negation alone, and have the same short answer."""
+    """Prompts that have the same short answer although they differ in exactly one number, or in a negation."""
 
     def __init__(self) -> None:
         self._places: dict[int, list[int]] = defaultdict(list)
@@ -351,7 +351,7 @@ class _Faults:
             answer = statement.answer.rstrip()
             if answer.count(" ") >= LONG:
                 self._long += 1
-                # Scripts without full stops, lists and code end as they like: only a bare word looks cut.
+                # Lists, code, and scripts without full stops may end in many ways. Only a bare word looks cut.
                 if answer[-1].isalpha() and answer.split()[-1][0] not in "#@" and "\n" not in answer[-80:]:
                     self._open.append(number)
 

@@ -1,4 +1,4 @@
-"""What a row of training data states: this prompt has this answer, or this answer is better than that one.
+"""What a row of training data states: a prompt has an answer, or one answer is better than another.
 
 Read next: `reading.py`, which compares statements.
 """
@@ -25,7 +25,7 @@ _STOP_WORDS = (ENGLISH_STOP_WORDS - NEGATIONS) | _POLITE
 _YES, _NO = frozenset(("yes", "true", "correct", "yeah")), frozenset(("no", "false", "incorrect", "nope"))
 # A word, a number with its sign and separators, or one character of a script that writes no spaces.
 _TOKEN = re.compile(r"[぀-ヿ㐀-鿿가-힯]|[-−]?\d+(?:[.,]\d+)*|\w+")
-_BREAK = re.compile(r"[.!?:\n\"“'(]")  # after these a capital letter need not be a name's
+_BREAK = re.compile(r"[.!?:\n\"“'(]")  # after these a capital letter does not show a name
 _NUMBER = re.compile(r"[-−]?\d+(?:[.,]\d+)*")
 
 
@@ -33,7 +33,7 @@ class Statement(NamedTuple):
     """One answer of a row.
 
     Attributes:
-        prompt: everything before the answer; None for plain text, which answers nothing.
+        prompt: everything before the answer; None for plain text, which has no prompt.
         answer: the answer, or the chosen one of a pair.
         rejected: of a preference pair, the answer that was not chosen; None elsewhere.
     """
@@ -46,7 +46,7 @@ class Statement(NamedTuple):
 def statements_of(row: Mapping[str, Any], number: int, text_field: str = "text") -> list[Statement]:
     """What one row states.
 
-    A chat states one thing a turn of the assistant's: the turns before it have this turn for an answer.
+    A chat gives one statement for each turn of the assistant: the turns before are the prompt, the turn is the answer.
 
     Args:
         row: in any form that `renyi sft` and `renyi dpo` read, or an Alpaca record (`instruction`, `input`, `output`).
@@ -81,7 +81,7 @@ def statements_of(row: Mapping[str, Any], number: int, text_field: str = "text")
 def _pair(row: Mapping[str, Any]) -> Statement:
     chosen, rejected = row["chosen"], row["rejected"]
     before = row.get("prompt") or row.get("conversations")
-    if before is None and isinstance(chosen, list) and isinstance(rejected, list):  # the prompt is what both begin with
+    if before is None and isinstance(chosen, list) and isinstance(rejected, list):  # the prompt is their common part
         alike = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), 0)
         before, chosen, rejected = chosen[:alike], chosen[alike:], rejected[alike:]
     return Statement(None if before is None else _text(before), _text(chosen), _text(rejected))
@@ -125,14 +125,14 @@ def _text(value: Any) -> str:
 
 
 def normalised(text: str) -> str:
-    """Text without what makes no difference: Unicode forms, case, and how words are spaced."""
+    """Text in one Unicode form, in lower case and with single spaces, so that these make no difference."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())
 
 
 def words_of(prompt: str) -> frozenset[str]:
-    """The words of a prompt that matter: without stop words, in their singular. Never empty."""
+    """The words of a prompt in the singular, without stop words. The set is never empty."""
     words = frozenset(map(_kept, _TOKEN.findall(prompt.casefold()))) - {""}
     return words or frozenset((normalised(prompt),))
 
@@ -146,7 +146,7 @@ def _kept(word: str) -> str:
 
 
 class Deciding(NamedTuple):
-    """What turns one question into another, however alike the rest of the words are.
+    """The parts of a prompt that decide what is asked, even if all other words are equal.
 
     Attributes:
         values: numbers and negations.

@@ -1,4 +1,4 @@
-"""What a trained ensemble says, and how sure it is."""
+"""What a trained ensemble answers, and how sure it is. Read next: `score.py`, `generate.py`."""
 
 from renyi.inference.choices import ChoiceScores, choice_log_probs, choice_prompt, score_choices
 from renyi.inference.continuation import ContinuationScore, score_continuations

@@ -1,7 +1,7 @@
 """The threshold above which answers are marked or withheld: `abstention.json` in an ensemble's folder.
 
-`renyi evaluate --task choice --target_risk …` finds the threshold and writes the file; whoever generates answers reads
-it. Read `renyi.evaluation.selective` for how it is found and what it promises.
+`renyi evaluate --task choice --target_risk …` finds the threshold and writes the file. Generation reads it. Read next:
+`renyi.evaluation.selective`, how the threshold is found and what it promises.
 """
 
 import json
@@ -25,9 +25,9 @@ class Abstention(NamedTuple):
     """The threshold in an ensemble's folder.
 
     Attributes:
-        score: the uncertainty that it bounds. A score of tokens is an answer's by its most uncertain token.
+        score: the uncertainty that it bounds. If that is a score of tokens, the answer's most uncertain token counts.
         threshold: an answer above it is not trusted.
-        risk: the share of wrong answers among those that remain, as it was promised; None if the file says nothing.
+        risk: the promised share of wrong answers among those that remain; None if the file does not say.
     """
 
     score: str
@@ -69,7 +69,7 @@ def read_abstention(folder: Path) -> Abstention | None:
 
 
 def write_abstention(folder: Path, kept: Mapping[str, Any]) -> Path:
-    """Keep a threshold: `score`, `threshold`, and what else is to be remembered of it. Returns the file.
+    """Write a threshold to a folder: `score`, `threshold`, and any other figures. Returns the file.
 
     Raises:
         SaveError: it could not be written; the file is then as it was.
@@ -89,7 +89,7 @@ def write_abstention(folder: Path, kept: Mapping[str, Any]) -> Path:
 
 
 def remove_abstention(folder: Path) -> bool:
-    """Remove a threshold that no longer holds; whether there was one."""
+    """Remove a threshold that no longer holds. Returns whether there was one."""
     file = folder / ABSTENTION_FILE
     try:
         file.unlink()

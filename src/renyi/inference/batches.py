@@ -1,4 +1,4 @@
-"""Batches under a budget of tokens: rows of like length together, because padding is computed like any other token.
+"""Batches under a budget of tokens. Rows of similar length go together, because padding costs as much as other tokens.
 
 Every function of `renyi.inference` that scores rows uses these; `score.py` is the shortest.
 """
@@ -25,6 +25,6 @@ def batches_by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows as one tensor [B, T], filled up on their right."""
+    """Rows as one tensor [B, T], filled on the right with `value`."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])

@@ -1,6 +1,6 @@
 """How likely each option of a multiple-choice question is to every member: by its letter, or by its text.
 
-Prompts, tokens and one joint forward; likelihoods are `score`'s. It knows neither which option is right nor files.
+Read next: `score.py`, which scores rows in the same way.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class ChoiceScores(NamedTuple):
     Attributes:
         log_likelihood: log p_m(option | prompt), float64 [M, N, C], nats; −inf where a question has fewer options.
         tokens: of each option, [N, C]; 0 where there is none.
-        cut: questions whose prompt was longer than the model's context, so that its beginning was dropped.
+        cut: how many questions had a prompt that was longer than the model's context. Its beginning was dropped.
     """
 
     log_likelihood: Tensor
@@ -45,11 +45,11 @@ def score_choices(
     tokens_per_batch: int = 16_384,
     progress: Callable[[int], object] = lambda done: None,
 ) -> ChoiceScores:
-    """Score every option of every question under every member; the right answers are not looked at.
+    """Score every option of every question under every member. The right answers are not used.
 
     By letter, the prompt lists the options and ends in "Answer:", and " A", " B", … are scored. By text, the prompt is
-    the question alone, and the options' texts are scored; whether their lengths are divided out ("text_normalised")
-    is for `choice_log_probs` to do. All options of a question are scored after the same tokens.
+    the question alone, and the options' texts are scored. `choice_log_probs` divides by their lengths, for
+    "text_normalised". All options of a question are scored after the same tokens.
 
     Args:
         ensemble: M members.
@@ -62,12 +62,12 @@ def score_choices(
         progress: called after each batch with the number of questions done.
 
     Raises:
-        DataError: an option is no token, or alone longer than the context.
+        DataError: an option has no token, or is longer than the context by itself.
         EnsembleFormatError: a member gives no finite likelihood.
     """
     limit = max_length or getattr(ensemble.config, "max_position_embeddings", None)
     tokenised = [_tokenised(q, tokenizer, by, limit, number) for number, q in enumerate(questions, start=1)]
-    if all(question.is_one_token for question in tokenised):  # as letters are: one row a question says it all
+    if all(question.is_one_token for question in tokenised):  # so are letters: one row for each question is enough
         with evaluating(ensemble):
             return _score_next_tokens(ensemble, tokenised, tokens_per_batch, progress)
     rows = [row for question in tokenised for row in question.rows]
@@ -126,14 +126,14 @@ def _score_next_tokens(
 def choice_log_probs(scores: ChoiceScores, by: ChoiceBy = "letter") -> Tensor:
     """Each member's log-probabilities of the options, [M, N, C]: their likelihoods divided by their sum.
 
-    With "text_normalised" it is likelihoods a token that are divided by their sum.
+    With "text_normalised" the likelihoods per token are divided by their sum.
     """
     ell_MNC = scores.log_likelihood
     return (ell_MNC / scores.tokens.clamp(min=1) if by == "text_normalised" else ell_MNC).log_softmax(dim=-1)
 
 
 def choice_prompt(question: Question, by: ChoiceBy) -> str:
-    """What comes before an option; by letter in the form of Hendrycks et al. 2021 (arXiv 2009.03300)."""
+    """The text before an option. By letter it has the form of Hendrycks et al. 2021 (arXiv 2009.03300)."""
     if by != "letter":
         return f"{question.question.strip()}\nAnswer:"
     options = [f"{letter}. {text.strip()}" for letter, text in zip(LETTERS, question.choices, strict=False)]
@@ -158,7 +158,7 @@ class _Tokenised(NamedTuple):
 def _tokenised(
     question: Question, tokenizer: PreTrainedTokenizerBase, by: ChoiceBy, limit: int | None, number: int
 ) -> _Tokenised:
-    """A row for each option. They share a prefix: the prompt, but for what a tokenizer merges at its end."""
+    """A row for each option. The rows share the prompt as a prefix, except tokens that merge with the option."""
     prompt = choice_prompt(question, by)
     texts = LETTERS[: len(question.choices)] if by == "letter" else [c.strip() for c in question.choices]
     ids: list[list[int]] = tokenizer([prompt, *(f"{prompt} {text}" for text in texts)])["input_ids"]
@@ -179,6 +179,6 @@ def _tokenised(
 
 
 def _common(first: list[int], second: list[int]) -> int:
-    """How many tokens two rows begin with alike."""
+    """How many tokens two rows have in common at their beginning."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

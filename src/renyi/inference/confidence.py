@@ -1,6 +1,6 @@
-"""How sure the mixture is of each next token, and whether it is right: what calibration is measured on.
+"""How sure the mixture is of each next token, and whether it is right. Calibration is measured on these.
 
-The same tokens, labels and joint forward as in training. It knows nothing about files.
+Tokens, labels and the joint forward are the same as in training. Read next: `renyi.evaluation.text_quality`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from renyi.objectives import running_log_weights
 
 
 class TokenConfidence(NamedTuple):
-    """Of K trained tokens: the mixture's probability of its likeliest next token, float64 [K]; whether it came, [K]."""
+    """For K trained tokens: the probability of the mixture's likeliest token, float64 [K]; whether it is right, [K]."""
 
     confidence: Tensor
     is_right: Tensor
@@ -32,8 +32,8 @@ def token_confidence(
 ) -> TokenConfidence:
     """The mixture's confidence at every trained token of a prepared dataset, shorter rows first.
 
-    The predictive is that of the mixture of sequences, Σ_m w_m(y_<t) p_m(y_t | y_<t): weights are π times how well a
-    member explained the trained tokens before.
+    The predictive is that of the mixture of sequences, Σ_m w_m(y_<t) p_m(y_t | y_<t). A weight is π times the
+    likelihood of the trained tokens before under that member, divided by the sum over members.
 
     Args:
         ensemble: M members.
@@ -53,13 +53,13 @@ def token_confidence(
 
 
 def _of_batch(ensemble: LoraEnsemble, columns: dict[str, list[list[int]]]) -> list[tuple[Tensor, Tensor]]:
-    """Confidence and rightness of all trained tokens of some rows, in chunks, row by row."""
+    """Confidence of all trained tokens of some rows, and whether each was right, in chunks, row by row."""
     rows = padded(columns["input_ids"], 0), padded([[1] * len(x) for x in columns["labels"]], 0)
     input_ids, attention_mask, labels = (x.to(ensemble.device) for x in (*rows, padded(columns["labels"], IGNORED)))
     next_BT = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
     is_trained_BT = next_BT != IGNORED
     ell_MBT = ensemble.token_log_likelihood(input_ids, attention_mask, labels).double()  # 0 where not trained
-    after = []  # log w_m of what follows token t
+    after = []  # log w_m for the token after token t
     log_w_MB = ensemble.weights.double().log()[:, None].expand(ell_MBT.shape[:2])
     for ell_MB in ell_MBT.unbind(dim=-1):
         after.append(log_w_MB := running_log_weights(log_w_MB, ell_MB))

@@ -1,6 +1,6 @@
-"""How likely continuations are under the mixture, and whether it would have chosen them greedily.
+"""How likely continuations are under the mixture, and whether it would choose them greedily.
 
-Tokens in, nats out. `lm_eval.py` asks it for lm-evaluation-harness.
+Token ids in, nats out. Read next: `lm_eval.py`, which uses it for lm-evaluation-harness.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ class ContinuationScore(NamedTuple):
 
     Attributes:
         log_likelihood: of the mixture of sequences, log Σ_m π_m p_m(y | x), nats.
-        is_greedy: whether at every token the mixture, given those before it, holds no other for likelier.
+        is_greedy: whether each token is the mixture's likeliest, given the tokens before it.
         member_log_likelihood: log p_m(y | x), [M], nats.
     """
 
@@ -111,7 +111,7 @@ def _along(chunks: Iterator[Tensor], targets_N: Tensor, rows_N: Tensor, log_weig
     for log_p_MnV in chunks:
         at = slice(start, start := start + log_p_MnV.shape[1])
         log_p_MN[:, at] = log_p_MnV.gather(2, targets_N[at].expand(len(log_p_MnV), -1)[..., None])[..., 0].double()
-        before = []  # log w_m ahead of each position
+        before = []  # log w_m before each position
         for n in range(at.start, at.stop):
             log_w_M = log_pi_M if is_first[n] else log_w_M
             before.append(log_w_M)

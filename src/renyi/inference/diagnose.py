@@ -1,8 +1,8 @@
-"""Do the data contradict the model, and from which alpha on would members part? Asked of one fitted adapter.
+"""Do the data contradict the model, and from which alpha on would members part? One fitted adapter gives the answer.
 
-The driver of `renyi.measures.stability` (the figures) and `renyi.ensemble.curvature` (where they come from) over
-prepared rows: which examples, in which batches, and what follows. `renyi.cli.diagnose` is the command, and
-`renyi.runs.auto` lets training ask by itself.
+This file chooses examples, makes batches, and draws conclusions. Read next: `renyi.ensemble.curvature` (gradients and
+curvature of examples), `renyi.measures.stability` (the figures). `renyi.cli.diagnose` is the command, and
+`renyi.runs.auto` uses it for `alpha: auto`.
 """
 
 import math
@@ -26,36 +26,36 @@ from renyi.objectives import QUANTITIES, LogRatios, PreferenceLoss, completion_l
 
 _Batches: TypeAlias = Callable[[LoraEnsemble, Dataset, list[int], int, int], Iterator[tuple[list[int], Batch]]]
 
-# How far from the critical alpha to 1 the recommended one lies; docs/choosing-alpha.md says what was tried.
+# The recommended alpha lies this share of the way from the critical alpha to 1; see docs/choosing-alpha.md.
 ABOVE_CRITICAL = 0.5
 
-# Above these, what looks like a contradiction may be an adapter that is not fitted, or fitted too well.
+# Above these, an apparent contradiction may come from an adapter that is not fitted yet, or fitted too closely.
 UNFINISHED, OVERCONFIDENT = 0.1, 1.3
-# Below this, predictions are less sure than they are right, and a contradiction may be overlooked.
+# Below this, predictions are less sure than they should be, and a contradiction may be overlooked.
 UNDERCONFIDENT = 0.8
-UNDECIDED = 0.7  # an interval from below this to above 1 says nothing either way
+UNDECIDED = 0.7  # an interval from below this to above 1 decides nothing
 
-FEWEST_MEASURED = 20  # examples, below which a bootstrap over them says nothing
+FEWEST_MEASURED = 20  # a bootstrap over fewer examples says nothing
 
 
 class Diagnosis(NamedTuple):
     """What the curvature of one fitted adapter says about a dataset.
 
     Attributes:
-        critical_alpha: the α above which members part, measured along directions that other examples chose. It is an
-            order of what is routed: with length-normalised routing it is larger, by about the number of tokens.
+        critical_alpha: the α above which members part, measured along directions that other examples chose. It refers
+            to what is routed: with length-normalised routing it is larger, by about the number of tokens.
         low, high: an interval that holds the subspace's critical alpha 95 % of the time; see `cross_fitted`.
-        plug_in: 1/λ_max on the examples that chose the direction; too low on few examples.
-        eigenvalues: λ of J v = λ V v, descending; those above 1/α are directions in which members part at α.
+        plug_in: 1/λ_max on the examples that chose the direction. It is too low if examples are few.
+        eigenvalues: λ of J v = λ V v, descending. At order α members part in directions with λ above 1/α.
         mean_share: how much of the leading direction is unfinished fitting (the mean gradient's share), 0 to 1.
-        calibration: single tokens' second moment over their curvature: 1 where predictions are calibrated, above 1
-            where the adapter is surer than right, and below 1 where it is less sure. None for pairs and the Hessian.
+        calibration: the second moment of single tokens' gradients, divided by their curvature. 1: predictions are
+            calibrated; above 1: the adapter is too sure; below 1: not sure enough. None for pairs and the Hessian.
         alpha: a recommended order.
-        members: a recommended number of members: one more than there are directions to part in.
+        members: a recommended number of members: one more than the number of directions in which members part.
         examples: the rows that were projected, [N].
-        loadings: of each on the leading direction, in units of its root mean square, [N]. Far from zero, on either
-            side, are the examples that contradict each other.
-        log_likelihood: of each under the member, nats, [N]; of a pair, of its label.
+        loadings: of each example on the leading direction, in units of the root mean square, [N]. Examples that
+            contradict each other lie far from zero on opposite sides.
+        log_likelihood: of each example under the member, nats, [N]; for a pair, of its label.
         directions: leading directions in the adapter's parameters, [P, k], with vᵀVv = 1.
     """
 
@@ -75,17 +75,17 @@ class Diagnosis(NamedTuple):
 
     @property
     def contradicted(self) -> bool:
-        """Whether the data contradict the model: members part at an α that is surely below 1."""
+        """Whether the data contradict the model: the whole interval of the critical alpha is below 1."""
         return self.high < 1
 
     @property
     def undecided(self) -> bool:
-        """Whether there are too few examples to say."""
+        """Whether there are too few examples to decide."""
         return self.low < UNDECIDED and not self.contradicted
 
 
 class Pairs(NamedTuple):
-    """What rows of preferences are compared by."""
+    """What is needed to score rows of preferences."""
 
     loss: PreferenceLoss
     reference: Reference
@@ -108,21 +108,20 @@ def diagnose(
 ) -> Diagnosis:
     """Diagnose one member on a dataset.
 
-    Half of the chosen examples span the directions, the other half are measured on them.
+    Half of the chosen examples span the directions. The other half is measured along them.
 
     Args:
-        ensemble: one of whose members was fitted to data like these.
-        rows: prepared, with `input_ids` and `labels`; or as `prepare_pairs` makes them. Rows that the member was not
-            fitted to: on those that it was, it errs less and is less sure of what it should be than elsewhere.
-        pairs: of preferences; None for sequences.
-        member: which.
-        routing_quantity: what responsibilities will be taken of, one of `renyi.objectives.QUANTITIES`; None for what
-            the ensemble routes.
-        curvature: V as the "fisher" (Gauss–Newton) matrix, beside which tokens' own second moment is tried and the
-            greater critical alpha believed; or as the "hessian".
-        num_directions: k of the subspace that gradients span; fewer where gradients span fewer.
-        max_examples: how many rows are looked at at most, drawn at random.
-        tokens_per_batch: limit on the tokens of one pass, copies included. `memory_needed` says what it takes.
+        ensemble: its member `member` was fitted to data like these rows.
+        rows: prepared, with `input_ids` and `labels`; or as `prepare_pairs` makes them. Take rows that the member was
+            not fitted to: it makes fewer errors on rows that it was fitted to.
+        pairs: for preferences: loss, reference and preparation; None for sequences.
+        member: number of the member to diagnose.
+        routing_quantity: the quantity that is routed, one of `renyi.objectives.QUANTITIES`; None for the ensemble's.
+        curvature: V as the "fisher" (Gauss–Newton) matrix, or as the "hessian". With "fisher", V is also estimated by
+            the second moment of tokens' gradients, and the estimate with the greater critical alpha is used.
+        num_directions: k, the dimension of the subspace that gradients span. It is smaller if they span less.
+        max_examples: the most rows that are used, drawn at random.
+        tokens_per_batch: limit on the tokens of one pass, copies included. `memory_needed` gives the memory.
         seed: of the draw, and of the bootstrap.
         progress: called with the number of rows done.
 
@@ -151,7 +150,7 @@ def diagnose(
         raise ConfigError(f"is {quantity!r}", where="routing_quantity", hint=f"Give {' or '.join(QUANTITIES)}.")
     done = [0]
     order: list[int] = []
-    tokens: list[int] = []  # trained ones, of each example in that order
+    tokens: list[int] = []  # trained tokens of each example, in that order
 
     def counted(batches: Iterator[tuple[list[int], Batch]], is_measured: bool) -> Iterator[Batch]:
         for numbers, batch in batches:
@@ -179,8 +178,8 @@ def diagnose(
             tokens_per_pass=tokens_per_batch,
             seed=seed,
         )
-    # Both estimate V at a fitted, calibrated point. The Fisher matrix is too small where predictions are surer than
-    # right, and the tokens' own second moment where answers are all but certain: the greater is believed.
+    # Both estimate V at a fitted, calibrated point. The Fisher matrix is too small if predictions are too sure. The
+    # second moment of tokens is too small if answers are almost certain. So the greater critical alpha is used.
     estimates = [projected.curvature] if projected.empirical is None else [projected.curvature, projected.empirical]
     units_N = routed_units(torch.tensor(tokens), quantity).to(projected.gradients)
     with _explained(curvature):
@@ -192,7 +191,7 @@ def diagnose(
     spectrum = stability_spectrum(V, g_Nk.mT @ g_Nk / len(g_Nk), 0.1 * V.diagonal().mean().item())
     directions = projected.basis.double() @ spectrum.directions
     alpha = recommended_alpha(found.critical_alpha)
-    # Eigenvalues are too great on few examples: by as much as the leading one was.
+    # Eigenvalues are too great if examples are few. All are corrected by the factor of the leading one.
     shrink = min(1.0, found.plug_in / found.critical_alpha) if found.critical_alpha > 0 else 1.0
     apart = sum(1 for value in found.eigenvalues.tolist() if value * shrink > 1 / alpha) if found.high < 1 else 0
     return Diagnosis(
@@ -202,7 +201,7 @@ def diagnose(
         plug_in=found.plug_in,
         eigenvalues=found.eigenvalues.tolist(),
         mean_share=found.mean_share,
-        calibration=each[0].calibration,  # of the Fisher matrix, whichever is believed
+        calibration=each[0].calibration,  # of the Fisher matrix, whichever estimate is used
         alpha=alpha,
         members=1 + apart,
         examples=order,
@@ -213,16 +212,16 @@ def diagnose(
 
 
 def recommended_alpha(critical_alpha: float) -> float:
-    """Half-way from the critical alpha to 1."""
+    """The order half-way between the critical alpha and 1."""
     return round(min(1.0, critical_alpha) + ABOVE_CRITICAL * (1 - min(1.0, critical_alpha)), 2)
 
 
 def memory_needed(ensemble: LoraEnsemble, num_directions: int = 32, tokens_per_batch: int = 4096) -> int:
-    """Bytes that `diagnose` takes at its peak, about, beside the model and the activations of one batch.
+    """About how many bytes `diagnose` takes at its peak, beside the model and the activations of one batch.
 
-    Gradients of as many examples as there are directions, the directions so far, twice as many, and their copies while
-    the two are merged: eleven floats a parameter and direction, as measured. Or the directions and what tokens' last
-    hidden states do along each.
+    It is the greater of two amounts. One: the gradients of as many examples as there are directions, the directions so
+    far (twice as many), and copies while both are merged. Measured: eleven floats for each parameter and direction.
+    Two: the directions, and the derivatives of tokens' last hidden states along each.
     """
     parameters = AdapterSpace(ensemble).size
     head: Any = ensemble.get_output_embeddings()
@@ -231,11 +230,11 @@ def memory_needed(ensemble: LoraEnsemble, num_directions: int = 32, tokens_per_b
 
 
 def spread(diagnosis: Diagnosis, num_members: int, size: float = 0.5) -> Tensor:
-    """Offsets [M, P] that part members along the leading directions: of mean zero, no two alike.
+    """Offsets [M, P] that move members apart along the leading directions. Their mean is zero, and all differ.
 
-    Along each of the M − 1 leading directions that are worth it (λ above 1) members stand at a cosine's points (a
-    discrete cosine transform's columns, which are orthogonal). At `size` 1 the mean cost of the spread along one
-    direction is half a nat an example, because vᵀVv = 1.
+    At most M − 1 leading directions are used, those with λ above 1. The offsets along a direction are a column of the
+    discrete cosine transform; these columns are orthogonal. At `size` 1 the mean cost of the spread along one direction
+    is half a nat an example, because vᵀVv = 1.
     """
     worth = max(1, sum(value > 1 for value in diagnosis.eigenvalues))
     number = min(num_members - 1, worth)
@@ -248,7 +247,7 @@ def spread(diagnosis: Diagnosis, num_members: int, size: float = 0.5) -> Tensor:
 
 @contextmanager
 def _explained(curvature: Curvature) -> Iterator[None]:
-    """Say what of the adapter or the model it is that derivatives and matrices fail on."""
+    """Turn errors of derivatives and matrices into errors that name the cause in the adapter or the model."""
     try:
         yield
     except RenyiError:
@@ -283,7 +282,7 @@ def _explained(curvature: Curvature) -> Iterator[None]:
 def _sequence_batches(
     ensemble: LoraEnsemble, rows: Dataset, numbers: list[int], tokens: int, most: int
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Prepared rows, `most` a batch and under a budget of tokens, padded on the right, with the numbers of each."""
+    """Batches of at most `most` prepared rows under a budget of tokens, padded on the right, with their row numbers."""
     columns = rows.select_columns(["input_ids", "labels"]).select(numbers)
     for chosen in _at_most(most, batches_by_length([len(ids) for ids in columns["input_ids"]], tokens)):
         part = columns[chosen]
@@ -297,7 +296,7 @@ def _sequence_batches(
 
 
 def _pair_batches(pairs: Pairs) -> _Batches:
-    """The same of preference pairs, chosen rows first, with the reference's log-probabilities."""
+    """The same for preference pairs, chosen rows first, with the reference's log-probabilities."""
     loss, reference, preparation = pairs
     collate = DataCollatorForPreference(0, preparation.max_length, preparation.truncation_mode)
 

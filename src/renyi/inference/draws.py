@@ -1,7 +1,7 @@
-"""Independent samples of what may follow a prompt, and how likely each was to what drew it.
+"""Independent samples of what may follow a prompt, and the probability with which each was drawn.
 
-Prompts in, texts and nats out. It knows what `generate` knows, and that a temperature or a nucleus changes what is
-sampled from: it reports the distribution that a token was drawn from, where `generate` reports the mixture itself.
+A temperature or a nucleus changes the distribution that is sampled from. This file reports the distribution that each
+token was drawn from; `generate.py` reports the mixture itself. Read next: `generate.py`.
 """
 
 import math
@@ -24,7 +24,7 @@ from renyi.inference.batches import batches_by_length, padded
 from renyi.inference.generate import Prompt, end_tokens, generate, prompt_ids
 from renyi.labels import IGNORED
 
-# A base's own generation config may hold any of these, and a sample would then not be the model's.
+# The base's generation config may set any of these. Then a sample would not come from the model's own distribution.
 _PLAIN: dict[str, Any] = {
     "do_sample": True,
     "temperature": 1.0,
@@ -45,11 +45,11 @@ class Draw(NamedTuple):
     Attributes:
         text: without special tokens.
         token_ids: [T], the end-of-text token, if there is one, included.
-        log_prob: Σ_t log q(y_t | y_<t), nats, q being what was sampled from, temperature and nucleus included. None,
-            as the next two, of a sample of unknown origin.
-        entropy: Σ_t H[q(· | y_<t)], nats; its mean over samples is an estimate of the entropy of samples, as that of
-            −log_prob is, with less variance.
-        truncated: whether it was still going on after the most tokens that it may have.
+        log_prob: Σ_t log q(y_t | y_<t), nats. q is what was sampled from, with temperature and nucleus. It and the next
+            two are None for a sample of unknown origin.
+        entropy: Σ_t H[q(· | y_<t)], nats. Its mean over samples estimates the entropy of samples. The mean of −log_prob
+            does so too, with more variance.
+        truncated: whether it was cut at the greatest number of tokens.
     """
 
     text: str
@@ -74,8 +74,8 @@ def draw_samples(
 ) -> list[list[Draw]]:
     """Draw K independent samples for each of P prompts, from the mixture of sequences.
 
-    Nothing of the base's generation config but its end tokens has a part in it: at temperature 1 and top-p 1 a sample
-    is the model's own.
+    Of the base's generation config only the end tokens are used. So at temperature 1 and top-p 1 a sample comes from
+    the model's own distribution.
 
     Args:
         ensemble: M members, or with `ensemble.using` some of them, or the base alone.
@@ -84,7 +84,7 @@ def draw_samples(
         samples: K ≥ 1.
         max_new_tokens: after which a sample is cut.
         temperature: of the mixture, above 0.
-        top_p: the least probability that the likeliest tokens have together from which one is drawn.
+        top_p: a token is drawn from the fewest likeliest tokens that together have at least this probability.
         batch_size: prompts sampled together, each in K rows.
         seed: of the first batch, plus one for each further one; None is torch's global generator.
         progress: called after each batch with the number of prompts done.
@@ -95,7 +95,7 @@ def draw_samples(
     Raises:
         DataError: a prompt has no token, or its messages do not fit the chat template.
     """
-    for number, prompt in enumerate(prompts, start=1):  # all before the first is answered
+    for number, prompt in enumerate(prompts, start=1):  # check all prompts before the first is answered
         prompt_ids(prompt, tokenizer, number)
     ends = set(end_tokens(ensemble, tokenizer))
     warpers: list[LogitsProcessor] = []
@@ -129,7 +129,7 @@ def draw_samples(
 
 
 class _Seen(LogitsProcessor):
-    """Notes, behind all warpers, the distribution that each token is drawn from."""
+    """Records the distribution that each token is drawn from. It runs after all other logits processors."""
 
     def __init__(self) -> None:
         self._log_probs: list[Tensor] = []
@@ -144,7 +144,7 @@ class _Seen(LogitsProcessor):
         self._log_probs.append(self._log_p_BV.gather(-1, token_B[:, None])[:, 0])
 
     def log_prob(self) -> Tensor:
-        """[B, N], what follows the end of a sample included."""
+        """[B, N], including the tokens after the end of a sample."""
         return torch.stack(self._log_probs, -1).double().cpu()
 
     def entropy(self) -> Tensor:
@@ -159,10 +159,10 @@ def base_log_likelihood(
     tokens_per_batch: int = 16_384,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[float]:
-    """log p_base(continuation | context) in nats, of each; 0 of one without tokens.
+    """log p_base(continuation | context) of each, nats; 0 for a continuation without tokens.
 
     Args:
-        ensemble: whose members are left out.
+        ensemble: its base is used, without members.
         contexts: token ids of each context, at least one.
         continuations: token ids of each continuation.
         tokens_per_batch: limit on rows × length in one forward. A longer single row is scored alone.

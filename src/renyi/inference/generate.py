@@ -1,7 +1,7 @@
-"""From prompts to answers: text in, text out, with how sure the ensemble is of every token.
+"""From prompts to answers: text in, text out, and how sure the ensemble is of every token.
 
-`renyi.load(folder).generate` is the way in for users, and opens a chat for plain text. How members are mixed stands in
-`renyi.ensemble.decode`; read that next.
+Users call `renyi.load(folder).generate`, which makes plain text the first message of a chat. Read next:
+`renyi.ensemble.decode`, how members are mixed.
 """
 
 import logging
@@ -20,7 +20,7 @@ from renyi.errors import ConfigError, DataError
 from renyi.inference.pieces import Pieces
 
 Prompt: TypeAlias = str | Sequence[Mapping[str, Any]]  # plain text, or the messages of a chat
-# The same, or a dictionary with it as `prompt` and with `tools` or `chat_template_kwargs` for the chat template.
+# A prompt, or a dictionary with a `prompt` and with `tools` or `chat_template_kwargs` for the chat template.
 PromptRow: TypeAlias = Prompt | Mapping[str, Any]
 OnPiece: TypeAlias = Callable[[str, float], object]
 MAX_NEW_TOKENS = 256
@@ -39,13 +39,13 @@ class Answer(NamedTuple):
         log_prob: [N], of each token under the mixture, nats.
         weights: [N][K], running weights of the members that each token was predicted with.
         total: [N], entropy of the mixture, nats.
-        aleatoric: [N], its part that the members have each by themselves.
-        epistemic: [N], its part that is their disagreement.
+        aleatoric: [N], the part of `total` that each member has by itself (mean entropy), nats.
+        epistemic: [N], the part of `total` that is the members' disagreement, nats.
         member_log_likelihood: [K], log p_m(answer | prompt), nats.
         mixture_nll: −log of the answer's probability under the mixture, nats.
-        mean_epistemic: over the tokens.
-        max_epistemic: of one token.
-        disagreement: mean weight of members whose likeliest token was not that of most.
+        mean_epistemic: mean over the tokens, nats.
+        max_epistemic: the greatest of one token, nats.
+        disagreement: mean over tokens of the weight of members whose likeliest token was not that of most.
         effective_members: how many members explain the answer, 1 to K.
     """
 
@@ -81,11 +81,11 @@ def generate(
 
     Args:
         ensemble: M members.
-        prompts: plain text, which is continued as it is, or messages with `role` and `content`, which the tokenizer's
-            chat template opens an answer to.
+        prompts: plain text, which is continued as it is; or messages with `role` and `content`, after which the
+            tokenizer's chat template begins an answer.
         tokenizer: of the base.
-        max_new_tokens: the most tokens of an answer. It also ends at the last position that the base can read, of which
-            a warning tells.
+        max_new_tokens: the most tokens of an answer. An answer also ends at the last position that the base can read;
+            a warning says so.
         batch_size: prompts decoded together; their order is kept.
         seed: of the sampling, plus one for each further batch; None is torch's global generator.
         on_piece: called with the piece of text that a token added and the token's epistemic uncertainty in nats, as
@@ -138,7 +138,7 @@ def generate(
 
 
 class _Spoken:
-    """The pieces of one answer, handed on as its tokens come."""
+    """Passes on the pieces of one answer as its tokens come."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, on_piece: OnPiece):
         self.decoder, self.on_piece = Pieces(tokenizer), on_piece
@@ -162,7 +162,7 @@ class _Spoken:
 def as_chat(
     prompt: PromptRow, tokenizer: PreTrainedTokenizerBase, *, system: str | None = None, plain: bool = False
 ) -> PromptRow:
-    """A prompt as it is asked by default: text as the user's message of a chat, where there is a chat template.
+    """A prompt in its default form: text becomes a user's message if the tokenizer has a chat template.
 
     Args:
         prompt: text, or messages.
@@ -175,7 +175,7 @@ def as_chat(
     """
     if isinstance(prompt, Mapping):
         if "prompt" not in prompt:
-            return prompt  # one message alone, which `prompt_ids` refuses
+            return prompt  # a message that is not in a list; `prompt_ids` refuses it
         return {**prompt, "prompt": as_chat(prompt["prompt"], tokenizer, system=system, plain=plain)}
     if plain or not tokenizer.chat_template:
         if system:
@@ -190,7 +190,7 @@ def as_chat(
 
 
 def prompt_ids(prompt: PromptRow, tokenizer: PreTrainedTokenizerBase, number: int = 1) -> list[int]:
-    """The tokens of a prompt, number `number` to an error.
+    """The tokens of a prompt. Errors call it prompt `number`.
 
     Raises:
         DataError: there are none, or the messages do not fit the chat template.
@@ -217,7 +217,7 @@ def prompt_ids(prompt: PromptRow, tokenizer: PreTrainedTokenizerBase, number: in
 def end_tokens(ensemble: LoraEnsemble, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end an answer: the base's, the tokenizer's, and what the chat template closes a turn with.
 
-    Fine-tuning on chats teaches a model to write the last of them, whatever the base ended its texts with.
+    After fine-tuning on chats a model writes the token that closes a turn, even if the base ended texts with another.
     """
     of_base = ensemble.generation_config.eos_token_id
     found = [of_base] if isinstance(of_base, int) else list(of_base or [])
@@ -225,8 +225,8 @@ def end_tokens(ensemble: LoraEnsemble, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 def _batches(lengths: Sequence[int], size: int, longest: float) -> Iterator[list[int]]:
-    """Indices of prompts, in order. One whose answer may reach the base's last position is alone: it ends there, and
-    no other goes on beside it.
+    """Batches of indices of prompts, in order. A prompt whose answer may reach the base's last position is alone,
+    because the whole batch ends there.
     """
     batch: list[int] = []
     for index, length in enumerate(lengths):
@@ -252,7 +252,7 @@ def _check_lengths(rows: Sequence[Sequence[int]], positions: int | None) -> None
 def _warn_of_cut(
     rows: Sequence[Sequence[int]], answers: Sequence[Any], positions: int | None, ends: Sequence[int]
 ) -> None:
-    """Say how many answers the base's last position ended."""
+    """Warn how many answers ended at the base's last position."""
     cut = sum(
         len(ids) + len(one.token_ids) >= (positions or len(ids) + len(one.token_ids) + 1)
         and one.token_ids[-1] not in ends
@@ -271,7 +271,7 @@ def _left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def _answers(generation: Generation, tokenizer: PreTrainedTokenizerBase, pieces: list[str] | None) -> list[Any]:
-    """One a row; where every member has rows of its own, a list of them. `pieces` are those of a single answer."""
+    """An `Answer` for each row, or a list of them if every member has its own rows. `pieces` are of a single answer."""
     on_cpu = Generation(*(value.cpu() for value in generation))
     if on_cpu.mask.dim() == 2:
         return [_answer(on_cpu, (row,), tokenizer, pieces) for row in range(len(on_cpu.mask))]

@@ -1,7 +1,7 @@
-"""An ensemble as a model of EleutherAI's lm-evaluation-harness, by the name of `renyi`.
+"""An ensemble as a model of EleutherAI's lm-evaluation-harness, under the name `renyi`.
 
-The harness makes requests of text; this turns them into tokens, and answers into what the harness expects. Likelihoods
-and decoding are those of `score_continuations` and `LoraEnsemble.generate`. Needs the extra `renyi[lm-eval]`.
+The harness sends requests as text. This file turns them into tokens, and turns answers into what the harness expects.
+It needs the extra `renyi[lm-eval]`. Read next: `continuation.py` (likelihoods), `renyi.ensemble.decode` (decoding).
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,24 +25,24 @@ from renyi.inference.continuation import ContinuationScore, score_continuations
 from renyi.inference.generate import end_tokens
 from renyi.layout import ADAPTER_CONFIG_FILE, MANIFEST_FILE
 
-_MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # tasks name it as they like
+_MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # tasks use any of these names
 
 
 @register_model("renyi")
 class RenyiLM(TemplateLM):
     """The mixture of an ensemble's members: log Σ_m π_m p_m(continuation | context), its greedy choices and its text.
 
-    Args, as of `--model_args`:
+    Args, as in `--model_args`:
         ensemble: folder of an ensemble, or a hub id.
         base: base model, if it is no longer where the ensemble says.
         member: one member alone instead of the mixture.
-        mixture: of generated text, "sequence" or "token", as for `LoraEnsemble.generate`.
-        batch_size: of generation; likelihoods are batched by `tokens_per_batch`.
+        mixture: for generated text, "sequence" or "token", as for `LoraEnsemble.generate`.
+        batch_size: for generation; likelihoods are batched by `tokens_per_batch`.
         tokens_per_batch: limit on members × rows × length in one forward.
         device: by default cuda if there is one.
         max_length: longest context with its continuation; by default the model's.
-        max_gen_toks: of generated text, where the task does not say.
-        seed: of sampling, where a task asks for it.
+        max_gen_toks: most tokens of generated text, if the task does not say.
+        seed: for sampling, if a task asks for sampling.
         add_bos_token: whether texts begin with the tokenizer's special tokens; by default as the tokenizer does.
 
     Raises:
@@ -57,7 +57,7 @@ class RenyiLM(TemplateLM):
         member: int | None = None,
         mixture: str = "sequence",
         batch_size: int | str = 8,
-        max_batch_size: int | None = None,  # the harness always hands it over
+        max_batch_size: int | None = None,  # the harness always passes it
         tokens_per_batch: int = 16_384,
         device: str | None = None,
         max_length: int | None = None,
@@ -69,7 +69,7 @@ class RenyiLM(TemplateLM):
         folder = resolve_folder(ensemble)
         self.ensemble = _loaded(folder, base, member)
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
-            device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness says cuda:0 of its own accord
+            device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness passes cuda:0 by default
         self.ensemble.to(device)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer_of(folder, self.ensemble.base_model_name)
         self.mixture, self.seed, self.add_bos_token = mixture, seed, add_bos_token
@@ -90,7 +90,7 @@ class RenyiLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log p̄ of whole texts; each member reads one longer than `max_length` in the harness's windows."""
+        """log p̄ of whole texts. Each member reads a text longer than `max_length` in the harness's windows."""
         windows, texts = [], []
         for number, request in enumerate(requests):
             ids = self.tok_encode(request.args[0])
@@ -107,7 +107,7 @@ class RenyiLM(TemplateLM):
         return answers
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]], disable_tqdm: bool) -> list[ContinuationScore]:
-        """Of (context, continuation), contexts cut on the left to what the model reads."""
+        """Scores of pairs (context, continuation). Contexts are cut on the left to what the model can read."""
         contexts, continuations = [], []
         for context, continuation in pairs:
             if len(continuation) > self.max_length:
@@ -116,7 +116,7 @@ class RenyiLM(TemplateLM):
                     where="max_length",
                     hint="Leave the task out, or raise max_length if the model can read more.",
                 )
-            kept = self.max_length + 1 - len(continuation)  # the last token is predicted and never read
+            kept = self.max_length + 1 - len(continuation)  # the last token is predicted but not read
             contexts.append(context[-kept:])
             continuations.append(continuation)
         with tqdm(total=len(pairs), desc="Running loglikelihood requests", disable=disable_tqdm) as bar:
@@ -192,7 +192,7 @@ class RenyiLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text without a context is conditioned on."""
+        """The token that a text without a context is conditioned on."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
 
@@ -203,7 +203,7 @@ class RenyiLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None:
             begins = self.tokenizer.bos_token is not None and string.startswith(str(self.tokenizer.bos_token))
-            add_special_tokens = False if begins else self.add_bos_token  # a chat template has written it already
+            add_special_tokens = False if begins else self.add_bos_token  # not if a chat template has written it
         flag = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer(string, **flag)["input_ids"])
 
@@ -219,9 +219,9 @@ class RenyiLM(TemplateLM):
 
 
 class _Stops(StoppingCriteria):
-    """Ends an answer in which a stop string has just appeared, whatever the tokenizer.
+    """Ends an answer in which a stop string has just appeared. It works with every tokenizer.
 
-    Only the last tokens are looked at. That one token or another be unprintable does no harm: the text is cut anyway.
+    Only the last tokens are decoded. A character that is cut at their start does no harm: the text is cut later anyway.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], start: int):

@@ -1,6 +1,6 @@
-"""What each member learned, read off the scores of examples or pairs.
+"""What each member learned, computed from the scores of examples or pairs.
 
-The scores come from `score.py` and `pairs.py`; `renyi.cli.members` shows the summaries as a table.
+The scores come from `score.py` and `pair_scores.py`. `renyi.cli.members` shows the summaries as a table.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ class MemberSummary(NamedTuple):
         weight: its mixture weight.
         load: its mean responsibility.
         leads: how many examples it explains best, weights counted; a tie goes to the first member.
-        nll_led: its NLL on those, nats per token, or per pair where pairs were scored; None if there are none.
+        nll_led: its NLL on those, nats per token, or per pair if pairs were scored; None if there are none.
         nll_others: the same on all others.
-        clearest: position in the scores of the example, of those it leads, that it explains better than the mean member
-            by the widest margin; None if it leads none. A lone member has no margin: the example it finds likeliest.
+        clearest: position of one example in the scores: among those that it leads, the one with the greatest margin
+            over the mean member. None if it leads none. For a single member, which has no margin, the likeliest one.
     """
 
     weight: float
@@ -37,7 +37,7 @@ class MemberSummary(NamedTuple):
 def summarise_members(scores: Sequence[Score] | Sequence[PairScore], weights: Tensor) -> list[MemberSummary]:
     """Summarise members from the scores of at least one example and the mixture weights [M]."""
     ell_MN = torch.tensor([s.log_likelihood for s in scores], dtype=torch.float64).T
-    units_N = torch.tensor([s.tokens if isinstance(s, Score) else 1 for s in scores])  # a pair is a single choice
+    units_N = torch.tensor([s.tokens if isinstance(s, Score) else 1 for s in scores])  # a pair counts as one unit
     loads_M = torch.tensor([s.responsibilities for s in scores], dtype=torch.float64).mean(dim=0)
     leader_N = (ell_MN + weights.cpu().double().log()[:, None]).argmax(dim=0)
     margin_MN = ell_MN - ell_MN.mean(dim=0) if len(weights) > 1 else ell_MN / units_N

@@ -1,6 +1,6 @@
-"""An ensemble with its tokenizer, opened from a folder: what scoring, generation and evaluation begin with.
+"""An ensemble with its tokenizer, opened from a folder. Scoring, generation and evaluation begin with it.
 
-`renyi.load` adds what else the folder holds; read `renyi.runs.load` next.
+Read next: `renyi.runs.load`, which adds what else the folder holds.
 """
 
 from pathlib import Path
@@ -28,12 +28,12 @@ def load_model(name: str | Path, base: str | Path | None = None, device: str | N
     """Open an ensemble and its tokenizer.
 
     Args:
-        name: folder of an ensemble, or of a single PEFT adapter, which is an ensemble of one; or a hub id.
+        name: folder of an ensemble, or of a single PEFT adapter (it becomes an ensemble of one); or a hub id.
         base: the base model, if it is no longer where the ensemble says.
         device: "cpu", "cuda", …; by default cuda if there is one.
 
     Raises:
-        EnsembleFormatError: it is no ensemble, or something of it is missing or damaged.
+        EnsembleFormatError: it is not an ensemble, or a part of it is missing or damaged.
         TokenizerError: there is no tokenizer.
         ConfigError: there is no such device.
     """
@@ -44,7 +44,7 @@ def load_model(name: str | Path, base: str | Path | None = None, device: str | N
     tokenizer = load_tokenizer_of(folder, ensemble.base_model_name)
     try:
         ensemble.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled for the device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was not compiled for the device
         what = str(error).strip().partition("\n")[0]
         raise ConfigError(f"is {device!r} ({what})", where="device", hint="Give cpu, or a device there is.") from error
     return LoadedModel(folder, ensemble, tokenizer)

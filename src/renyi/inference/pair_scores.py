@@ -1,6 +1,6 @@
 """Which completion each member prefers, how sure the mixture is, and where its members contradict each other.
 
-The same tokens, reference and joint forward as in training. It knows nothing about files.
+Tokens, reference and joint forward are the same as in training. Read next: `renyi.objectives.preference` (margins).
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""What each policy writes by itself: fresh rollouts, and how likely they are to what it was tuned toward.
+"""What each policy writes by itself: new rollouts, and how likely they are under policy and base.
 
-`renyi powerflow` ends with these figures. How a policy is tuned stands in `renyi.training.powerflow`; read that next.
+`renyi powerflow` ends with these figures. Read next: `renyi.training.powerflow`, how a policy is tuned.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from renyi.inference.batches import padded
 from renyi.inference.generate import end_tokens
 from renyi.labels import IGNORED
 
-# Whatever the base's own generation config says, a rollout is a sample of the policy itself.
+# A rollout is a sample of the policy itself. These override the base's generation config.
 _ITSELF = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
@@ -27,9 +27,10 @@ class PolicySummary(NamedTuple):
         log_policy: under the policy itself, nats a token.
         mean_length: tokens a rollout, the end of text included.
         truncated: share of the rollouts that did not end within the longest length.
-        slope: of the policy's log-probability a token on the base's, among its rollouts of a prompt and the frozen
-            base's: 1 of the base itself, the power at a length-aware target, whatever log Z' is. NaN if all are alike.
-        first: of each prompt the text of its first rollout.
+        slope: regression slope of the policy's log-probability a token on the base's, over the policy's rollouts of a
+            prompt and the frozen base's. It is 1 for the base itself, and the power at a length-aware target, for any
+            log Z'. NaN if all rollouts have the same log-probability.
+        first: the text of each prompt's first rollout.
     """
 
     log_base: float
@@ -53,7 +54,7 @@ def summarise_policies(
 ) -> list[PolicySummary]:
     """Let the frozen base and each of M policies answer the same prompts, and sum up what they wrote: the base first.
 
-    All draw with the same random numbers, so that texts differ only where distributions do.
+    All draw with the same random numbers, so that texts differ only if distributions differ.
 
     Args:
         ensemble: M policies.
@@ -77,7 +78,7 @@ def summarise_policies(
         with ensemble.using(chosen):
             made = ensemble.generate(input_ids, attention_mask, **settings)
         written.append(_written(made))
-        # Twice as many: the base's, among which is what a collapsed policy never writes, and its own.
+        # Both the base's rollouts and the policy's own: a collapsed policy would never write some of the base's.
         both = [x.to(ensemble.device) for x in _trajectories([*rows, *rows], [*written[0], *written[-1]])]
         with ensemble.using(chosen):
             log_policy = ensemble.log_likelihood(*both)[0].cpu().double().unflatten(0, (2, -1))
@@ -98,7 +99,7 @@ def summarise_policies(
 
 
 def _slope(y_2B: Tensor, x_2B: Tensor, rollouts: int) -> float:
-    """Least squares of y on x with an intercept for each prompt, which takes up its log Z'."""
+    """Least squares of y on x. Each prompt has an intercept, which accounts for its log Z'."""
     x, y = (v.unflatten(1, (-1, rollouts)) for v in (x_2B, y_2B))
     x, y = (v - v.mean(dim=(0, 2), keepdim=True) for v in (x, y))
     spread = x.square().sum()

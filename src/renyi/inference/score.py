@@ -1,7 +1,7 @@
 """How likely each example is to every member, and which member would learn from it.
 
-The same tokens, labels and joint forward as in training, so that a score is what training would have seen. For users
-`renyi.load(folder).score` is the way in; rows become tokens in `renyi.data.prepare`, which is the file to read next.
+Tokens, labels and joint forward are the same as in training, so a score is what training would have seen. Users call
+`renyi.load(folder).score`. Read next: `renyi.data.prepare`, which turns rows into tokens.
 """
 
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class Score(NamedTuple):
-    """What an ensemble of M members says about one example; everything in nats, summed over its trained tokens.
+    """What an ensemble of M members says about one example. Likelihoods are in nats, summed over its trained tokens.
 
     Attributes:
         index: row of the dataset, counted from 0.
@@ -57,8 +57,8 @@ def score(
         ensemble: M members.
         dataset: rows of any of TRL's forms, or prepared ones (`input_ids`, and `labels` with −100 where not trained).
         tokenizer: of the base; not needed for prepared rows.
-        preparation: how rows become tokens and labels; by default as in training, if the ensemble was loaded from a
-            folder. Otherwise rows that are not prepared need it.
+        preparation: how rows become tokens and labels. By default as in training, if the ensemble was loaded from a
+            folder. Otherwise it is needed for rows that are not prepared.
         tokens_per_batch: limit on members × rows × length in one forward. A longer single row is scored alone.
         progress: called after each batch with the number of examples done.
 
@@ -94,7 +94,7 @@ def prepared_for(
     """Rows as `score` takes them, cut at what the base can read; a warning says how many were cut.
 
     Args:
-        ensemble: whose base they are for.
+        ensemble: the rows are prepared for its base.
         dataset: rows of any of TRL's forms.
         tokenizer: of the base.
         preparation: as for `score`.
@@ -120,7 +120,7 @@ def _check_lengths(lengths: list[int], positions: int | None) -> None:
 
 
 def _kept_preparation(ensemble: LoraEnsemble) -> Preparation:
-    """How training prepared its rows, as the folder says that the ensemble was loaded from."""
+    """How training prepared its rows, read from the folder that the ensemble was loaded from."""
     if ensemble.folder is None:
         raise ConfigError(
             "is missing: the rows are not prepared, and the ensemble was not loaded from a folder that says how",

@@ -1,8 +1,8 @@
-"""`alpha: auto`: fit one adapter, ask its curvature from which alpha on members part, and let them start apart.
+"""`alpha: auto`: fit one adapter, find by its curvature from which alpha on members part, and let them start apart.
 
-What a run does ahead of the training itself (`build.py`), which then goes on from members that stand spread along the
-directions in which the data contradict the adapter. The tie is broken where it matters instead of by chance. Every
-stage is kept in the run's folder, so that a killed run goes on where it was.
+This happens before the training itself. The members start spread along the directions in which the data contradict the
+adapter, and not in random directions. Every stage is kept in the run's folder, so that a killed run goes on from there.
+Read next: `build.py` (the training), `renyi.inference.diagnose` (the curvature).
 
     OUT/auto/fit           the one adapter, its checkpoints and curves
     OUT/auto/start         the members as training begins: an ensemble's folder
@@ -26,18 +26,18 @@ from renyi.runs.settings import Settings
 from renyi.training import RenyiDPOTrainer
 
 FOLDER, CHOSEN_FILE = "auto", "chosen.json"
-# Enough to see a contradiction in data that have one, at a tenth of the cost of a short training run.
+# Enough to find a contradiction that is there, at a tenth of the cost of a short training run.
 NUM_DIRECTIONS, MAX_EXAMPLES = 16, 256
 
 
 class Chosen(NamedTuple):
-    """What the curvature of the one adapter said, and what was chosen by it.
+    """What the curvature of the one adapter says, and what was chosen from it.
 
     Attributes:
         alpha: the order to train with.
-        critical_alpha, low, high: as of `Diagnosis`.
+        critical_alpha, low, high: as in `Diagnosis`.
         members: the number of members that it recommends; the run keeps its own.
-        mean_share, calibration: as of `Diagnosis`.
+        mean_share, calibration: as in `Diagnosis`.
         fit_steps: optimizer steps of the one adapter.
         steps: optimizer steps left for the members.
     """
@@ -54,17 +54,17 @@ class Chosen(NamedTuple):
 
 
 def with_chosen_alpha(settings: Settings, watch: Watch) -> Settings:
-    """Fit one adapter, diagnose it, and write the members' start; or read what an earlier call chose.
+    """Fit one adapter, diagnose it, and write the members' start. If an earlier call did so, read what it chose.
 
     Args:
         settings: of a run with `alpha: auto`.
-        watch: is told how it goes, and what was chosen.
+        watch: told about progress and about the choice.
 
     Returns:
         The settings of the members' own training.
 
     Raises:
-        RenyiError: as `build`; or the run starts from an ensemble, or in several processes.
+        RenyiError: as in `build`; also if the run starts from an ensemble, or in several processes.
     """
     parts = settings.parts()
     args, where = parts.args, settings.where("alpha")
@@ -89,7 +89,7 @@ def with_chosen_alpha(settings: Settings, watch: Watch) -> Settings:
     watch.chosen(chosen, settings)
     start: dict[str, Any] = {"model_name_or_path": folder / "start", "lora_target_modules": ...}  # the start has them
     if "reference" in defaults(settings.method):
-        start["reference"] = "base"  # what the one adapter was compared with
+        start["reference"] = "base"  # the one adapter was compared with the base too
     return settings.replaced(alpha=chosen.alpha, alpha_hold_ratio=0.0, max_steps=chosen.steps, **start)
 
 
@@ -103,9 +103,9 @@ def _fit_and_spread(settings: Settings, args: Any, folder: Path, watch: Watch) -
     assert run.probe_rows is not None
     total = run.trainer.num_steps
     if args.max_steps <= 0 and isinstance(run.train_rows, Dataset) and isinstance(run.probe_rows, Dataset):
-        # An epoch of the members' is longer: they see the probes as well.
+        # An epoch of the members is longer, because they also see the probes.
         total = round(total * len(run.train_rows) / (len(run.train_rows) - len(run.probe_rows)))
-    # One adapter costs a member's share: it may train as long as members otherwise take to be apart.
+    # One adapter costs one member's share. It trains for as many steps as hold and ramp would have.
     fit_steps = max(1, round((hold + ramp) * total))
     run.trainer.args.max_steps = fit_steps
     with watch.training() as callbacks:
@@ -113,7 +113,7 @@ def _fit_and_spread(settings: Settings, args: Any, folder: Path, watch: Watch) -
     save(run)
 
     with watch.doing("diagnosing the one adapter"):
-        # On rows that it was fitted to, the adapter would look better than it is.
+        # The adapter was not fitted to these rows. On rows that it was fitted to it would look better than it is.
         probes = data.sample(run.probe_rows, MAX_EXAMPLES)
         rows = run.preparation.prepare(probes, run.tokenizer, limits=run.trainer.limits)
         pairs = None

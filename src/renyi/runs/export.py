@@ -1,7 +1,7 @@
 """Members in the forms that other programs read: PEFT adapters, plain models, and vLLM's command line.
 
-It reads an ensemble's folder and writes another one, whole or not at all. It knows nothing about scoring, decoding or
-how answers of several members are combined.
+It reads an ensemble's folder and writes another folder, completely or not at all. Read next: `renyi.members.adapters`,
+a member as a PEFT adapter.
 """
 
 import copy
@@ -30,7 +30,7 @@ from renyi.members.adapters import Adapter, layer_scaling, read_adapter, write_a
 
 EXPORT_FILE = "export.json"
 SERVE_FILE = "serve.sh"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as --max-lora-rank
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for --max-lora-rank
 
 
 class Export(NamedTuple):
@@ -39,8 +39,8 @@ class Export(NamedTuple):
     Attributes:
         members: their folders.
         weights: mixture weight of each; they sum to one.
-        base_model: hub id or folder of the base that they go with.
-        command: what serves them with vLLM; None for merged members, or if `unfit`.
+        base_model: hub id or folder of their base.
+        command: the command that serves them with vLLM; None for merged members, or if `unfit`.
         unfit: why vLLM cannot serve these adapters as they are.
     """
 
@@ -62,9 +62,9 @@ def export_adapters(
 
     Args:
         ensemble: folder of an ensemble, or a hub id.
-        output: folder to make; one of an earlier export is replaced.
-        members: which; all by default.
-        base: what adapters name as their base, if it is no longer where the ensemble says.
+        output: folder to make; the folder of an earlier export is replaced.
+        members: numbers of the members to export; all by default.
+        base: the base that adapters name, if it is no longer where the ensemble says.
         pad_rank: widen A and B with zeros to the next of `VLLM_RANKS`; see `padded`.
 
     Raises:
@@ -104,7 +104,7 @@ def export_merged(
     In a half-precision base the sum of weight and update is rounded to that precision.
 
     Raises:
-        ConfigError: as `export_adapters`, or the base is quantised.
+        ConfigError: as in `export_adapters`; also if the base is quantised.
         EnsembleFormatError: the ensemble is damaged, or its base cannot be loaded.
         SaveError: something could not be written; what was there before is untouched.
     """
@@ -128,7 +128,7 @@ def export_merged(
 
 
 def vllm_command(ensemble: str | Path, members: Sequence[int] | None = None, base: str | None = None) -> Export:
-    """The command line that serves an ensemble's members with vLLM from where they lie; writes nothing.
+    """The command line that serves an ensemble's members with vLLM from their present folders. It writes nothing.
 
     Raises:
         ConfigError: there is no such member, or vLLM cannot serve the adapters as they are.
@@ -151,18 +151,18 @@ def vllm_command(ensemble: str | Path, members: Sequence[int] | None = None, bas
 
 
 def vllm_rank(rank: int) -> int:
-    """The smallest rank that vLLM can be told which is at least `rank`; raises `ConfigError` beyond the largest."""
+    """The smallest of `VLLM_RANKS` that is at least `rank`; raises `ConfigError` if there is none."""
     if rank > VLLM_RANKS[-1]:
         raise ConfigError(f"is {rank}, but vLLM serves ranks up to {VLLM_RANKS[-1]}", where="rank of the adapters")
     return next(allowed for allowed in VLLM_RANKS if allowed >= rank)
 
 
 def padded(adapter: Adapter, rank: int) -> Adapter:
-    """The same update BA · scaling from matrices of one rank and one scaling in all layers.
+    """An adapter with the same update BA · scaling, but with one rank and one scaling in all layers.
 
     Rows of zeros below A and columns of zeros right of B add nothing to BA. `lora_alpha` is rewritten so that
-    lora_alpha / rank is the old scaling, rsLoRA's too; a layer whose `rank_pattern` or `alpha_pattern` gives it
-    another scaling has the ratio multiplied into its B.
+    lora_alpha / rank is the old scaling, also for rsLoRA. If `rank_pattern` or `alpha_pattern` give a layer another
+    scaling, its B is multiplied by the ratio.
     """
     scalings = {layer: layer_scaling(adapter.config, layer, len(A)) for layer, (A, _) in adapter.weights.items()}
     scaling = max(scalings.values())
@@ -189,7 +189,7 @@ def _rank(adapter: Adapter) -> int:
 
 
 def _unfit_for_vllm(adapters: Sequence[Adapter]) -> str | None:
-    """Why vLLM would refuse these adapters or compute something else: it knows one scaling an adapter."""
+    """Why vLLM would refuse these adapters or compute something else. It knows one scaling for each adapter."""
     if (rank := max(map(_rank, adapters))) > VLLM_RANKS[-1]:
         return f"the rank is {rank}, and vLLM serves ranks up to {VLLM_RANKS[-1]}"
     for config, weights, _ in adapters:
@@ -212,7 +212,7 @@ def _command(source: "_Source", folders: Sequence[str], adapters: Sequence[Adapt
 
 
 class _Source(NamedTuple):
-    """What is exported: some members of an ensemble's folder, and the base that they go with."""
+    """What is exported: some members of an ensemble's folder, and their base."""
 
     folder: Path
     members: list[int]
@@ -251,7 +251,7 @@ def _read(ensemble: str | Path, members: Sequence[int] | None, base: str | None)
 
 
 def _ends(of_base: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
-    """The tokens that end an answer: the base's, the tokenizer's, and what the chat template closes a turn with."""
+    """The tokens that end an answer: the base's, the tokenizer's, and the one that ends a turn of the chat template."""
     found = [of_base] if isinstance(of_base, int) else list(of_base or [])
     found = list(dict.fromkeys([*found, *end_tokens(tokenizer)]))
     return found[0] if len(found) == 1 else found or None
@@ -263,15 +263,15 @@ def _has_tokenizer(folder: Path) -> bool:
 
 @contextmanager
 def _written(output: Path, form: str, source: _Source) -> Iterator[Path]:
-    """A folder to write to, which becomes `output` when everything is in it and vanishes if anything fails."""
+    """A temporary folder to write to. At the end it becomes `output`; if anything fails it is removed."""
     _check_replaceable(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-        staging.chmod(0o755)  # as any new folder; others may read an export
+        staging.chmod(0o755)  # like any new folder: others may read an export
     except OSError as error:
         raise _not_written(output, error) from error
-    old = staging.with_name(staging.name.replace(".partial-", ".old-"))  # this process's own
+    old = staging.with_name(staging.name.replace(".partial-", ".old-"))  # a name that only this process uses
     try:
         yield staging
         facts = {

@@ -1,7 +1,7 @@
 """A sweep over alpha and the number of members: every cell is one run, measured on the same held-out examples.
 
-`sweep` does all of it. A cell is a run of `single.py`; what its figures mean, and which cell to choose, stands in
-`renyi.evaluation.sweep_choice`.
+`sweep` does all of it. A cell is a run of `single.py`. Read next: `renyi.evaluation.sweep_choice`, what the figures
+mean and which cell to choose.
 """
 
 import gc
@@ -33,7 +33,7 @@ SECONDS_FILE, FAILED_FILE = "seconds.json", "failed.json"
 
 
 class Outcome(NamedTuple):
-    """What a cell says about the held-out examples, or why it failed, and its seconds of training."""
+    """What a cell gives on the held-out examples, or why it failed, and its seconds of training."""
 
     held_out: HeldOut | None
     failed: str | None
@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 
 
 class SweepWatch(Watch):
-    """What happens in a sweep: what happens in the run of each cell, and between them."""
+    """What happens in a sweep: in the run of each cell, and between cells."""
 
     def cell(self, number: int, of: int, cell: Cell, run: Run) -> None:
         """A cell is loaded and checked; its training begins. `number` counts from 1."""
@@ -74,7 +74,7 @@ def sweep(settings: SweepSettings, watch: SweepWatch | None = None) -> Sweep:
 
     Args:
         settings: such as `SweepSettings.of("sft", alphas=[0.0, 0.8], members=[1, 4], test_split_size=0.1, …)`.
-        watch: is told how it goes.
+        watch: told about progress.
 
     Raises:
         RenyiError: whatever is wrong with settings, data or folder, before anything is trained.
@@ -96,7 +96,7 @@ def sweep(settings: SweepSettings, watch: SweepWatch | None = None) -> Sweep:
                     write_result(folder, {"settings": kept, "cells": [], "chosen": None})
                 watch.cell(number, len(settings.cells), cell, ready)
                 outcome = run_cell(ready, watch)
-                del ready  # its base, before the next one is loaded
+                del ready  # free its base before the next one is loaded
         if outcome.failed:
             watch.failed(number, len(settings.cells), cell, outcome.failed, before)
         outcomes[cell] = outcome
@@ -123,7 +123,7 @@ def folder_name(cell: Cell) -> str:
 
 
 def check_same_sweep(folder: Path, settings: Mapping[str, str]) -> None:
-    """Raise `ConfigError` if the folder holds a sweep with other settings: its cells would be taken for this one's."""
+    """Raise `ConfigError` if the folder holds a sweep with other settings, whose cells would count as this sweep's."""
     file = folder / RESULT_FILE
     if not file.exists():
         return
@@ -196,7 +196,7 @@ def prepare_cell(settings: SweepSettings, cell: Cell, watch: Watch | None = None
         RenyiError: whatever is wrong with settings, data or folder, before anything is written; also if nothing is held
             out.
     """
-    gc.collect()  # a trainer is in circles with its callbacks: the cell before still holds its base
+    gc.collect()  # trainer and callbacks refer to each other, so the previous cell's base is still in memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     place = folder_of(settings) / folder_name(cell)
@@ -221,8 +221,8 @@ def prepare_cell(settings: SweepSettings, cell: Cell, watch: Watch | None = None
 def run_cell(run: Run, watch: Watch | None = None) -> Outcome:
     """Train a cell, or go on with it, save its ensemble and measure it.
 
-    A loss that is no number, members that give none, and a lack of memory on the device are failures of this cell. They
-    are kept in its folder, so that it is not tried again until the folder is removed.
+    A loss or a likelihood that is not a number, and a lack of memory on the device, are failures of this cell. They are
+    written to its folder, and the cell is not tried again until the folder is removed.
 
     Raises:
         SaveError: something could not be written; the same sweep goes on from there.
@@ -259,7 +259,7 @@ def _measure(run: Run) -> HeldOut:
     try:
         with run.trainer.accelerator.autocast():
             return measured(run, prepared)
-    except EnsembleFormatError as error:  # of members that were just trained: no finite likelihood
+    except EnsembleFormatError as error:  # members that were just trained give no finite likelihood
         raise TrainingDivergedError(error.what, where=f"held out, {error.where}", hint=error.hint) from error
 
 
@@ -273,7 +273,7 @@ def _measured_texts(run: Run, prepared: Dataset) -> HeldOut:
 
 
 def _measured_pairs(run: Run, prepared: Dataset) -> HeldOut:
-    """The likelihood of a label is Bradley and Terry's σ(Δ), whatever loss the margins were trained with."""
+    """The figures of held-out pairs. A label's likelihood is Bradley–Terry's σ(Δ), with every training loss."""
     ensemble, trainer, preparation = run.ensemble, run.trainer, run.preparation
     assert isinstance(trainer, RenyiDPOTrainer)
     pairs: Any = preparation
@@ -284,7 +284,7 @@ def _measured_pairs(run: Run, prepared: Dataset) -> HeldOut:
 
 
 class _Clock(TrainerCallback):
-    """Keeps a cell's seconds of training, those of runs that were killed up to their last checkpoint included."""
+    """Keeps a cell's seconds of training. It includes killed runs up to their last checkpoint."""
 
     def __init__(self, folder: Path):
         self._folder, self._before, self._since = folder, 0.0, 0.0

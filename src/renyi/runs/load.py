@@ -1,8 +1,8 @@
-"""`renyi.load`: an ensemble's folder as a whole, asked for scores, answers, choices and evaluations.
+"""`renyi.load`: an ensemble's folder as a whole, with scores, answers, choices and evaluations as methods.
 
 A folder holds more than members: the tokenizer, how training prepared its rows, what preferences were measured against,
-the threshold above which to abstain. The commands call the object made here, and add a terminal; so its defaults are
-theirs. The functions under it stand in `renyi.inference`; read `score.py` and `generate.py` there next.
+the threshold above which to abstain. The commands call the object made here, so they have the same defaults. Read next:
+`renyi.inference.score` and `renyi.inference.generate`, the functions that it calls.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -218,7 +218,7 @@ class Loaded:
         return evaluate(task, rows, self, **settings)
 
     def needed_abstention(self, where: str = "withhold") -> Abstention:
-        """The threshold above which to abstain, for who cannot do without one.
+        """The threshold above which to abstain; an error if there is none.
 
         Args:
             where: the setting that needs it, for errors.
@@ -240,7 +240,7 @@ def load(folder: str | Path, *, base: str | Path | None = None, device: str | No
     """Open what a training run left: members, tokenizer, preparation, reference, abstention.
 
     Args:
-        folder: of an ensemble, or of a single PEFT adapter, which is an ensemble of one; or a hub id.
+        folder: of an ensemble, or of a single PEFT adapter (it becomes an ensemble of one); or a hub id.
         base: the base model, if it is no longer where the ensemble says.
         device: "cpu", "cuda", …; by default cuda if there is one.
 
@@ -253,7 +253,7 @@ def load(folder: str | Path, *, base: str | Path | None = None, device: str | No
 
 
 def _several(prompts: PromptRow | Sequence[PromptRow]) -> list[PromptRow]:
-    """One prompt as a list of one; a chat is told from a list of chats by its messages."""
+    """Prompts as a list; one prompt gives a list of one. A list of messages is one chat."""
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, Mapping):

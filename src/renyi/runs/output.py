@@ -1,6 +1,6 @@
-"""The output folder of a run: whether what it holds belongs to this run, and leaving none behind that is empty.
+"""The output folder of a run: check that what it holds belongs to this run, and remove it if it stayed empty.
 
-What a checkpoint or an ensemble tells of itself is compared here; `record.py` compares what `run.json` tells.
+This file compares what a checkpoint or an ensemble says about itself. Read next: `record.py`, about `run.json`.
 """
 
 import json
@@ -53,7 +53,7 @@ def check_targets(output_dir: Path, ensemble: LoraEnsemble) -> None:
 
 
 def check_length(newest: Path | None, num_steps: int, where: Where = str) -> None:
-    """Raise `ConfigError` if a run is to be shorter than what its newest checkpoint has taken already."""
+    """Raise `ConfigError` if a run would be shorter than the steps that its newest checkpoint has already taken."""
     taken = int(newest.name.rpartition("-")[2]) if newest and newest.name.rpartition("-")[2].isdigit() else 0
     if taken > num_steps:
         raise ConfigError(
@@ -64,14 +64,14 @@ def check_length(newest: Path | None, num_steps: int, where: Where = str) -> Non
 
 
 def steps_of(checkpoint: Path | None) -> int | None:
-    """The steps that a run had in all when it wrote a checkpoint."""
+    """The total steps of the run that wrote a checkpoint."""
     if checkpoint is None:
         return None
     return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["max_steps"])
 
 
 def _ensemble_in(output_dir: Path) -> Path | None:
-    """Where the output folder says what it holds: in the newest complete checkpoint, or at its top."""
+    """The folder with the newest ensemble: the newest complete checkpoint, or the output folder itself."""
     newest = find_checkpoints(output_dir).newest
     if newest is not None:
         return newest
@@ -115,7 +115,7 @@ def checkpoints_of(args: EnsembleConfig) -> Checkpoints:
 
 @contextmanager
 def no_empty_folder(output_dir: str | Path | None) -> Iterator[None]:
-    """Remove the folders that were made for a run and stayed empty, however it ends."""
+    """At the end, also after an error, remove folders that were made for a run and stayed empty."""
     path = Path(output_dir or ".").absolute()
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:

@@ -1,7 +1,7 @@
-"""What a run's folder was trained with: `run.json`, and whether other settings may go on with it.
+"""`run.json`: the settings and data that a run's folder was trained with, and whether other settings may continue it.
 
-It is written before the first step, and compared before anything is trained or rewritten. Folders of before there was
-such a file go on as they did; `output.py` compares what their checkpoints tell.
+It is written before the first step, and compared before anything is trained or rewritten. Older folders have no such
+file. For them `output.py` compares what their checkpoints say.
 
     {"renyi": "0.1.0", "method": "sft", "settings": {key: value}, "examples_per_step": 16,
      "data": {"train": {"rows": 1000, "sha256": "…"}, "held_out": null, "chat_template": "…"}}
@@ -28,7 +28,7 @@ from renyi.training.config import AUTO
 
 RUN_FILE = "run.json"
 
-# Settings that cannot change what is learned, and why: a run may go on with others.
+# Settings that cannot change what is learned, and why. A run may be continued with other values of them.
 _HARMLESS = {
     "where a run lies, and from where it goes on": "dry_run output_dir resume_from_checkpoint run_name project "
     "restore_callback_states_from_checkpoint",
@@ -51,7 +51,7 @@ _HARMLESS = {
 HARMLESS = frozenset(" ".join(_HARMLESS.values()).split())
 # The length of a run may change: alpha and the learning rate then follow the schedule of the new length.
 LENGTH = frozenset({"max_steps", "num_train_epochs"})
-# Compared by what they lead to: the examples of a step, and the rows.
+# Not compared themselves: their product, the examples of a step, is compared.
 _BY_EFFECT = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps"})
 _OF_DATA = frozenset({"dataset_name"})
 
@@ -65,7 +65,7 @@ class Rows:
 
     @classmethod
     def of(cls, dataset: Any) -> "Rows | None":
-        """None for rows that are streamed, or that there are none of."""
+        """The identity of a dataset's rows; None if rows are streamed, or if there is no dataset."""
         if not isinstance(dataset, Dataset):
             return None
         digest = hashlib.sha256()
@@ -102,7 +102,7 @@ class Record:
 
         Args:
             settings: as they were asked for.
-            args: the trainer's config, which knows the processes.
+            args: the trainer's config, which has the number of processes.
             train, held_out: rows as loaded.
             tokenizer: whose chat template is used.
         """
@@ -139,7 +139,7 @@ class Record:
             ) from error
 
     def write(self, folder: Path) -> None:
-        """Keep it in a folder, whole or not at all.
+        """Write it to a folder, completely or not at all.
 
         Raises:
             SaveError: it could not be written.
@@ -169,13 +169,13 @@ class Record:
             )
 
     def differences(self, there: "Record") -> list[str]:
-        """What this run has otherwise than another: each as `key old, and this one has new`."""
+        """The differences between this run and another, each as `key old, and this one has new`."""
         pairs: list[tuple[str, Any, Any]] = [("method", there.method, self.method)]
         for key in sorted(there.settings.keys() | self.settings.keys()):
             default = defaults(self.method).get(key)
             old, new = there.settings.get(key, default), self.settings.get(key, default)
             if key in _OF_DATA and there.train and self.train:
-                continue  # the rows are compared
+                continue  # the rows themselves are compared
             pairs.append((key, old, new))
         pairs.append(("examples_per_step", there.examples_per_step, self.examples_per_step))
         found = [
@@ -202,7 +202,7 @@ def deciding(settings: Settings) -> dict[str, Any]:
     base = values.get("model_name_or_path")
     if base and Path(base).is_dir():
         values["model_name_or_path"] = str(Path(base).resolve())
-    # What `alpha: auto` has chosen is for the length that it was asked for.
+    # The choice of `alpha: auto` holds only for the length that it was made for.
     left_out = HARMLESS | _BY_EFFECT | (LENGTH if values.get("alpha") != AUTO else frozenset())
     return {key: _plain(value) for key, value in sorted(values.items()) if key not in left_out}
 
@@ -222,7 +222,7 @@ def defaults(method: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON gives it back."""
+    """A value after writing it to JSON and reading it back."""
     return json.loads(json.dumps(getattr(value, "value", value), default=str))
 
 
@@ -238,7 +238,7 @@ def holds_work(folder: Path) -> bool:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a file, whole or not at all.
+    """Write a file completely or not at all.
 
     Raises:
         SaveError: it could not be written.

@@ -1,7 +1,7 @@
 """The settings of a run and of a sweep: the keys that were given, and the objects that they fill.
 
-`Settings` holds keys and values, as a YAML file has them, and is never changed. Whoever builds a run fills objects of
-its own from them, which TRL's trainers may change as they like. `single.py` runs settings, `grid.py` a sweep of them.
+`Settings` holds keys and values, as a YAML file has them, and is never changed. Building a run makes new objects from
+them, because TRL's trainers change their configs. Read next: `single.py` (one run), `grid.py` (a sweep).
 """
 
 import re
@@ -22,7 +22,7 @@ from renyi.training.trainer import EnsembleTrainer
 
 @dataclass
 class MemberConfig(ModelConfig):
-    """TRL's ModelConfig for members: LoRA is always on, and adapts every linear layer unless told otherwise."""
+    """TRL's ModelConfig for members. LoRA is always on, and by default it adapts every linear layer."""
 
     use_peft: bool = field(default=True, metadata={"help": "Always on: members are LoRA adapters."})
     lora_target_modules: list[str] | None = field(
@@ -34,7 +34,7 @@ class MemberConfig(ModelConfig):
         if not self.use_peft:
             raise ConfigError("False is not allowed", where="use_peft", hint="Members are LoRA adapters; leave it out.")
         require("lora_r", self.lora_r, self.lora_r >= 1, "a rank of at least 1")
-        # TRL hands a single name on as text, which PEFT takes for a pattern that no layer's full name matches.
+        # TRL passes a single name on as text. PEFT reads text as a pattern, which no layer's full name matches.
         targets: Any = self.lora_target_modules or "all-linear"
         is_name = isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"\w+", targets)
         self.lora_target_modules = [targets] if is_name else targets
@@ -42,7 +42,7 @@ class MemberConfig(ModelConfig):
 
 @dataclass
 class PolicyConfig(MemberConfig):
-    """The same for members that write what they are trained on: with dropout they would not score what they wrote."""
+    """The same without dropout, for members that are trained on what they write: a score must fit what was written."""
 
     lora_dropout: float = field(default=0.0, metadata={"help": "Must be 0: what is scored is what was sampled."})
 
@@ -64,7 +64,7 @@ class RunArguments:
 
 @dataclass
 class TokenizerArguments:
-    """What TRL's SFTConfig says of the tokenizer and its other configs do not."""
+    """Settings of the tokenizer that TRL's SFTConfig has and its other configs do not have."""
 
     chat_template_path: str | None = field(
         default=None, metadata={"help": "A .jinja file, or a tokenizer to take the chat template of."}
@@ -76,7 +76,7 @@ class TokenizerArguments:
 
 @dataclass
 class PolicyTokenizerArguments(TokenizerArguments):
-    """The same for TRL's GRPOConfig, which does not speak of padding, either."""
+    """The same for TRL's GRPOConfig, which has no setting for padding either."""
 
     pad_token: str | None = field(default=None, metadata={"help": "Token to pad with, where the tokenizer has none."})
 
@@ -85,9 +85,9 @@ class Method(NamedTuple):
     """A way of training: its trainer, and the dataclasses of its settings.
 
     Attributes:
-        trainer: which trainer.
-        config: its TRL config with ours.
-        members: what members are.
+        trainer: the class of the trainer.
+        config: its TRL config with our settings.
+        members: the settings of members.
         tokenizer: settings of the tokenizer that `config` does not have; None if it has them all.
     """
 
@@ -114,14 +114,14 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 
 class Parts(NamedTuple):
-    """The objects that settings fill, for one build, which may change them.
+    """The objects that are made from settings for one build. The build may change them.
 
     Attributes:
-        data: TRL's, which dataset and which of its splits.
-        args: TRL's config of the trainer, with ours.
+        data: TRL's object for the dataset and its splits.
+        args: the trainer's TRL config with our settings.
         members: the base and the members' LoRA shape.
-        own: what is ours alone.
-        tokenizer: what is said of the tokenizer; `args` where it says that itself.
+        own: settings that only this library has.
+        tokenizer: the settings of the tokenizer; the same object as `args` if that has them.
     """
 
     data: ScriptArguments
@@ -138,7 +138,7 @@ class Settings:
     Attributes:
         method: one of `METHODS`.
         values: the keys that were given, in the types of their fields; every other key has its default.
-        where: names the place that set a key, for messages.
+        where: from a key to the place that set it, for messages.
     """
 
     method: str
@@ -161,12 +161,12 @@ class Settings:
         object.__setattr__(self, "values", MappingProxyType(values))
 
     def replaced(self, **values: Any) -> "Settings":
-        """The same settings with other values for some keys; ... takes a key out, so that it has its default."""
+        """The same settings with other values for some keys. The value `...` removes a key: it then has its default."""
         kept = {key: value for key, value in {**self.values, **values}.items() if value is not ...}
         return Settings(self.method, kept, self.where)
 
     def parts(self) -> Parts:
-        """Objects of the settings, made anew.
+        """New objects made from the settings.
 
         Raises:
             ConfigError: values are out of range, or at odds with each other.
@@ -181,7 +181,7 @@ class Settings:
 
 @dataclass
 class SweepArguments:
-    """What a sweep adds to the settings of one run."""
+    """The settings that a sweep adds to those of one run."""
 
     alphas: list[float] = field(
         default_factory=lambda: [0.0, 0.3, 0.5, 0.8, 1.0], metadata={"help": "Values of alpha to try."}
@@ -211,8 +211,8 @@ class SweepSettings:
     """The settings of a sweep over alpha and the number of members.
 
     Attributes:
-        run: what all cells share.
-        alphas, members: what is tried.
+        run: the settings that all cells share.
+        alphas, members: the values that are tried.
     """
 
     run: Settings
@@ -247,7 +247,7 @@ class SweepSettings:
 
     @property
     def cells(self) -> list[Cell]:
-        """Every pair, by members and then alpha; one member once."""
+        """Every pair of members and alpha, in that order. One member appears once, because its alpha has no effect."""
         return sorted({Cell(m, 0.0 if m == 1 else alpha) for m in self.members for alpha in self.alphas})
 
 

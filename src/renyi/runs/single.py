@@ -1,6 +1,6 @@
 """One training run from settings to a finished folder, in one call.
 
-Its stages are in `build.py`, and what `alpha: auto` does ahead of them in `auto.py`.
+Read next: `build.py`, its stages; `auto.py`, what `alpha: auto` does before them.
 """
 
 from renyi.runs.auto import with_chosen_alpha
@@ -11,11 +11,11 @@ from renyi.training.config import AUTO
 
 
 def run(settings: Settings, watch: Watch | None = None) -> Run:
-    """Train an ensemble, or go on with what its folder holds, and save it: what `renyi sft` and its like do.
+    """Train an ensemble, or continue what its folder holds, and save it. Commands such as `renyi sft` call this.
 
     Args:
         settings: of the run, such as `Settings.of("sft", model_name_or_path=…, dataset_name=…, output_dir=…)`.
-        watch: is told how it goes.
+        watch: told about progress.
 
     Returns:
         The run, with the trained ensemble, whose folder is complete.
@@ -40,7 +40,7 @@ def run(settings: Settings, watch: Watch | None = None) -> Run:
 
 
 def prepare(settings: Settings, watch: Watch | None = None) -> Run:
-    """Everything of a run ahead of its training; of `alpha: auto` also the fit and the choice, unless in a dry run.
+    """Everything before a run's training. With `alpha: auto` it includes the fit and the choice, except in a dry run.
 
     Raises:
         RenyiError: as `run`.
