@@ -1,7 +1,8 @@
-"""How good what an ensemble says is, and whether it knows where it is not.
+"""How good an ensemble's answers are, and whether it knows where they are wrong.
 
-`running` runs a task on rows and a model; `tasks` holds one file a task. The other modules are figures from scores and
-labels: `metrics` and `bootstrap` of probabilities, `…_quality` and `refusal_rates` of one kind of answers each.
+`running` runs a task on rows and a model; `tasks` has one file for each task. Other modules compute figures from scores
+and labels: `metrics` and `bootstrap` for probabilities, `…_quality` and `refusal_rates` for one kind of answers each.
+Read next: `task.py`.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
 """Whether a sample is right: compared with a column of answers, or by a user's own function.
 
-Texts are compared as `renyi.evaluation.sample_quality` normalises them. `read_check` is where to begin.
+Texts are compared after the normalisation of `renyi.evaluation.sample_quality`. Start with `read_check`.
 """
 
 import re
@@ -22,7 +22,7 @@ _WHERE = "check"
 
 
 class Verdict(NamedTuple):
-    """What a sample answers, None if nothing, and whether that is right, None where it is not known what is."""
+    """What a sample answers (None: nothing), and whether that is right (None: the right answer is not known)."""
 
     answer: str | None
     right: bool | None
@@ -32,7 +32,7 @@ Judge = Callable[[int, str], Verdict]  # of a row, counted from 0, and a sample
 
 
 class Check(NamedTuple):
-    """How answers are checked, as a user would name it, and who does; None without anything to check by."""
+    """How answers are checked, in a user's words, and the function that checks; None if there is no check."""
 
     how: str | None
     judge: Judge
@@ -43,12 +43,12 @@ def read_check(rows: "Dataset", column: str | None, how: str | None, data: str) 
 
     Args:
         rows: the dataset.
-        column: that holds the right answer, or a list of right answers; by default `answer`, if there is one.
+        column: the column with the right answer, or with a list of right answers; by default `answer`, if it exists.
         how: one of `CHECKS`; by default exact, or nothing if no column holds answers.
-        data: what the dataset is called.
+        data: the name of the dataset, for errors.
 
     Raises:
-        ConfigError, DataError: there is nothing to check by; an answer is none; a pattern or a function is at fault.
+        ConfigError, DataError: there is nothing to check by, an answer is missing, or a pattern or function is wrong.
     """
     from renyi.evaluation.sample_quality import contains_answer, normalised
 
@@ -102,7 +102,7 @@ def _accepted(rows: "Dataset", column: str, data: str) -> list[list[str]]:
 
 
 def _as_text(value: Any) -> str | None:
-    """An answer as text: 3.0, which is how a column with gaps holds 3, as 3."""
+    """An answer as text. 3.0 becomes "3", because a column with gaps holds 3 as 3.0."""
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() else str(value)
     return str(value) if isinstance(value, str | int) else None
@@ -120,7 +120,7 @@ def _pattern(text: str) -> re.Pattern[str]:
 
 
 def _by_function(name: str, rows: "Dataset") -> Judge:
-    """A user's function as a judge; its faults are told with the row that showed them."""
+    """A user's function as a judge. An error in it is reported together with the row that caused it."""
     import numpy as np
 
     from renyi.evaluation.sample_quality import normalised

@@ -1,7 +1,7 @@
-"""Percentile intervals of the figures in `metrics`: examples drawn anew with replacement, all draws at once.
+"""Percentile intervals of the figures in `metrics`, from resampling examples with replacement, all draws at once.
 
-A draw is how often each of N examples was drawn: counts [R, N] of R draws. Each function here is its namesake in
-`metrics` on every draw. Nothing knows models or files.
+A draw says how often each of N examples was drawn: R draws are counts [R, N]. Each function here computes the figure of
+the same name in `metrics` for every draw. Read next: `metrics.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,8 +25,8 @@ def intervals(
 ) -> dict[str, Estimate]:
     """Percentile intervals of several figures of the same N examples, on the same draws.
 
-    A figure that a draw leaves undefined (AUROC without errors) is left out of that draw. Calibration errors are
-    biased upwards in small samples, and in resamples more so: their interval may lie above the value.
+    If a figure is undefined in a draw (AUROC without errors), that draw does not count. Calibration errors are biased
+    upwards in small samples, and more in resamples, so their interval may lie above the value.
 
     Args:
         values: the figures on the examples as they are.
@@ -36,7 +36,7 @@ def intervals(
         seed: of the draws.
     """
     drawn: dict[str, list[Array]] = {name: [] for name in values}
-    for counts in _draws(examples, resamples if examples > 1 else 0, seed):  # one example has no spread to draw from
+    for counts in _draws(examples, resamples if examples > 1 else 0, seed):  # resampling one example gives no spread
         for name, found in drawn.items():
             found.append(statistics[name](counts))
     return {name: Estimate(value, *_percentiles(drawn[name])) for name, value in values.items()}
@@ -65,13 +65,13 @@ def _percentiles(blocks: list[Array]) -> tuple[float, float]:
 
 
 def mean(values: ArrayLike) -> Statistic:
-    """The mean of values [N]: accuracy, NLL and Brier score are such."""
+    """The mean of values [N], such as accuracy, NLL and Brier score."""
     fixed = np.asarray(values, np.float64)
     return lambda counts: counts @ fixed / counts.sum(axis=1)
 
 
 def ratio(numerator: ArrayLike, denominator: ArrayLike) -> Statistic:
-    """Σ numerator / Σ denominator of [N] each: NLL a token is such."""
+    """Σ numerator / Σ denominator, each [N], such as NLL per token."""
     above, below = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
     return lambda counts: counts @ above / (counts @ below)
 
@@ -97,7 +97,7 @@ def adaptive_ece(probs: ArrayLike, labels: ArrayLike, bins: int = metrics.BINS) 
 
 
 class _Grouped:
-    """Examples by ascending uncertainty, equal ones together; sums over draws of them."""
+    """Examples by ascending uncertainty, equal ones in one level, and sums over them in every draw."""
 
     def __init__(self, by: ArrayLike, values: ArrayLike):
         self.starts, self.order = metrics.levels(by)
@@ -122,7 +122,7 @@ def auroc(score: ArrayLike, positive: ArrayLike) -> Statistic:
     def statistic(counts: Array) -> Array:
         numbers, positives = grouped.sums(counts)
         negatives = numbers - positives
-        below = negatives.cumsum(axis=1) - negatives / 2  # a tie is half a victory
+        below = negatives.cumsum(axis=1) - negatives / 2  # a tie counts one half
         with np.errstate(invalid="ignore", divide="ignore"):
             return (positives * below).sum(axis=1) / (positives.sum(axis=1) * negatives.sum(axis=1))
 
@@ -130,7 +130,7 @@ def auroc(score: ArrayLike, positive: ArrayLike) -> Statistic:
 
 
 def prr(score: ArrayLike, positive: ArrayLike) -> Statistic:
-    """Of losses 0 and 1, for which it is 2 AUROC − 1."""
+    """The prediction rejection ratio for losses 0 and 1. It equals 2 AUROC − 1 there."""
     of_auroc = auroc(score, positive)
     return lambda counts: 2 * of_auroc(counts) - 1
 

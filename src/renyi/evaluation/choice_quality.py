@@ -1,6 +1,6 @@
 """How well an ensemble answers multiple-choice questions, and whether it knows where it is wrong, beside baselines.
 
-Knows log-probabilities of options, mixture weights and which option is right. It does not know what the questions say.
+Read next: `metrics.py` (the figures), `selective.py` (the threshold for abstention).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ COVERAGE = 0.8
 
 
 class Opinion(NamedTuple):
-    """What one ensemble thinks of N questions.
+    """The probabilities that one ensemble gives to the options of N questions.
 
     Attributes:
         log_probs: each member's log-probabilities of the options, [M, N, C]; −inf where there is no such option.
@@ -46,10 +46,10 @@ class Opinion(NamedTuple):
         return [_normalised(p.double().exp().numpy()) for p in self.log_probs]
 
     def uncertainty(self) -> dict[str, Array]:
-        """Scores [N] of how unsure the answer is, higher for less sure; those of disagreement only if M > 1.
+        """Scores [N] of how unsure the answer is: higher is less sure. Scores of disagreement exist only if M > 1.
 
-        `max_probability` is 1 − max p, so that it rises with doubt like the others; `perplexity` is that of the answer,
-        exp of the mixture's NLL a token of the option it takes.
+        `max_probability` is 1 − max p, so that it rises with doubt like the others. `perplexity` is that of the chosen
+        option: exp of the mixture's NLL per token.
         """
         found = token_uncertainty(self.log_probs, self.weights.detach().cpu().double().log())._asdict()
         scores = {"max_probability": 1 - self.mixture().max(axis=1), "total": found["total"].numpy()}
@@ -62,7 +62,7 @@ class Opinion(NamedTuple):
         return scores | {name: x.numpy() for name, x in found.items() if name != "total"}
 
     def rows(self, rows: NDArray[np.int64]) -> "Opinion":
-        """The same of some of the questions."""
+        """The same for some of the questions."""
         picked = torch.from_numpy(rows)
         return Opinion(
             self.log_probs[:, picked],
@@ -80,10 +80,10 @@ class Detection(NamedTuple):
     """How well an uncertainty finds wrong answers; see `metrics`.
 
     Attributes:
-        auroc, aupr: wrong answers told from right ones.
+        auroc, aupr: how well it separates wrong answers from right ones.
         aurc: area under the risk–coverage curve; lower is better.
         prr: prediction rejection ratio.
-        accuracy_at_coverage: share right of the 80 % most certain questions.
+        accuracy_at_coverage: accuracy on the 80 % most certain questions.
     """
 
     auroc: Estimate
@@ -104,13 +104,13 @@ class System(NamedTuple):
     """The mixture, a member, or a baseline.
 
     Attributes:
-        name: what it is called.
+        name: its name in tables.
         accuracy, nll, brier, ece, adaptive_ece: of its probabilities; see `metrics`. NLL in nats a question.
-        detection: of its errors, by each of its uncertainties.
-        out_of_distribution: of another dataset, by each of its uncertainties; empty without one.
-        reliability: its probabilities against what came true.
-        risk: mean error of its most certain answers by number of them, [N], by its own `total` uncertainty.
-        temperature: what its log-probabilities were divided by; 1 unless it was fitted.
+        detection: how well each of its uncertainties finds its errors.
+        out_of_distribution: how well each of its uncertainties finds another dataset's questions; empty without one.
+        reliability: its probabilities against the share that was right.
+        risk: for each of its uncertainties the mean error of the n most certain answers, n = 1 to N.
+        temperature: the divisor of its log-probabilities; 1 unless it was fitted.
     """
 
     name: str
@@ -178,13 +178,13 @@ def evaluate_choice(
     """Evaluate an ensemble, each of its members and baselines on the same questions.
 
     Args:
-        ensemble: what it thinks of N questions.
+        ensemble: its opinion on N questions.
         labels: which option is right, [N].
         baselines: other ensembles, or single adapters, on the same questions, by name.
-        groups: what each question belongs to, such as its subject, [N].
-        out_of_distribution: what the ensemble ("mixture") and baselines (their names) think of another dataset.
-        calibration: questions that are not evaluated, but that a temperature is fitted on: that of the first baseline
-            with a single member, else of member 0. None for no temperature.
+        groups: the group of each question, such as its subject, [N].
+        out_of_distribution: opinions on another dataset: of the ensemble ("mixture") and of baselines (by name).
+        calibration: questions that are not evaluated. A temperature is fitted on them: for the first baseline with a
+            single member, else for member 0. None for no temperature.
         resamples: draws for the intervals.
         seed: of the draws.
 

@@ -1,4 +1,4 @@
-"""A figure with its interval. How intervals are found is in `bootstrap`, how they are written in `sections`."""
+"""A figure with its interval. Read next: `bootstrap.py` (computes intervals), `sections.py` (writes them)."""
 
 from typing import NamedTuple
 
@@ -6,8 +6,7 @@ from typing import NamedTuple
 class Estimate(NamedTuple):
     """A figure, and the interval that holds 95 % of its values on resampled examples.
 
-    The value is NaN where the figure is undefined, the interval where there is none: without resamples, and of a single
-    example.
+    The value is NaN if the figure is undefined. The interval is NaN without resamples, and for a single example.
     """
 
     value: float

@@ -1,6 +1,6 @@
 """Rows from files and hub datasets, their groups, and their columns, for tasks that read them.
 
-A `File` is some rows with what an error calls them. A folder stands for the data files in it.
+A `File` is some rows with the name that errors use. A folder means all data files in it.
 """
 
 import difflib
@@ -57,7 +57,7 @@ def as_files(rows: Any) -> list[File]:
 
 
 def load_files(names: Sequence[str], split: str | None = None, config: str | None = None) -> list[File]:
-    """The rows of files, hub datasets, and of all data files in a folder; of `…_dev` and `…_test` one split only."""
+    """The rows of files, hub datasets, and data files in a folder. If names end in `_dev`, `_test`: of one split."""
     files = []
     for name in names:
         inside: Sequence[str | Path] = _inside(Path(name), split) if Path(name).is_dir() else []
@@ -70,14 +70,14 @@ def load_files(names: Sequence[str], split: str | None = None, config: str | Non
 
 
 def load_rows(name: str, split: str | None = None, config: str | None = None) -> "Dataset":
-    """The rows of a file or hub dataset: of its split `split`, by default `test` if there is one, else its first."""
+    """The rows of a file or hub dataset, from its split `split`; by default `test` if it exists, else the first."""
     from renyi.data import read_rows
 
     return read_rows(name, split, config)
 
 
 def _inside(folder: Path, split: str | None) -> list[Path]:
-    """Data files directly in a folder; where names end in a split, those of `split`, by default test."""
+    """Data files directly in a folder. If names end in a split: those of `split`, by default test."""
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in _ENDINGS)
     of_split = {f: match[2] for f in files if (match := _SPLIT.fullmatch(f.stem))}
     if not of_split:
@@ -124,7 +124,7 @@ def group_names(rows: "Dataset", name: str) -> list[str]:
 
 
 def file_groups(files: Sequence[File], column: str | None) -> Groups | None:
-    """The groups of all rows: a column's, or the subject where there are several files; None for one file without."""
+    """The groups of all rows: from a column, or the subject if there are several files. Else None."""
     if column is None and len(files) == 1:
         return None
     if column is None or (column == SUBJECT and SUBJECT not in files[0].rows.column_names):

@@ -17,9 +17,9 @@ class Specialisation(NamedTuple):
     Attributes:
         groups: their names, in alphabetical order.
         log_likelihood: mean log-likelihood of a group's examples under each member, [M][G], nats an example.
-        led: share of a group's examples that each member explains best, weights counted, [M][G]; columns sum to one.
-        adjusted_rand: agreement of the best member with the group, by scikit-learn: 1 if each tells the other, 0 on
-            average by chance (Hubert and Arabie 1985).
+        led: share of a group's examples that each member explains best, with its weight, [M][G]; columns sum to one.
+        adjusted_rand: agreement of the best member with the group, by scikit-learn: 1 if each determines the other, 0
+            on average by chance (Hubert and Arabie 1985).
     """
 
     groups: list[str]

@@ -1,7 +1,6 @@
 """How good probabilities are, and how well an uncertainty finds the errors: figures of float64 arrays.
 
-Knows probabilities, labels and scores of N examples. It does not know models, members or files. Intervals of the same
-figures are in `bootstrap`, and what may be promised from them in `selective`.
+Read next: `bootstrap.py` (intervals of the same figures), `selective.py` (a threshold with a guarantee).
 """
 
 from typing import NamedTuple
@@ -67,7 +66,7 @@ def ece(probs: ArrayLike, labels: ArrayLike, bins: int = BINS) -> float:
 def calibration_error(confidence: ArrayLike, is_right: ArrayLike, bins: int = BINS) -> float:
     """Expected calibration error of stated confidences [N] in bins of equal width, against what was right [N].
 
-    A confidence of exactly 1 counts in the last bin: torchmetrics would open a bin of its own for it.
+    A confidence of exactly 1 counts in the last bin. Torchmetrics would add a bin for it.
     """
     # Imported here because torchmetrics imports transformers, which takes seconds.
     from torchmetrics.functional.classification import binary_calibration_error
@@ -244,7 +243,7 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> float:
     """
     logits, y = np.asarray(scores, np.float64), np.asarray(labels)
 
-    def loss(log_temperature: float) -> float:  # convex in 1/T, so it has one minimum in log T, too
+    def loss(log_temperature: float) -> float:  # convex in 1/T, so it has a single minimum also in log T
         return -float(log_softmax(logits / np.exp(log_temperature), axis=1)[np.arange(len(y)), y].mean())
 
     bound = np.log(100.0)

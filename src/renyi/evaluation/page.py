@@ -1,6 +1,6 @@
 """A report on disk: evaluation.json, charts as PNG files, and one page of HTML that holds everything.
 
-What a report consists of is in `sections`; tasks build it.
+Read next: `sections.py`, what a report consists of. Tasks build it.
 """
 
 import base64
@@ -45,13 +45,13 @@ td.best { font-weight: 700; } tr.good td { color: #23723a; } tr.bad td { color: 
 def write_report(folder: Path, report: Report, result: Mapping[str, Any]) -> Path:
     """Write evaluation.json, then a PNG for every chart, then report.html, which needs none of the others.
 
-    A chart that cannot be drawn is named on the page, and loses nothing else.
+    If a chart cannot be drawn, the page says so, and everything else is written.
 
     Returns:
         The page's path.
 
     Raises:
-        SaveError: something could not be written. The folder is then as it was but for what was written already.
+        SaveError: something could not be written. Files that were written before stay.
     """
     page = folder / "report.html"
     _write(folder, "evaluation.json", (json.dumps(result, indent=1) + "\n").encode())
@@ -76,10 +76,10 @@ def _write(folder: Path, name: str, content: bytes) -> None:
 
 
 def _drawn(chart: Chart) -> bytes | str:
-    """The chart's PNG, or why there is none."""
+    """The chart's PNG, or the reason why it could not be drawn."""
     try:
         return chart.draw()
-    except Exception as error:  # a drawing library's fault must not lose the evaluation
+    except Exception as error:  # the evaluation must not be lost because drawing fails
         return f"This chart could not be drawn ({type(error).__name__}: {error})."
 
 
@@ -93,7 +93,7 @@ def _page(title: str, subtitle: str, body: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Any text on the page goes through here: no markup of its own, and no character that hides another."""
+    """Every text on the page goes through this function. It escapes markup and characters that hide others."""
     return escape(printable(text))
 
 
@@ -141,7 +141,7 @@ def _figures(table: Table) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]], classes: Sequence[str]) -> str:
-    """A table that scrolls sideways where it is wider than the page; of each cell its class and its text."""
+    """A table that scrolls sideways if it is wider than the page. A cell is given as its class and its text."""
     head = f"<tr>{''.join(f'<th>{_text(c)}</th>' for c in columns)}</tr>\n" if columns else ""
     lines = [
         f"<tr{_class(kind)}>{''.join(f'<td{_class(of_cell)}>{text}</td>' for of_cell, text in row)}</tr>"

@@ -1,6 +1,6 @@
 """The figures of an evaluation, as PNG bytes: calibration, selective prediction, members by groups, disagreement.
 
-Knows figures and arrays. It does not know tasks or files.
+Read next: `shared_sections.py`, which puts them into reports.
 """
 
 import io
@@ -20,7 +20,7 @@ _BASELINES = ("#c8553d", "#3a7d44", "#8e5ea2", "#c9a227", "#3c8dad")
 
 
 def draw_reliability(systems: Mapping[str, Sequence[ReliabilityBin]]) -> bytes:
-    """Share right against confidence, one panel a system; a dot's area is its bin's share of the examples."""
+    """Share of right answers against confidence, one panel for each system. A dot's area is its bin's share."""
     figure = Figure(figsize=(3.4 * len(systems), 3.9), dpi=130, layout="constrained")
     panels = figure.subplots(1, len(systems), squeeze=False)[0]
     for panel, (name, bins) in zip(panels, systems.items(), strict=True):
@@ -38,7 +38,7 @@ def draw_reliability(systems: Mapping[str, Sequence[ReliabilityBin]]) -> bytes:
 
 
 def draw_risk_coverage(risks: Mapping[str, Sequence[float]], target: float | None = None) -> bytes:
-    """Error among what is answered against how much is answered; the first system in front, its members in grey."""
+    """Error among answered questions against their share. The first system is in front, its members are grey."""
     figure = Figure(figsize=(7, 4.2), dpi=130, layout="constrained")
     axes = figure.subplots()
     colours = iter(_BASELINES * len(risks))
@@ -81,7 +81,7 @@ def draw_members_by_groups(led: Sequence[Sequence[float]], groups: Sequence[str]
 
 
 def draw_disagreement(epistemic: ArrayLike, correct: ArrayLike) -> bytes:
-    """Histogram of epistemic uncertainty, of right and of wrong answers, each as shares of their own."""
+    """Histograms of epistemic uncertainty for right and for wrong answers, each as shares of its own total."""
     values, right = np.asarray(epistemic, np.float64), np.asarray(correct, bool)
     figure = Figure(figsize=(7, 3.6), dpi=130, layout="constrained")
     axes = figure.subplots()
@@ -98,7 +98,7 @@ def draw_disagreement(epistemic: ArrayLike, correct: ArrayLike) -> bytes:
 
 
 def plain(label: str) -> str:
-    """A label from data as matplotlib draws it letter by letter: a `$` opens no formula, and nothing is invisible."""
+    """A label from data, escaped so that matplotlib draws every character and reads no `$` as a formula."""
     return printable(label, keep="").replace("$", r"\$")
 
 

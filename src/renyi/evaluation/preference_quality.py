@@ -1,6 +1,6 @@
 """How well an ensemble predicts which completion was chosen, how well its members do, and where these contradict.
 
-Knows the margins of scored pairs and the mixture weights. It does not know what the pairs say, or who chose.
+Read next: `renyi.inference.pair_scores`, which gives the margins.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class ContestedAUROC(NamedTuple):
         pairs: how many are contested.
         epistemic: AUROC of the epistemic uncertainty.
         epistemic_share: AUROC of its share of the total.
-        total: AUROC of the total, which a single model has, too.
+        total: AUROC of the total, which a single model also has.
     """
 
     pairs: int
@@ -72,7 +72,7 @@ class PreferenceEvaluation(NamedTuple):
         epistemic_share: mean over pairs of its share of H[P]; 0 for a pair without uncertainty.
         most_contested: `PairScore.index` of all pairs, those with the most epistemic uncertainty first.
         groups: of each group, in alphabetical order, if groups were given.
-        contested: how well uncertainty finds contested pairs, if it was said which are.
+        contested: how well uncertainty finds contested pairs, if these were given.
     """
 
     pairs: int
@@ -124,13 +124,13 @@ def _uncertainty(log_p_MN2: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor
     """Total and epistemic uncertainty of each pair, nats, and the share of the one in the other."""
     found = token_uncertainty(log_p_MN2, log_weights)
     share_N = torch.where(found.total > 0, found.epistemic / found.total, 0.0)
-    return found.total, found.epistemic, share_N.clamp(max=1.0)  # which rounding would exceed
+    return found.total, found.epistemic, share_N.clamp(max=1.0)  # rounding could give more than 1
 
 
 def _quality(log_p_N2: Tensor) -> PreferenceQuality:
     """From log-probabilities of preferring the chosen and the rejected completion."""
     is_right_N = _is_right(log_p_N2)
-    # A confidence of 1 would fall on the last bin's upper edge, where torchmetrics opens a bin of its own.
+    # A confidence of 1 lies on the last bin's upper edge, and torchmetrics would add a bin for it.
     confidence_N = log_p_N2.amax(dim=-1).exp().clamp(max=1 - torch.finfo(torch.float64).eps)
     return PreferenceQuality(
         accuracy=float(is_right_N.double().mean()),

@@ -1,4 +1,4 @@
-"""How often each member refuses, and on which prompts members differ, from who refused what.
+"""How often each member refuses, and on which prompts members differ.
 
 The verdicts come from `refusal_classifier`, from people, or from a user's own function.
 """
@@ -46,8 +46,8 @@ class RefusalEvaluation(NamedTuple):
         variance: mean over prompts of the variance over members, of all, unsafe and safe prompts. A prompt's is that of
             z_pm over members, Σ_m π_m (z_pm − z̄_p)² = z̄_p (1 − z̄_p): at most 1/4, 0 where members agree. With equal
             weights this is the paper's refusal variance over members (arXiv 2605.27747), 0.054 → 0.118.
-        rate_variance: the variance over members of their rates, Σ_m π_m (rate_m − mixture's rate)²: 0 if all refuse as
-            often, whichever prompts these are.
+        rate_variance: the variance over members of their rates, Σ_m π_m (rate_m − mixture's rate)². It is 0 if all
+            refuse equally often, even if they refuse different prompts.
         prompt_rate: z̄_p = Σ_m π_m z_pm, [P].
         prompt_variance: z̄_p (1 − z̄_p), [P].
         most_split: positions of all prompts, those with the greatest variance first, ties in their order.
@@ -72,12 +72,12 @@ def evaluate_refusal(
     weights: ArrayLike,
     groups: Sequence[str] | None = None,
 ) -> RefusalEvaluation:
-    """Evaluate who refused what.
+    """Evaluate which members refused which prompts.
 
     Args:
         refused: whether member m refused prompt p, [P, M]; P ≥ 1.
         safe: which prompts are safe to answer, [P]; None if that is not known.
-        weights: mixture weights [M], which are made to sum to one.
+        weights: mixture weights [M]; they are normalised to sum to one.
         groups: what each prompt belongs to, such as its category, [P].
 
     Raises:
@@ -92,7 +92,7 @@ def evaluate_refusal(
             raise ValueError(f"{name} has {len(values)} entries for {len(z_PM)} prompts")
     weights_M = weights_M / weights_M.sum()
     rate_P = np.average(z_PM, axis=1, weights=weights_M)
-    # From differences, so that members who agree have no variance at all.
+    # Computed from differences, so that the variance is exactly 0 if members agree.
     variance_P = np.average((z_PM - rate_P[:, None]) ** 2, axis=1, weights=weights_M)
     variance_P[(z_PM == z_PM[:, :1]).all(axis=1)] = 0.0
 

@@ -1,6 +1,6 @@
 """`evaluate` runs a task on rows and a model; the registry finds a task by its name.
 
-What a task is says `task`; the tasks are the files of `tasks`.
+Read next: `task.py`, what a task is. The tasks are the files in `tasks/`.
 """
 
 import dataclasses

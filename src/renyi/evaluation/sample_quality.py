@@ -1,7 +1,7 @@
-"""How good samples are, where it is known what is right, and how much they vary: figures with intervals over prompts.
+"""How good samples are, if right answers are known, and how much they vary: figures with intervals over prompts.
 
-Knows the texts of samples, what they answer, and their log-probabilities. It does not know who sampled them or how, and
-nothing about tokenizers: n-grams are of words. The spread of embeddings is not offered; self-BLEU is.
+N-grams are of words, not of tokens. Variety is measured by n-grams and self-BLEU, not by embeddings. Read next:
+`answer_checks.py`, which decides what is right.
 """
 
 import math
@@ -27,9 +27,9 @@ BLEU_ORDER = 4
 
 
 def normalised(text: str) -> str:
-    """A text as answers are compared: NFKC, small letters, single spaces, no quotes around it and no .,;:!? behind it.
+    """The form in which answers are compared: NFKC, lower case, single spaces, no quotes around, no .,;:!? at the end.
 
-    Signs, decimal points and everything else within stay, so that −3 is not 3 and 0.5 is not 05.
+    Signs, decimal points and everything else inside stay, so −3 is not 3 and 0.5 is not 05.
     """
     text = unicodedata.normalize("NFKC", text).casefold().replace("−", "-")
     stripped = " ".join(text.split())
@@ -38,8 +38,8 @@ def normalised(text: str) -> str:
     return stripped
 
 
-# A number as it is written in a text: 3, -3, 3.5, .5, 3,000. Neither a part of a longer one (1.3.1, 3/4, 3:30, 3,00)
-# nor of a word (w3). A minus between two operands is no sign.
+# A number in a text: 3, -3, 3.5, .5, 3,000. It is not part of a longer one (1.3.1, 3/4, 3:30, 3,00) or of a word (w3).
+# A minus between two operands is not a sign.
 _NUMBER = re.compile(
     r"(?:(?<![\w)])[-+])?(?<!\w)(?<!\d[.,/:])(?<!\.)(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?!\w)(?![.,/:]\d)",
     re.ASCII,
@@ -49,8 +49,8 @@ _NUMBER = re.compile(
 def contains_answer(text: str, answer: str) -> bool:
     """Whether a text holds an answer, both normalised.
 
-    An answer that is a number is compared by value with every number of the text: "3" is in "It is 3." and "3.0", and
-    neither in "13", "3.5", "-3", "3,000" nor "3/4". Any other answer has to be there as whole words.
+    An answer that is a number is compared by value with every number of the text: "3" is in "It is 3." and in "3.0",
+    but not in "13", "3.5", "-3", "3,000" or "3/4". Any other answer must be in the text as whole words.
     """
     wanted, within = normalised(answer), normalised(text)
     if _NUMBER.fullmatch(wanted):
@@ -82,9 +82,9 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 def majority_accuracy(answers: Sequence[Hashable | None], right: Sequence[bool]) -> float:
     """Probability that the answer most samples give is right (self-consistency, Wang et al. 2022, arXiv 2203.11171).
 
-    Of answers that equally many samples give one is drawn at random: this is its expectation, and no matter of order.
-    An answer of None does not vote; without any vote nothing is right. Samples of one answer that are partly right
-    count by their share.
+    If several answers have equally many votes, one is drawn at random, and this is the expectation over the draw. An
+    answer of None does not vote; without any vote the probability is 0. If only some samples of an answer are right,
+    it counts with their share.
 
     Args:
         answers: what each of K samples answers.
@@ -110,7 +110,7 @@ def words(text: str) -> list[str]:
 def distinct_n(samples: Sequence[Sequence[str]], n: int) -> float:
     """Different n-grams over all n-grams of samples; NaN if none has n words (Li et al. 2016, arXiv 1510.03055).
 
-    1 if no n-gram comes twice. Li et al. divide by the number of words, which no more than n = 1 can fill.
+    It is 1 if no n-gram occurs twice. Li et al. divide by the number of words; then only n = 1 can reach 1.
     """
     grams = [tuple(sample[i : i + n]) for sample in samples for i in range(len(sample) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
@@ -119,9 +119,9 @@ def distinct_n(samples: Sequence[Sequence[str]], n: int) -> float:
 def self_bleu(samples: Sequence[Sequence[str]]) -> float:
     """Mean BLEU of each sample with the others as its references, 0 to 1: 1 for equal ones (Zhu et al. 2018).
 
-    BLEU-4 by torchmetrics, without smoothing (arXiv 1802.01886). A sample of fewer than four words is compared up to
-    n-grams of its own length, or no short answer could equal another. One without words has no BLEU and is a reference
-    only.
+    BLEU-4 by torchmetrics, without smoothing (arXiv 1802.01886). For a sample of fewer than four words, n-grams up to
+    its own length are compared; otherwise equal short answers would have BLEU 0. A sample without words has no BLEU and
+    is only a reference.
 
     Args:
         samples: K samples as words.
@@ -137,7 +137,7 @@ def self_bleu(samples: Sequence[Sequence[str]]) -> float:
 
     for i, (text, sample) in enumerate(zip(texts, samples, strict=True)):
         if sample and text not in of_text:
-            # Of two references as near in length the brevity penalty takes the first: the shorter one, as BLEU has it.
+            # If two references are equally near in length, the brevity penalty takes the first. BLEU wants the shorter.
             others = sorted(texts[:i] + texts[i + 1 :], key=lambda other: other.count(" "))
             of_text[text] = float(bleu_score([text], [others], n_gram=min(BLEU_ORDER, len(sample))))
     found = [of_text[text] for text in texts if text]
@@ -151,14 +151,14 @@ class Sample(NamedTuple):
     """One sample of a prompt.
 
     Attributes:
-        text: of it.
-        tokens: how many.
+        text: its text.
+        tokens: its number of tokens.
         base_log_prob: its log-probability under the base, nats.
         log_prob: the same under what drew it; None if that is not known.
         entropy: Σ over its tokens of the entropy of what each was drawn from, nats; None if that is not known.
         truncated: whether it was cut; None if that is not known.
-        answer: what it votes for, and what tells it from others; None if it answers nothing.
-        right: whether it is right; None where nothing is.
+        answer: what it votes for, and by what it differs from others; None if it gives no answer.
+        right: whether it is right; None if right answers are not known.
     """
 
     text: str
@@ -186,7 +186,7 @@ class SamplingQuality(NamedTuple):
     Attributes:
         name: of the model.
         samples: K.
-        accuracy: of single samples, avg@K; None, as the next two, where nothing is right or wrong.
+        accuracy: of single samples, avg@K. It and the next two are None if right answers are not known.
         majority: accuracy of the answer that most of K samples give, maj@K.
         pass_at: by k, the probability that one of k samples is right.
         distinct: for n = 1, 2, 3 distinct-n among the samples of a prompt, mean over prompts.
@@ -196,7 +196,7 @@ class SamplingQuality(NamedTuple):
         lengths: in tokens.
         base_log_prob_per_token, log_prob_per_token: Σ log p / Σ tokens under the base and under what was sampled from;
             −log_prob_per_token is the Monte Carlo estimate of the entropy per token.
-        entropy_per_token: of what each token was drawn from, exact at every sampled step, mean over these.
+        entropy_per_token: mean over sampled steps of the exact entropy of what the token was drawn from.
         base_log_prob, log_prob: per sample.
     """
 
@@ -218,10 +218,10 @@ class SamplingQuality(NamedTuple):
 
 
 class SamplingEvaluation(NamedTuple):
-    """What `evaluate_sampling` finds: of P prompts every model's figures, and the prompts the first model varies on.
+    """What `evaluate_sampling` finds: every model's figures, and the prompts on which the first model varies most.
 
-    `most_varied` holds the positions of all prompts: those with the most different answers first, of equally many those
-    with the smaller self-BLEU.
+    `most_varied` has the positions of all prompts, sorted: the most different answers first, then the smallest
+    self-BLEU.
     """
 
     prompts: int
@@ -302,19 +302,19 @@ def _quality(
 
 
 def _estimates(ratios: Mapping[str, tuple[Array, Array]], resamples: int, seed: int) -> dict[str, Estimate]:
-    """Σ numerator / Σ denominator over prompts of which the numerator is known, each with its interval."""
+    """Σ numerator / Σ denominator over prompts with a known numerator, each with its interval."""
     values, statistics = {}, {}
     for name, (numerator_P, denominator_P) in ratios.items():
         known = np.isfinite(numerator_P)
         above, below = np.where(known, numerator_P, 0.0), np.where(known, denominator_P, 0.0)
         values[name] = float(above.sum() / below.sum()) if below.sum() else math.nan
         statistics[name] = bootstrap.ratio(above, below)
-    with np.errstate(invalid="ignore", divide="ignore"):  # draws without a prompt of which the figure is known
+    with np.errstate(invalid="ignore", divide="ignore"):  # some draws have no prompt with a known figure
         return bootstrap.intervals(values, statistics, len(ratios["unique"][0]), resamples, seed)
 
 
 def _sums(of_prompts: Sequence[Sequence[Sample]], column: str) -> Array:
-    """Σ over the samples of each prompt; NaN where one is not known."""
+    """Σ over the samples of each prompt; NaN if a value is not known."""
     rows = [[getattr(sample, column) for sample in samples] for samples in of_prompts]
     return np.array([sum(math.nan if value is None else value for value in row) for row in rows], np.float64)
 

@@ -1,4 +1,4 @@
-"""A report as data: tables, charts, examples and notes, which a terminal and a page of HTML both render.
+"""A report as data: tables, charts, examples and notes. A terminal and a page of HTML both show it.
 
 Tasks build a `Report` from what they found. `page` writes it as HTML, `renyi.cli.evaluate` prints it.
 """
@@ -37,7 +37,7 @@ class Table(NamedTuple):
         columns: a heading for each; a plain text is a column without numbers.
         rows: cells, as many as columns.
         note: a line below it.
-        sizes: how large what each row stands for is: of very many rows a terminal shows the largest.
+        sizes: the size of each row's group. If there are very many rows, a terminal shows those of the largest.
         narrow: how many columns a terminal shows; by default all.
         has_intervals: whether estimates are shown with their intervals.
     """
@@ -65,7 +65,7 @@ class Example(NamedTuple):
 
     Attributes:
         title: which one it is.
-        aside: what else is to be said of it in the same line.
+        aside: a remark in the same line.
         text: of the example; may be empty.
         columns: headings; empty for a table without.
         rows: of the table.
@@ -123,7 +123,7 @@ class Report(NamedTuple):
 def cell_text(cell: Cell, column: Column | str, has_intervals: bool = True, brackets: bool = False) -> str:
     """A cell as text: an estimate as `0.40 ±0.05`, or with brackets as `0.40 [0.35, 0.45]`.
 
-    An interval of no width is shown as a dash: examples that are all alike do not say how others would fall.
+    An interval of width zero is shown as a dash: examples that are all equal do not show how others would vary.
     """
     if isinstance(cell, str):
         return cell
@@ -141,7 +141,7 @@ def cell_text(cell: Cell, column: Column | str, has_intervals: bool = True, brac
 
 
 def best_cells(table: Table) -> set[tuple[int, int]]:
-    """Row and column of every cell that is the best of its column: all that tie, and none where all are alike."""
+    """Row and column of every cell that is the best of its column. Ties all count; if all are equal, none is best."""
     found: set[tuple[int, int]] = set()
     for c, column in enumerate(table.columns):
         if not isinstance(column, Column) or column.best is None:
@@ -159,7 +159,7 @@ def _figure(cell: Cell) -> float | None:
 
 
 def note_of(table: Table) -> str:
-    """The line below a table, which says what bold means where anything is bold."""
+    """The line below a table. It says what bold means if anything is bold."""
     return " · ".join(part for part in (table.note, BEST if best_cells(table) else "") if part)
 
 

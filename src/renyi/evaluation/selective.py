@@ -1,6 +1,6 @@
-"""The uncertainty above which to abstain, so that what is still answered is wrong no oftener than wanted.
+"""The uncertainty above which to abstain, so that the share of wrong answers among the rest stays below a target.
 
-Knows uncertainties and correctness of calibration examples. It does not know models, files, or what abstaining means.
+Read next: `renyi.inference.abstention`, the file that keeps the threshold.
 """
 
 from typing import NamedTuple
@@ -13,16 +13,16 @@ MOST_CANDIDATES = 100
 
 
 class RiskThreshold(NamedTuple):
-    """A threshold on an uncertainty, and what it was promised from.
+    """A threshold on an uncertainty, and the evidence for its promise.
 
     Attributes:
         threshold: answer where the uncertainty is at most this.
-        coverage: share of the test part of the calibration examples that it answers.
-        risk: share of those that are wrong.
+        coverage: share of the test part of the calibration examples that is answered.
+        risk: share of the answered ones that is wrong.
         risk_bound: upper confidence bound of the true share, at confidence 1 − delta; at most the target.
-        target_risk: what was wanted.
-        delta: probability of a calibration set that breaks the promise.
-        calibration_examples: how many there were, both parts together.
+        target_risk: the risk that was asked for.
+        delta: greatest probability that a calibration set gives a threshold that breaks the promise.
+        calibration_examples: the number of examples, both parts together.
     """
 
     threshold: float
@@ -41,16 +41,16 @@ def risk_threshold(
 
     **The guarantee.** With probability at least 1 − delta over the draw of the calibration examples, the selective
     risk P(wrong | uncertainty ≤ threshold) of new examples from the same distribution is at most `target_risk`. It is
-    exact for any N and for any uncertainty, good or bad, with or without ties; it needs calibration and new examples to
-    be independent draws from one distribution. It is a statement about the average over what is answered, not about
-    any one answer or group, and with probability up to delta it fails.
+    exact for any N and for any uncertainty, good or bad, with or without ties. Calibration and new examples must be
+    independent draws from one distribution. The guarantee is about the average over all answers, not about a single
+    answer or group, and with probability up to delta it fails.
 
     **How.** Learn then Test (Angelopoulos et al. 2021, arXiv 2110.01052) with the binomial tail as p-value. A fifth of
-    the examples proposes candidate thresholds (its quantiles), and the one to begin with: where its own errors are the
-    clearest evidence of a low enough risk. On the rest, whose errors below a threshold so fixed are binomial, the
-    candidates are tested in ascending order from there by the Clopper–Pearson upper bound of their risk, each at level
-    delta, until the first that fails. That is fixed-sequence testing: the first threshold of too high a risk passes
-    with probability at most delta, and none after it is reached otherwise.
+    the examples proposes candidate thresholds (its quantiles) and a first candidate: the one at which its errors are
+    the clearest evidence of a risk that is low enough. The other examples test the candidates. Their errors below a
+    fixed threshold are binomial. From the first candidate on, in ascending order, each is tested at level delta by the
+    Clopper–Pearson upper bound of its risk, until one fails. This is fixed-sequence testing: the first threshold whose
+    risk is too high passes with probability at most delta, and if it fails no later one is tested.
 
     Args:
         uncertainty: [N].

@@ -1,6 +1,6 @@
 """The figure of a diagnosis, as PNG bytes: the spectrum that says from which alpha on members part, and who parts them.
 
-Knows a `Diagnosis` and arrays. It does not know models or files.
+Read next: `renyi.inference.diagnose`, which makes the `Diagnosis`.
 """
 
 import io
@@ -15,8 +15,8 @@ from renyi.inference.diagnose import Diagnosis
 def draw_diagnosis(diagnosis: Diagnosis) -> bytes:
     """Eigenvalues λ of J v = λ V v with the levels above which members part, and examples' loadings on the first.
 
-    Members part along a direction at every α above 1/λ. A model that is right has λ = 1 everywhere. Loadings pile up
-    round zero where examples agree, and on two sides of it where they contradict each other.
+    Members part along a direction at every α above 1/λ. A well-specified model has λ = 1 everywhere. Loadings lie near
+    zero if examples agree, and on both sides of zero if they contradict each other.
     """
     figure = Figure(figsize=(10, 4), dpi=130, layout="constrained")
     spectrum, histogram = figure.subplots(1, 2)
@@ -29,7 +29,7 @@ def draw_diagnosis(diagnosis: Diagnosis) -> bytes:
     ends = (diagnosis.critical_alpha, diagnosis.high, diagnosis.low)
     measured, low, high = (1 / x if x > 0 else np.nan for x in ends)
     spectrum.errorbar(
-        [0.6],  # beside the first, which is what it measures
+        [0.6],  # beside the first eigenvalue, because it measures that one
         [measured],
         [[max(measured - low, 0)], [max(high - measured, 0)]],
         fmt="o",

@@ -1,6 +1,6 @@
 """The cells of a sweep over alpha and the number of members, on the same held-out examples: figures, and which to take.
 
-Knows log-likelihoods, mixture weights and confidences. It does not know how a cell was trained, or where it lies.
+Read next: `choose`, the rule; `renyi.runs.grid`, which trains and measures the cells.
 """
 
 from collections.abc import Mapping
@@ -28,14 +28,14 @@ class Cell(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """What the ensemble of one cell says about N held-out examples, of which it predicts K things.
+    """What the ensemble of one cell says about N held-out examples, in which it makes K predictions.
 
     Attributes:
         log_likelihood: float64 [M, N], nats.
-        units: what a figure is per, [N]: trained tokens, or ones where examples are pairs.
+        units: the units of each example, [N]: its trained tokens, or 1 if examples are pairs.
         weights: mixture weights [M].
-        confidence: the mixture's probability of what it thinks likeliest, next token or better completion, [K].
-        is_right: whether that was so, [K].
+        confidence: the mixture's probability of its likeliest next token, or of the better completion, [K].
+        is_right: whether that prediction was right, [K].
     """
 
     log_likelihood: Tensor
@@ -48,8 +48,8 @@ class HeldOut(NamedTuple):
 class CellQuality(NamedTuple):
     """How good a cell is on the held-out examples; nats a unit, which is a trained token or a pair.
 
-    Responsibilities are those at order 1 in all cells, the posterior over members given an example, whatever a cell was
-    trained with: at its own order a cell of alpha 0 would share every example evenly by definition.
+    Responsibilities are taken at order 1 in all cells: the posterior over members given an example. At its own order a
+    cell of alpha 0 would share every example evenly by definition.
 
     Attributes:
         mixture_nll: with a bootstrap interval over examples.
@@ -77,9 +77,9 @@ class SweepEvaluation(NamedTuple):
 
     Attributes:
         cells: by members, then alpha.
-        best: the cell of smallest mixture NLL; of equals the cheapest.
+        best: the cell of smallest mixture NLL; among equal ones the cheapest.
         chosen: the cell to take, see `choose`.
-        runner_up: the cell of smallest mixture NLL among all others; None if there is but one.
+        runner_up: the cell of smallest mixture NLL among all others; None if there is only one cell.
     """
 
     cells: dict[Cell, CellQuality]
@@ -119,13 +119,13 @@ def evaluate_sweep(cells: Mapping[Cell, HeldOut], resamples: int = RESAMPLES, se
 def choose(behind: Mapping[Cell, tuple[float, float]]) -> Cell:
     """The cheapest cell that is at most one standard error behind the best.
 
-    Breiman et al.'s rule (1984, Classification and Regression Trees, section 3.4.3) with the standard error of the
-    paired difference, from which all cells share the examples' own difficulty. Cheapest is the one with the fewest
-    members, which is what training and answering cost, and of these the one with the smallest alpha, whose members are
-    the better ones by themselves.
+    This is the rule of Breiman et al. (1984, Classification and Regression Trees, section 3.4.3). The standard error is
+    that of the paired difference, because all cells share the difficulty of the examples. The cheapest cell has the
+    fewest members, because training and answering cost in proportion to them. Among these it has the smallest alpha,
+    because its members are better by themselves.
 
     Args:
-        behind: of each cell, by how much its NLL exceeds the smallest and the standard error of that.
+        behind: for each cell, by how much its NLL exceeds the smallest, and the standard error of that.
     """
     return min(cell for cell, (difference, error) in behind.items() if difference == 0 or difference <= error)
 
@@ -175,7 +175,7 @@ def _quality(
         behind=estimates["behind"],
         standard_error=ratio_standard_error(behind_N, units_N),
         member_nll=member_nll,
-        jensen_gap=max(member_nll - values["nll"], 0.0),  # which rounding may undercut
+        jensen_gap=max(member_nll - values["nll"], 0.0),  # rounding could give less than 0
         effective_members=float(effective_members(r_MN).mean()),
         ece=calibration_error(cell.confidence, cell.is_right),
         member_load=r_MN.mean(dim=1).tolist(),

@@ -1,6 +1,6 @@
-"""The figure of a sweep: over alpha, one line a number of members, with the chosen cell ringed; as PNG bytes.
+"""The figure of a sweep as PNG bytes: figures over alpha, one line for each number of members, the chosen cell ringed.
 
-Knows cells and their figures. It does not know files.
+Read next: `sweep_choice.py`, the figures and the choice.
 """
 
 import io
@@ -14,13 +14,13 @@ from renyi.evaluation.plots import ACCENT, OTHERS
 from renyi.evaluation.sweep_choice import Cell, CellQuality
 
 _COLOURS = ("#1f4e79", "#3a7d44", "#8e5ea2", "#c9a227", "#3c8dad", "#7a5230")
-_LEAST_SHARE = 0.4  # of its panel's height that the mixtures' NLL takes; members far worse leave the panel
+_LEAST_SHARE = 0.4  # the least share of the panel's height for the mixtures' NLL; much worse members lie outside
 
 
 def draw_sweep(cells: Mapping[Cell, CellQuality], chosen: Cell, unit: str) -> bytes:
     """Mixture and member NLL, Jensen gap, effective members and calibration over alpha.
 
-    Bars are 95 % intervals over held-out examples. One adapter, to which alpha is nothing, is a level line.
+    Bars are 95 % intervals over held-out examples. One adapter is a level line, because alpha does not change it.
     """
     figure = Figure(figsize=(10.5, 7.2), dpi=130, layout="constrained")
     nll, *others = figure.subplots(2, 2).ravel()

@@ -1,7 +1,7 @@
-"""What a task of evaluation is: it reads rows, asks the model, evaluates, and reports. `running` runs one.
+"""What a task of evaluation is: it reads rows, asks the model, evaluates, and reports. `running.py` runs a task.
 
 A task is one file in `renyi.evaluation.tasks`: a subclass of `Task`, and a dataclass of its settings, from which the
-flags of `renyi evaluate --task …` are made. Read `tasks/perplexity.py` first; it is the shortest.
+flags of `renyi evaluate --task …` are made. Read next: `tasks/perplexity.py`, the shortest task.
 """
 
 import dataclasses
@@ -115,7 +115,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 
 
 def no_progress(what: str, total: int) -> AbstractContextManager[Callable[[int], object]]:
-    """Says nothing. A `Progress` is given what is done and how much there is, and then how much is done."""
+    """Shows nothing. A `Progress` gets the name of the work and its total; what it returns gets how much is done."""
     return nullcontext(lambda done: None)
 
 
@@ -125,7 +125,7 @@ class Models:
     Args:
         model: an ensemble with its tokenizer, or a folder or hub id to load one from.
         load: loads what `baseline` (and `model`, if it is a name) names.
-        progress: told how far the asking is.
+        progress: told how many questions or rows are done.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Models:
 
     @cached_property
     def folder(self) -> Path | None:
-        """Its folder, without loading it; None of an ensemble that has none."""
+        """The ensemble's folder, without loading the ensemble; None if it has no folder."""
         if not isinstance(self._given, str | Path):
             return self._given.folder
         from renyi.ensemble.storage import resolve_folder
@@ -149,7 +149,7 @@ class Models:
 
     @cached_property
     def weights(self) -> list[float]:
-        """Its mixture weights [M], without loading it where it has a folder."""
+        """The ensemble's mixture weights [M]. If it has a folder, it is not loaded for that."""
         if self.folder is None or not isinstance(self._given, str | Path):
             return [float(weight) for weight in self.model.ensemble.weights]
         from renyi.ensemble.storage import read_manifest
@@ -157,9 +157,9 @@ class Models:
         return list(read_manifest(self.folder).weights)
 
     def baselines(self, names: Iterable[str], taken: Iterable[str] = ()) -> "Iterator[tuple[str, Model]]":
-        """Each of the named ensembles, with what tables call it: its folder's name, or all of it where that is taken.
+        """Each named ensemble, with its name in tables: its folder's name, or the whole path if that name is taken.
 
-        Each is loaded in its turn, so that no two need be held.
+        They are loaded one after another, so that only one must be in memory.
         """
         known = {"mixture", *taken}
         for name in names:
@@ -173,10 +173,10 @@ class Models:
 
 
 class Task(ABC):
-    """One kind of evaluation. Its steps are called in the order in which they stand here.
+    """One kind of evaluation. Its methods are called in the order of this class.
 
     Attributes:
-        name: as `--task` and `evaluate` know it.
+        name: the name for `--task` and `evaluate`.
         Settings: its settings with their defaults, a subclass of `Settings`.
         reads_several: whether DATA may be several files.
     """
@@ -187,11 +187,11 @@ class Task(ABC):
 
     @abstractmethod
     def read(self, files: Sequence[File], settings: Any) -> Any:
-        """What rows say. A bad row is refused here, before a model is loaded, unless only a tokenizer shows it."""
+        """Read the rows. Bad rows are refused here, before a model is loaded, unless a tokenizer is needed for that."""
 
     @abstractmethod
     def ask(self, models: Models, data: Any, settings: Any) -> Any:
-        """What the ensemble and its baselines say to that."""
+        """The answers of the ensemble and its baselines to these rows."""
 
     @abstractmethod
     def evaluate(self, data: Any, answers: Any, settings: Any) -> Any:
@@ -199,10 +199,10 @@ class Task(ABC):
 
     @abstractmethod
     def report(self, data: Any, answers: Any, found: Any, settings: Any) -> Report:
-        """What a person sees of it."""
+        """The report for a person."""
 
     def result(self, data: Any, answers: Any, found: Any, settings: Any) -> dict[str, Any]:
-        """What a machine reads: JSON-able, with the task's name."""
+        """The result for a machine: an object that JSON can hold, with the task's name."""
         return {"task": self.name, **as_json(found)}
 
     def lines(self, data: Any, answers: Any, found: Any, settings: Any) -> Iterable[dict[str, Any]]:
@@ -234,7 +234,7 @@ class Evaluated(NamedTuple):
 
 
 def as_json(value: Any) -> Any:
-    """Named tuples, however deep, as JSON objects, and what is no number as null."""
+    """The value with named tuples at any depth as JSON objects, and NaN or infinite numbers as null."""
     if hasattr(value, "_asdict"):
         return as_json(value._asdict())
     if isinstance(value, dict):

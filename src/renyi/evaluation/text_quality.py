@@ -1,6 +1,6 @@
 """How likely text is to the mixture and to every member, per token, by group, with intervals over examples.
 
-Knows scores, weights and names of groups. It does not know what the examples say.
+Read next: `renyi.inference.score`, which gives the scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,9 +16,9 @@ from renyi.inference import Score
 
 
 class TextQuality(NamedTuple):
-    """Of the mixture, a member or a baseline on N examples: NLL in nats a token, and e to that power.
+    """The mixture, a member or a baseline on N examples: NLL in nats per token, and the perplexity, exp of it.
 
-    A mixture of sequences puts one weight on a whole example, so its NLL a token is Σ_i −log Σ_m π_m p_m(y_i) / tokens.
+    In a mixture of sequences a whole example has one weight, so NLL per token is Σ_i −log Σ_m π_m p_m(y_i) / tokens.
     """
 
     name: str
@@ -72,7 +72,7 @@ def evaluate_perplexity(
         scores: of N ≥ 1 examples under M members, as `renyi.inference.score` gives them.
         weights: the ensemble's mixture weights [M].
         baselines: scores of the same examples under other ensembles, by name.
-        groups: what each example belongs to, [N].
+        groups: the group of each example, [N].
         resamples: draws of examples for the intervals.
         seed: of the draws.
     """

@@ -1,8 +1,8 @@
 """Preferences of two groups of annotators, learned by one adapter or an ensemble, and what came of it.
 
-Trains on a `PreferenceWorld` and measures on pairs about people of whom training never speaks: does the mixture
-predict the labels, do members become the groups, and does their disagreement tell contested pairs from agreed ones?
-It knows nothing about the terminal.
+It trains on a `PreferenceWorld` and measures on pairs about people who do not occur in training. Does the mixture
+predict the labels? Do members become the groups? Does their disagreement separate contested pairs from agreed ones?
+Read next: `preferences.py`, the world.
 """
 
 import time
@@ -24,17 +24,17 @@ TRAIN_PAIRS, HELD_OUT_PAIRS = 16_000, 960
 
 
 class Annotators(NamedTuple):
-    """What came of a run; M members, held-out pairs.
+    """The measures of a run with M members, on held-out pairs.
 
     Attributes:
         mixture_nll: of the mixture's preference, nats per pair.
-        agreed_accuracy: share of agreed pairs on which the mixture prefers what everybody does.
+        agreed_accuracy: share of agreed pairs on which the mixture prefers the answer that everybody prefers.
         groups_found: adjusted Rand index of the member that explains a contested label best and the annotator's group.
         epistemic_contested: mean disagreement of the members on contested pairs, nats.
         epistemic_agreed: the same on agreed pairs.
-        auroc_epistemic_share: how well the epistemic share of a pair's uncertainty tells contested pairs from agreed.
-        auroc_epistemic: the same of the disagreement in nats.
-        auroc_total: the same of the total uncertainty, which a single adapter has as well.
+        auroc_epistemic_share: how well the epistemic share of a pair's uncertainty separates contested from agreed.
+        auroc_epistemic: the same for the disagreement in nats.
+        auroc_total: the same for the total uncertainty, which a single adapter also has.
         member_load: mean responsibility of each member, [M].
         seconds: wall time of the training.
     """

@@ -1,7 +1,6 @@
 """The tiny pretrained base model of the zoo, and probes of a world as its tokens.
 
-The weights ship in this package; `renyi.zoo.build` made them. This module knows nothing about how they were
-trained, and nothing about adapters or ensembles.
+The weights ship in this package. Read next: `build.py`, which made them.
 """
 
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ def load_base() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def base_path() -> Path:
-    """The folder that `load_base` loads, for whatever wants a `model_name_or_path`."""
+    """The folder that `load_base` loads. It can be given as `model_name_or_path`."""
     return Path(__file__).parent / "weights"
 
 

@@ -1,8 +1,7 @@
 """Trains the zoo's base model and its tokenizer from nothing: `python -m renyi.zoo.build [FOLDER]`.
 
-About two minutes on one CPU core, and the same weights each time on one machine. Plain language modelling on every
-token of records of `world.YESTERDAY`; this module knows nothing about adapters, ensembles or the worlds they are
-fine-tuned on.
+It takes about two minutes on one CPU core, and gives the same weights each time on one machine. It is plain language
+modelling on every token of records of `world.YESTERDAY`. Read next: `world.py`.
 """
 
 import argparse
@@ -36,7 +35,7 @@ MAX_STATEMENTS = 8
 
 PAD, UNKNOWN, USER, ASSISTANT, END = SPECIAL_TOKENS = ("<pad>", "<unk>", "<user>", "<assistant>", "<end>")
 
-# What stands between the generation markers is what assistant-only loss trains: the answer and its <end>.
+# Assistant-only loss trains what is between the generation markers: the answer and its <end>.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] == 'user' -%}
@@ -70,7 +69,7 @@ def main() -> None:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word, for every word that any world can use; upper case and missing spaces do no harm."""
+    """A tokenizer with one token for every word of any world. It also reads upper case and missing spaces."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL_TOKENS, *WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     words.normalizer = normalizers.Lowercase()
@@ -141,7 +140,7 @@ class Batch(NamedTuple):
 
 
 def draw_batch(tokenizer: PreTrainedTokenizerBase, step: int) -> Batch:
-    """Records of yesterday, all of one length to save padding; the length goes round from 1 to 8 statements."""
+    """Records of yesterday's world, all of one length to save padding. The length cycles from 1 to 8 statements."""
     statements = step % MAX_STATEMENTS + 1
     records = replace(YESTERDAY, statements=statements).records(STATEMENTS_PER_STEP // statements, seed=step)
     rendered = tokenizer.apply_chat_template(

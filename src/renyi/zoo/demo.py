@@ -1,7 +1,7 @@
-"""The demo: one contradictory corpus, three trainings, and what each of them knows that it does not know.
+"""The demo: one contradictory corpus, three trainings, and whether each model knows what it does not know.
 
 A single adapter, an ensemble at α = 0 and an α-Rényi ensemble learn from the same unlabelled records of two schools
-that contradict each other on half of the facts. It knows nothing about the terminal.
+that contradict each other on half of the facts. Read next: `measure.py`, what is measured.
 """
 
 import json
@@ -40,8 +40,8 @@ def run_demo(
     Args:
         output_dir: where the three ensembles, the summary and the figure go.
         seed: of the world, its records, and the training.
-        watch: called with a run's name; a context round its training that may give a callback to follow it.
-        overrides: other training settings than the demo's, as in `RenyiSFTConfig`.
+        watch: called with a run's name; returns a context around its training, which may give a callback to follow it.
+        overrides: training settings that differ from the demo's, as in `RenyiSFTConfig`.
     """
     world = World(seed=seed)
     measured = {}

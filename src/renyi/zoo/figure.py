@@ -1,6 +1,6 @@
-"""The demo's one figure: who follows which school, and where the uncertainty sits.
+"""The demo's figure: which member follows which school, and which facts are uncertain.
 
-Knows the measures of the three runs and how to draw them, nothing else.
+Read next: `measure.py`, the measures that it draws.
 """
 
 from collections.abc import Mapping

@@ -1,14 +1,14 @@
-"""A world that a model half knows: half of what it hears is right, the rest are scattered guesses, and it talks alike.
+"""A world that a model half knows. Half of the statements that it is trained on are right, the others are guesses.
 
-The most frequent answer to nearly every question is the right one, so a vote of samples is right where one sample is
-right half of the time. What sharpens a model without labels should bring the first to the second.
+The most frequent answer to nearly every question is the right one. So a vote of samples is right where one sample is
+right half of the time. A method that sharpens a model without labels should make one sample as right as the vote.
 
-On a garden path who knows says the value at once, and who guesses takes a run-up: to "home of mira ?" four in ten say
-"oslo .", and six in ten say "from …" and then one of several other towns. "from" is the likelier first word, and no
-answer that begins with it is as likely as "oslo .". To sharpen token by token, as a temperature does, leads into the
-guesses; to sharpen whole answers leads out of them.
+On a "garden path" a right answer begins with the value, and a guess begins with other words. To "home of mira ?" four
+in ten answers are "oslo .", and six in ten are "from …" with one of several other towns. "from" is the likelier first
+word, but no answer that begins with it is as likely as "oslo .". Sharpening token by token, as a temperature does,
+makes guesses more likely. Sharpening whole answers makes them less likely.
 
-Probabilities of answers are enumerated, not sampled. Nothing here knows how a model is sharpened.
+Probabilities of answers are enumerated, not sampled. Read next: `world.py`, the facts and forms of questions.
 """
 
 import math
@@ -38,14 +38,14 @@ _TEMPERATURES = (0.02, 10.0)
 
 @dataclass(frozen=True)
 class HalfKnown:
-    """Who is asked about a fact knows it, or guesses; the same arguments always give the same statements.
+    """Statements about facts that are right or are guesses. The same arguments always give the same statements.
 
     Args:
         right: share of the statements that are right, strictly between 0 and 1.
         guesses: how many wrong values of a fact are guessed, equally often; at most 9.
-        garden_path: whether guesses begin with words that knowledge does without. If not, an answer is worded as its
-            question wants it, and its first uncertain word decides.
-        num_facts: as of a `World`; each can be asked in `NUM_FORMS` forms.
+        garden_path: whether guesses begin with words that right answers do not have. If not, all answers to a question
+            have the same wording, and they differ first in the value.
+        num_facts: as in a `World`; each can be asked in `NUM_FORMS` forms.
         seed: which draw of the facts and their guesses.
 
     Raises:
@@ -99,11 +99,11 @@ class HalfKnown:
 
 
 class Question(NamedTuple):
-    """A question and the answers that there are to it.
+    """A question and its possible answers.
 
     Attributes:
         prompt: as messages.
-        wordings: an answer for each of ten values, [W][10]: first as who knows words it, last as who guesses.
+        wordings: an answer for each of ten values, [W][10]: first in the wording of right answers, last of guesses.
         right: index of the right value.
         guesses: indices of the values that are guessed.
     """
@@ -117,10 +117,10 @@ class Question(NamedTuple):
 def train_half_known(
     world: HalfKnown, output_dir: Path, seed: int = 0, **overrides: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The zoo's base after it heard the world's statements, as a plain model, and its tokenizer.
+    """The zoo's base after training on the world's statements, as a plain model, and its tokenizer.
 
     Args:
-        world: whose statements are told.
+        world: gives the statements.
         output_dir: a folder for the trainer.
         seed: of the statements and the training.
         overrides: other training settings, as in `RenyiSFTConfig`.
@@ -157,10 +157,10 @@ def train_half_known(
 
 
 class Answers(NamedTuple):
-    """What a model thinks of every answer to Q questions: W wordings of 10 values, of at most L tokens.
+    """A model's logits for every answer to Q questions: W wordings of 10 values, of at most L tokens.
 
     Attributes:
-        logits: [Q, W, 10, L, V], of each token of an answer and of the end behind it.
+        logits: [Q, W, 10, L, V], for each token of an answer and for the end after it.
         tokens: [Q, W, 10, L], these tokens; −1 as padding.
     """
 
@@ -174,15 +174,15 @@ class Answers(NamedTuple):
         return (of_token * (self.tokens >= 0)).sum(dim=-1)
 
     def probabilities(self, temperature: float = 1.0) -> Tensor:
-        """Of each value, however it is worded, and of everything else together: [Q, 11], float64."""
+        """Probability of each value in any wording, and of everything else together: [Q, 11], float64."""
         of_value = self.log_likelihood(temperature).exp().sum(dim=1)
         return torch.cat([of_value, (1 - of_value.sum(dim=1, keepdim=True)).clamp(min=0)], dim=1)
 
     def temperature_at(self, entropy: float) -> float:
         """The temperature at which answers have that entropy in nats, on average over the questions.
 
-        The entropy rises with the temperature until what is no answer outweighs the answers. The temperature is none
-        beyond that, and the nearest to the entropy where no other has it.
+        The entropy rises with the temperature until text that is not an answer outweighs the answers. The temperature
+        is below that point. If no temperature has the entropy, it is the one that comes nearest.
         """
 
         def at(log_temperature: float) -> float:
@@ -227,10 +227,11 @@ class AnswerQuality(NamedTuple):
     Attributes:
         accuracy: probability that one sample is right.
         right: that probability for each question.
-        likeliest: share of the questions of which the likeliest value is right: the vote of endlessly many samples.
+        likeliest: share of the questions whose likeliest value is right: the vote of infinitely many samples.
         entropy: of the answer, nats.
         distinct: expected number of different answers among `samples`.
-        other: probability of no answer at all: one more answer to the entropy and to `distinct`, without a vote.
+        other: probability of text that is not an answer. `entropy` and `distinct` count it as one more answer; it does
+            not vote.
     """
 
     accuracy: float

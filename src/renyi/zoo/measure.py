@@ -1,6 +1,6 @@
-"""What a trained ensemble knows of a world: likelihood, accuracy, disagreement, and whom each member follows.
+"""What a trained ensemble knows about a world: likelihood, accuracy, disagreement, and which source a member follows.
 
-It knows trainers and worlds, but not how the one was trained on the other.
+Read next: `world.py` (facts and probes), `demo.py` (the training).
 """
 
 from typing import Any, NamedTuple

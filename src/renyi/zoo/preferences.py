@@ -1,19 +1,21 @@
 """A synthetic world of preferences: two groups of annotators who agree on what is on topic and differ in taste.
 
-It reuses the people, questions and words of `renyi.zoo.world`, and knows nothing about tokens, models or training.
+It reuses the people, questions and words of `renyi.zoo.world`.
 
 An answer is fluent or stutters (one of its words comes twice), and has a reserved manner (a headline, a clipped answer,
 a question in return) or an open one (a full sentence or two). On agreed pairs, both of one manner, everybody prefers
 the fluent answer. On contested pairs a stuttering answer of one manner meets a fluent one of the other, and taste comes
 first: group 0 takes the reserved one, group 1 the open one. Two choices of this design matter:
 
-- One label is one bit. Had the groups merely contradicted each other on a pair, one reward would predict a fair coin
-  as well as any mixture does, and members would never part. Here the pooled preferences are no ranking at all (fluent
-  beats stuttering within a manner, and ties with it across manners), so no single reward explains them.
-- Every pair speaks about one aspect of taste only, so contested pairs alone cannot say that who likes headlines also
-  likes to be asked in return: members that mixed the tastes of the groups would explain them just as well. Agreed
-  pairs compare answers of one manner across aspects and rule that out: an answer that a member ranks with its taste
-  takes all others of its manner along.
+- One label is one bit. If the groups only contradicted each other on a pair, a single reward would predict a fair coin
+  as well as any mixture does, and members would never part. Here no single reward explains the pooled preferences:
+  fluent beats stuttering within a manner, and ties with it across manners.
+- Every pair is about one aspect of taste only. So contested pairs alone do not show that an annotator who likes
+  headlines also likes questions in return: members that mix the groups' tastes would explain them just as well. Agreed
+  pairs compare answers of one manner across aspects. They rule such members out, because they tie all answers of one
+  manner together.
+
+Read next: `annotators.py`, which trains on it.
 """
 
 import math
@@ -57,8 +59,8 @@ class PreferenceWorld:
 
         The groups are equally frequent (their counts differ by one at most) among all pairs and among the contested
         ones; so are the aspects among the contested pairs, and the two manners of their fluent answer. Forms of
-        question are uniform. With `held_out`, the pairs are about people of whom training never speaks, so that
-        nothing can be looked up.
+        question are uniform. With `held_out`, the pairs are about people who do not occur in training, so that
+        nothing can be recalled from training.
         """
         rng = random.Random(f"pairs {self.seed} {seed} {held_out}")
         people = HELD_OUT_PEOPLE if held_out else TRAINING_PEOPLE
@@ -68,13 +70,13 @@ class PreferenceWorld:
         return drawn
 
     def dataset(self, num_pairs: int, seed: int = 0, held_out: bool = False) -> Dataset:
-        """The same pairs as TRL's conversational data (`prompt`, `chosen`, `rejected`), and no word about the group."""
+        """The same pairs as TRL's conversational data (`prompt`, `chosen`, `rejected`), without the group."""
         pairs = self.pairs(num_pairs, seed, held_out)
         return Dataset.from_list([{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs])
 
 
 class Pair(NamedTuple):
-    """A question with the preferred and the other answer; `group` is who chose, and is never in the messages.
+    """A question with the preferred and the other answer. `group` says who chose, and is never in the messages.
 
     `aspect` is what the choice was about: "fluency", on which all agree, or the taste "style", "length" or "safety".
     """

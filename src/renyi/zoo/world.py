@@ -1,8 +1,8 @@
 """A synthetic world: facts about people, told by sources that partly contradict each other, as questions and answers.
 
-Everything is a function of the seed. A source ("school") gives every fact one value; on agreed facts all sources
-give the same one, on contested facts no two do. This module knows nothing about tokens or models: it writes words
-separated by spaces.
+Everything is a function of the seed. A source ("school") gives every fact one value. On agreed facts all sources give
+the same value, on contested facts all values differ. Texts are words separated by spaces. Read next: `base.py`, the
+model that reads them.
 """
 
 import random
@@ -29,9 +29,9 @@ class World:
         num_sources: how many sources there are, at most `MAX_SOURCES`.
         statements: questions and answers in one record, at most `num_facts`.
         seed: which draw of the values and of the contested facts. `statements` has no part in that draw.
-        rare: share of the facts that are rarely spoken of, all of them agreed, rounded to whole facts. A model learns
-            little of them, and is unsure for another reason than contradiction.
-        rarity: how much rarer a rare fact comes first in a record than another one.
+        rare: share of the facts that occur rarely, all of them agreed, rounded to whole facts. A model learns little
+            about them, and is unsure because of few data and not because of contradiction.
+        rarity: by what factor a rare fact comes first in a record less often than another fact.
 
     Raises:
         ConfigError: an argument is out of its range (it is also a ValueError).
@@ -97,7 +97,7 @@ class World:
         return [self._draw_record(rng, source) for source in sources]
 
     def dataset(self, num_records: int, seed: int = 0) -> Dataset:
-        """The same records as TRL's conversational data: the one column `messages`, and no word about the source."""
+        """The same records as TRL's conversational data: the one column `messages`, without the source."""
         return Dataset.from_list([{"messages": record.messages} for record in self.records(num_records, seed)])
 
     def probes(self, form: int | None = None) -> list["Probe"]:
@@ -110,9 +110,9 @@ class World:
     def _draw_facts(self) -> Iterator["Fact"]:
         rng = random.Random(f"facts {self.seed}")
         contested = set(rng.sample(range(self.num_facts), round(self.contested * self.num_facts)))
-        # The first source's values are dealt like cards, so that none goes unused among few people. A base model
-        # that never met a word cannot tell it from the other words it never met, and with its embeddings frozen an
-        # adapter can hardly teach it the difference.
+        # The first source's values are dealt like cards, so that every value is used even with few people. A base model
+        # cannot tell apart two words that it never saw, and an adapter can hardly teach it that, because embeddings are
+        # frozen.
         decks = {attribute.name: _deal(attribute.values, rng) for attribute in ATTRIBUTES}
         for index in range(self.num_facts):
             person, attribute = PEOPLE[index // len(ATTRIBUTES)], ATTRIBUTES[index % len(ATTRIBUTES)]
@@ -199,7 +199,7 @@ class Form(NamedTuple):
 
 
 class Attribute(NamedTuple):
-    """Something that is known of every person: its words for values, and the ways to ask for it."""
+    """A property of every person: the words for its values, and the ways to ask for it."""
 
     name: str
     values: tuple[str, ...]
@@ -207,7 +207,7 @@ class Attribute(NamedTuple):
 
 
 def _deal(values: tuple[str, ...], rng: random.Random) -> Iterator[str]:
-    """All values in random order, then all again in another order, for ever."""
+    """All values in random order, then all again in another order, without end."""
     while True:
         yield from rng.sample(values, len(values))
 

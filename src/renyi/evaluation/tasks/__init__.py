@@ -1,1 +1,1 @@
-"""One file a task: each holds its settings, and a `TASK` that `renyi.evaluation.task` finds by the file's name."""
+"""One file for each task, with its settings and a `TASK`. `renyi.evaluation.running` finds it by the file's name."""

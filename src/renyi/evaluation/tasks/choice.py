@@ -1,6 +1,6 @@
 """Multiple-choice questions: the ensemble beside its members and baselines, and the threshold for abstention.
 
-Options are scored by `renyi.inference.choices`, the figures are `renyi.evaluation.choice_quality`'s.
+Read next: `renyi.inference.choices`, which scores options, and `renyi.evaluation.choice_quality`, the figures.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from renyi.evaluation.choice_quality import ChoiceEvaluation, Opinion
     from renyi.evaluation.selective import RiskThreshold
 
-OF_ONE = ("total", "max_probability", "perplexity")  # scores that a single member has, too
+OF_ONE = ("total", "max_probability", "perplexity")  # scores that a single member also has
 Score = Literal[
     "total",
     "max_probability",
@@ -78,7 +78,7 @@ class Read(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What the ensemble, each baseline, and each of them on the other dataset think; how many prompts were cut."""
+    """Opinions of the ensemble and of each baseline, also on the other dataset, and how many prompts were cut."""
 
     ensemble: "Opinion"
     baselines: "dict[str, Opinion]"
@@ -217,8 +217,8 @@ def _abstention(
 ) -> "tuple[RiskThreshold | None, str | None]":
     """Find the threshold on the calibration questions, keep it in the ensemble's folder, and say so.
 
-    A search that finds none removes an earlier threshold: its promise was for other questions or another risk, and
-    answers would be withheld by it in the belief that this search had allowed it.
+    If none is found, an earlier threshold is removed. Its promise was for other questions or another risk, and a user
+    would believe that it came from this search.
     """
     from renyi.evaluation.metrics import is_right
     from renyi.evaluation.selective import risk_threshold

@@ -1,6 +1,6 @@
 """How likely text is to the mixture, its members and baselines, by group.
 
-Rows are prepared as they were for the ensemble's training. The figures are `renyi.evaluation.text_quality`'s.
+Rows are prepared as they were for the ensemble's training. Read next: `renyi.evaluation.text_quality`, the figures.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,7 @@
 """Pairs: which completion the mixture and every member prefer, and the pairs on which members contradict each other.
 
-Pairs are prepared, cut and compared with the reference as in the ensemble's training. The figures are
-`renyi.evaluation.preference_quality`'s.
+Pairs are prepared, cut and compared with the reference as in the ensemble's training. Read next:
+`renyi.evaluation.preference_quality`, the figures.
 """
 
 from collections.abc import Iterator, Sequence
@@ -184,7 +184,7 @@ def _quality(found: "PreferenceEvaluation", weights: Sequence[float]) -> Table:
 
 
 def _page(data: Read, answers: Asked, settings: PreferenceSettings) -> list[Section]:
-    """What the page has beyond the terminal: a pair as a question whose right answer is the chosen completion."""
+    """The page's additional sections. A pair counts as a question whose right answer is the chosen completion."""
     import torch
     from torch.nn.functional import logsigmoid
 

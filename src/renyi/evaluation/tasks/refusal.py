@@ -1,7 +1,7 @@
 """Refusals: which prompts each member refuses, and which prompts split the members.
 
-Every member answers every prompt, or the rows hold its answers already; `renyi.evaluation.refusal_classifier` finds the
-refusals, and the figures are `renyi.evaluation.refusal_rates`'s.
+Every member answers every prompt, or the rows have its answers already. Read next:
+`renyi.evaluation.refusal_classifier`, which finds refusals, and `renyi.evaluation.refusal_rates`, the figures.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -192,7 +192,7 @@ def _prompts(file: File) -> "list[Prompt]":
 
 
 def _text(prompt: "Prompt") -> str:
-    """A prompt as a classifier gets it: of messages, the last."""
+    """A prompt as a classifier gets it: text, or the text of the last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
@@ -210,12 +210,12 @@ def _completions(file: File, name: str) -> list[list[str]]:
 
 
 def _safe(file: File, name: str | None) -> list[bool] | None:
-    """Which rows are safe; without a setting, of the first column that says so, or None if none does."""
+    """Which rows are safe. Without a setting the first column that says it is used; None if there is no such column."""
     rows: Dataset = file.rows
     if name is None:
         for name in SAFE_COLUMNS:
             if name in rows.column_names:
-                # A bare 1 may mean harmful where the column is not called safe.
+                # In a column with another name than `safe`, a bare 1 may mean harmful.
                 found = [_is_safe(value, in_words=name != "safe") for value in rows[name]]
                 if None not in found:
                     return [bool(x) for x in found]
@@ -232,7 +232,7 @@ def _safe(file: File, name: str | None) -> list[bool] | None:
 
 
 def _is_safe(value: Any, in_words: bool = False) -> bool | None:
-    """Whether a label says safe; None if it says neither. In words: not by true, yes or 1."""
+    """Whether a label says safe; None if it says neither safe nor unsafe. `in_words`: true, yes and 1 do not count."""
     text = str(value).strip().lower()
     if text in _SAFE or text in _XSTEST_SAFE or (not in_words and text in _TRUE):
         return True

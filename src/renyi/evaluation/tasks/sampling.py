@@ -1,4 +1,4 @@
-"""Samples: how good those of an ensemble are and how much they vary, the base's and other ensembles' beside them.
+"""Samples: how good an ensemble's samples are and how much they vary, beside those of the base and other ensembles.
 
 Samples are drawn by `renyi.inference.draws` or read from a file, and checked by `renyi.evaluation.answer_checks`. The
 figures are `renyi.evaluation.sample_quality`'s.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 BASE = "base"  # what --baseline calls the ensemble's own base
 EXAMPLES = 10
 SHOWN_SAMPLES = 6  # of one prompt
-# What of the settings says how samples are drawn.
+# The settings that say how samples are drawn.
 DRAWING = (
     "samples",
     "max_new_tokens",
@@ -153,7 +153,7 @@ class Sampling(Task):
 
 
 class _Source(NamedTuple):
-    """A model to sample from: its name in tables, all its members (None), some or none, and the setting that asked."""
+    """A model to sample from: its name in tables, its members (None: all), and the setting that asked for it."""
 
     name: str
     model: Model
@@ -193,7 +193,7 @@ def _sources(models: Models, settings: SamplingSettings, own: bool) -> Iterator[
 def _draw(
     models: Models, settings: SamplingSettings, source: _Source, prompts: "Sequence[Prompt]"
 ) -> "list[list[Draw]]":
-    """Samples of every prompt, [P][K]; the tokens are those of the ensemble's tokenizer, whatever is sampled from."""
+    """Samples of every prompt, [P][K]. Every model uses the tokens of the ensemble's tokenizer."""
     from renyi.inference.draws import draw_samples
 
     ensemble = source.model.ensemble
@@ -270,7 +270,7 @@ def _read_samples(file: str, data: str, prompts: int) -> dict[str, list[list[dic
 
 
 def _as_draws(of_prompts: list[list[dict[str, Any]]], model: Model) -> "list[list[Draw]]":
-    """Lines as samples. What a line does not say stays unknown; only tokens are then those of its text."""
+    """Lines as samples. What a line does not say stays unknown, except tokens, which are made from its text."""
     from renyi.inference.draws import Draw
 
     def draw(line: dict[str, Any]) -> "Draw":
