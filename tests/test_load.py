@@ -213,7 +213,7 @@ def test_a_member_that_gives_no_numbers_is_named(folder: Path, tmp_path: Path) -
         for A, _ in loaded.ensemble.adapter(1).values():
             A.fill_(math.nan)
     for how in ({}, {"temperature": 1.0, "seed": 0}, {"mixture": "token"}):
-        with pytest.raises(EnsembleFormatError, match="member 1 gives no numbers"):
+        with pytest.raises(EnsembleFormatError, match="member 1 gives logits that are not numbers"):
             loaded.generate("w1", max_new_tokens=3, **how)
     (fine,) = loaded.generate("w1", max_new_tokens=3, mixture="member", member=0)
     assert math.isfinite(fine.mixture_nll)

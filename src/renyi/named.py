@@ -27,12 +27,12 @@ def named_function(name: str, where: str, called_with: str) -> Callable[..., Any
     try:
         found = getattr(importlib.import_module(module), function)
     except ImportError as error:
-        hint = f"Looked in {os.getcwd()}, too."
+        hint = f"It was also looked for in {os.getcwd()}."
         raise ConfigError(f"{module} cannot be imported ({error})", where=where, hint=hint) from error
     except AttributeError as error:
         raise ConfigError(f"{module} has no {function}", where=where, hint="Write package.module:function.") from error
     finally:
         sys.path.remove(os.getcwd())
     if not callable(found):
-        raise ConfigError(f"{name} is no function", where=where, hint=f"It is called with {called_with}.")
+        raise ConfigError(f"{name} is not a function", where=where, hint=f"It is called with {called_with}.")
     return found

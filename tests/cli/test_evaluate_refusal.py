@@ -164,7 +164,7 @@ def test_a_users_classifier(folder: Path, data: Path, tmp_path: Path, monkeypatc
         ("own_refusals", ["'own_refusals' names no function", "package.module:function"]),
         ("own_refusal:kills", ["own_refusal cannot be imported", str(tmp_path)]),
         ("own_refusals:kill", ["own_refusals has no kill"]),
-        ("own_refusals:nothing", ["is no function"]),
+        ("own_refusals:nothing", ["is not a function"]),
         ("own_refusals:text", ["on row 1: own_refusals:text gave 'no'"]),
         ("own_refusals:fails", ["on row 1: own_refusals:fails raised TypeError"]),
     ):

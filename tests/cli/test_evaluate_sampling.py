@@ -250,7 +250,7 @@ def test_a_users_check_at_fault(
         ("bad_checks:words", ["on row 1: bad_checks:words gave 'w5'", "true"]),
         ("bad_checks:one", ["on row 1: bad_checks:one gave 1"]),
         ("bad_checks:fails", ["on row 1: bad_checks:fails raised KeyError", "a prompt, a sample and the row"]),
-        ("bad_checks:nothing", ["is no function"]),
+        ("bad_checks:nothing", ["is not a function"]),
         ("bad_checks:gone", ["bad_checks has no gone"]),
         ("no_checks:gone", ["no_checks cannot be imported"]),
         ("nearly", ["'nearly' is no check", "regex:PATTERN"]),

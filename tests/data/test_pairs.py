@@ -260,7 +260,7 @@ BAD: dict[str, tuple[list[dict[str, Any]], list[str]]] = {
         [{**CHAT_IMPLICIT, "prompt": [user("w1")]}],
         [", row 1, column chosen: begins with the prompt again", "only what follows"],
     ),
-    "tools that are no JSON": ([{**CHAT, "tools": "w1("}], [", row 1, column tools: is no JSON", "null"]),
+    "tools that are no JSON": ([{**CHAT, "tools": "w1("}], [", row 1, column tools: is not JSON", "null"]),
     "no settings of the template": (
         [{**CHAT, "chat_template_kwargs": "[1]"}],
         [", row 1, column chat_template_kwargs: is [1]", "by name"],

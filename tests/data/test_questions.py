@@ -48,7 +48,7 @@ def test_an_option_of_a_csv_file_may_be_none(tmp_path: Path) -> None:
     [
         ({"question": "?", "answer": 0}, ["the columns are question, answer", "choice0"]),
         ({"question": " ", "choices": ["a", "b"], "answer": 0}, ["row 1, column question: is empty"]),
-        ({"question": "?", "choices": ["a"], "answer": 0}, ["row 1: has no 2 to 26 options"]),
+        ({"question": "?", "choices": ["a"], "answer": 0}, ["row 1: does not have 2 to 26 options"]),
         (
             {"question": "?", "choice0": None, "choice1": "a", "choice2": "b", "answer": 1},
             ["row 1: an option is empty"],
@@ -130,7 +130,7 @@ def test_columns_that_count_from_one() -> None:
         ([(["x", "A"], "A")], ["row 1", "text of option B ('A')", "letter of option A ('x')", "label"]),
         ([(["x", "y"], "A"), (["x", "y"], "1")], ["row 2", "is '1', read by number", "read by letter", "in one way"]),
         ([(["x", "y"], "A"), (["x", "y"], "z")], ["row 2", "is 'z', and there are 2 options"]),
-        ([({"text": ["x", "y"], "label": ["1"]}, "1")], ["row 1: has 1 labels of 2 options"]),
+        ([({"text": ["x", "y"], "label": ["1"]}, "1")], ["row 1: has 1 labels for 2 options"]),
     ],
 )
 def test_what_can_be_read_in_two_ways_is_refused(rows: list[tuple[Any, Any]], parts: list[str] | None) -> None:

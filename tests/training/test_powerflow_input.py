@@ -206,7 +206,7 @@ def test_a_wrong_reference_is_refused(tmp_path):
     with pytest.raises(EnsembleFormatError, match="8"):
         powerflow_trainer_of(tmp_path / "run", reference=str(tmp_path / "other_rank"))
     tiny_ensemble(3).save(tmp_path / "three")
-    with pytest.raises(ConfigError, match="one member a policy") as caught:
+    with pytest.raises(ConfigError, match="one member per policy") as caught:
         powerflow_trainer_of(
             tmp_path / "run", reference=str(tmp_path / "three"), reference_pool="member", num_members=2
         )

@@ -152,8 +152,8 @@ def _check_weight(message: Mapping[str, Any], turn: int, where: str) -> None:
             raise DataError(
                 f"has a message of {key} {value!r} (message {turn}), which would be trained like any other",
                 where=where,
-                hint=f"Leave `{key}` out to train it, or give the conversation up to the message to be trained as "
-                "`prompt`, and that message as `completion`.",
+                hint=f"Leave `{key}` out to train the message. To train only one message, give it as `completion`, and "
+                "the messages before it as `prompt`.",
             )
 
 
@@ -162,5 +162,5 @@ def check_roles(messages: Iterable[Mapping[str, Any]], template: str, where: str
     for turn, message in enumerate(messages, start=1):
         role = message["role"]
         if role not in KNOWN_ROLES and f"'{role}'" not in template and f'"{role}"' not in template:
-            hint = f"The chat template knows no such role. Write {', '.join(KNOWN_ROLES[:-1])} or {KNOWN_ROLES[-1]}."
+            hint = f"The chat template has no such role. Write {', '.join(KNOWN_ROLES[:-1])} or {KNOWN_ROLES[-1]}."
             raise DataError(f"has the role {role!r} in message {turn}", where=where, hint=hint)

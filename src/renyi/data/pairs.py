@@ -152,7 +152,7 @@ def _read_column(column: str, value: Any, is_chat: bool, where: str, is_exact: b
 
 def _with_prompt(chosen: Any, rejected: Any, where: str) -> dict[str, Any]:
     """Split off the beginning that both completions share, and return it as their prompt."""
-    hint = "Both must begin with the prompt and go on to an answer each; or give it in a column `prompt`."
+    hint = "Both must begin with the prompt, with an answer each after it. Or give the prompt in a column `prompt`."
     parts: dict[str, Any] = extract_prompt({"chosen": chosen, "rejected": rejected})
     # TRL compares the last items as well if the first ones differ, so check the first ones here.
     if chosen[0] != rejected[0] or _is_blank(parts["prompt"]):

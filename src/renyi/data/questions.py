@@ -70,7 +70,8 @@ def _row(row: Mapping[str, Any], numbered: list[str], where: str) -> _Row:
     elif isinstance(choices, Mapping) and isinstance(choices.get("text"), list):  # as ARC and OpenBookQA have it
         choices, labels = choices["text"], choices.get("label")
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
-        raise DataError(f"has no 2 to {len(LETTERS)} options", where=where, hint="Give `choices` as a list of texts.")
+        what = f"does not have 2 to {len(LETTERS)} options"
+        raise DataError(what, where=where, hint="Give `choices` as a list of texts.")
     texts = [_text(c) for c in choices]
     if row["question"] is None or not str(row["question"]).strip():
         raise DataError("is empty", where=f"{where}, column question", hint="Remove the row.")
@@ -78,7 +79,9 @@ def _row(row: Mapping[str, Any], numbered: list[str], where: str) -> _Row:
         raise DataError("an option is empty", where=where, hint="Fill it, or remove the row.")
     if labels is not None and len(labels) != len(texts):
         raise DataError(
-            f"has {len(labels)} labels of {len(texts)} options", where=where, hint="Give every option a label, or none."
+            f"has {len(labels)} labels for {len(texts)} options",
+            where=where,
+            hint="Give a label for every option, or no labels.",
         )
     return _Row(str(row["question"]), texts, None if labels is None else [_text(x) for x in labels], row["answer"])
 

@@ -26,7 +26,7 @@ def text_tokens(tokenizer: PreTrainedTokenizerBase, text: str, where: str = "tex
     try:
         ids = list(tokenizer(text=text)["input_ids"])
     except (TypeError, ValueError) as error:  # such as a lone half of a surrogate pair
-        raise DataError(f"cannot be tokenised ({error})", where=where, hint="Mend or remove the row.") from error
+        raise DataError(f"cannot be tokenised ({error})", where=where, hint="Correct or remove the row.") from error
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if begin is not None and ids[:2] == [begin, begin] and not text.startswith(2 * str(tokenizer.bos_token)):
         ids = ids[1:]
@@ -89,7 +89,7 @@ def syntax_error(error: TemplateSyntaxError, where: str) -> TokenizerError:
     return TokenizerError(
         f"the template cannot be read: {error.message}",
         where=f"{where}, line {error.lineno}",
-        hint="Mend the template.",
+        hint="Correct the template.",
     )
 
 
@@ -109,7 +109,7 @@ def check_can_tokenise(tokenizer: PreTrainedTokenizerBase, is_text: bool) -> Non
         check_has_template(tokenizer)
     elif tokenizer.eos_token is None:
         raise TokenizerError(
-            "has no eos token to close a text with", where="tokenizer", hint="Choose one with --eos_token."
+            "has no eos token, which must end a text", where="tokenizer", hint="Choose one with --eos_token."
         )
 
 
@@ -188,8 +188,8 @@ def told_ends(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
     end = end_of_turn(tokenizer)
     if end is None:
-        return "the chat template closes no turn with a special token: the model may not learn to stop"
+        return "the chat template does not end a turn with a special token, so the model may not learn to stop"
     if end == tokenizer.eos_token_id:
         return None
     token = tokenizer.convert_ids_to_tokens(end)
-    return f"a turn ends with {token}, a text with {tokenizer.eos_token}: generation stops at either"
+    return f"a turn ends with {token}, a text with {tokenizer.eos_token}: generation stops at either of them"

@@ -289,7 +289,7 @@ def read_for_template(row: Mapping[str, Any], where: str, exact: Mapping[str, bo
                 value = json.loads(value)
             except ValueError as error:
                 hint = f"Give {what}, the JSON of that, or null."
-                raise DataError("is no JSON", where=f"{where}, column {column}", hint=hint) from error
+                raise DataError("is not JSON", where=f"{where}, column {column}", hint=hint) from error
         if not exact.get(column, True):
             value = without_fillers(value)
         if value is None or value == "" or value == {} or value == []:
@@ -297,7 +297,7 @@ def read_for_template(row: Mapping[str, Any], where: str, exact: Mapping[str, bo
         taken = sorted(_RESERVED & set(value)) if isinstance(value, dict) else []
         if taken:
             at = f"{where}, column {column}"
-            raise DataError(f"sets {taken[0]!r}", where=at, hint="Leave it out: it is no setting of a template.")
+            raise DataError(f"sets {taken[0]!r}", where=at, hint="Leave it out: it is not a setting of a template.")
         if not isinstance(value, kind):
             hint = f"Give {what}, the JSON of that, or null."
             raise DataError(f"is {value!r}", where=f"{where}, column {column}", hint=hint)
@@ -318,7 +318,7 @@ def _tokens(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         if column == "labels":
             _check_ids(values, at, least=-100)
         elif not isinstance(values, list) or not all(v in (0, 1) for v in values):
-            raise DataError("is no list of 0 and 1", where=at, hint="Give 1 for a token that counts.")
+            raise DataError("is not a list of 0 and 1", where=at, hint="Give 1 for a token that counts.")
         if len(values) != len(ids):
             what = f"has {len(values)} values, and input_ids has {len(ids)}"
             raise DataError(what, where=at, hint="Give one value per token (labels: −100 where it is not trained).")

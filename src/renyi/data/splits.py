@@ -46,7 +46,8 @@ def load_splits(name: str, config: str | None = None, streaming: bool = False) -
     if path.is_dir():
         kind = None
     if kind is None and (path.is_file() or (not path.exists() and name.count("/") > 1)):
-        what = f"is a {path.suffix or 'nameless'} file" if path.is_file() else "there is no such file or folder"
+        kind_of_file = f"is a {path.suffix} file" if path.suffix else "is a file without an extension"
+        what = kind_of_file if path.is_file() else "there is no such file or folder"
         raise DataError(what, where=name, hint=_HUB_OR_FILE)
     if kind and not path.is_file():
         raise DataError("there is no such file", where=name, hint=f"Looked in {path.absolute().parent}.")

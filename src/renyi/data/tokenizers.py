@@ -76,7 +76,7 @@ def settle_padding(tokenizer: PreTrainedTokenizerBase, pad_token: str | None = N
         raise TokenizerError(
             f"{pad_token!r} is a word like any other: as a special token it would be cut out of every text",
             where="pad_token",
-            hint=f"Leave it out: {_spare(tokenizer) or tokenizer.eos_token!r} will pad.",
+            hint=f"Leave it out: {_spare(tokenizer) or tokenizer.eos_token!r} will be the pad token.",
         )
     tokenizer.pad_token = pad_token
 

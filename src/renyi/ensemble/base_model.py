@@ -48,7 +48,7 @@ def check_base(base: PreTrainedModel) -> None:
     if base.get_output_embeddings() is None:
         raise ConfigError(f"{kind} has no language-model head", where="model", hint=hint)
     if base.device.type != "meta" and base.base_model is not base and _sees_what_follows(base):
-        raise ConfigError(f"{kind} is an encoder: its tokens see those that follow", where="model", hint=hint)
+        raise ConfigError(f"{kind} is an encoder: its tokens also see later tokens", where="model", hint=hint)
     check_head(base)
 
 

@@ -231,7 +231,7 @@ def _check_numbers(log_p_KBV: Tensor) -> None:
         member = int(broken_KB.any(-1).nonzero()[0])
         who = f"member {member}" if len(broken_KB) > 1 else "the model"
         raise EnsembleFormatError(
-            f"{who} gives no numbers as logits",
+            f"{who} gives logits that are not numbers",
             where="generate",
             hint="Its training diverged, or the base is loaded in a precision too low for it.",
         )
@@ -389,11 +389,11 @@ def _check_settings(base: PreTrainedModel, config: GenerationConfig | None, sett
         value = _setting(name, base, config, settings)
         if value is True or value not in (None, 0, 1):
             raise ConfigError(
-                f"is {value!r}, which a mixture cannot be decoded with", where=name, hint="Sample, or decode greedily."
+                f"is {value!r}, which is not possible for a mixture", where=name, hint="Sample, or decode greedily."
             )
     if _setting("num_return_sequences", base, config, settings) not in (None, 1):
         raise ConfigError(
-            "there is one answer to a prompt", where="num_return_sequences", hint="Repeat the prompt, and sample."
+            "a prompt gets one answer only", where="num_return_sequences", hint="Repeat the prompt, and sample."
         )
     for name, (low, high, is_open, expected) in _RANGES.items():
         value = settings.get(name)
@@ -419,7 +419,7 @@ def _settled(settings: dict[str, Any], config: GenerationConfig | None) -> dict[
         return {**{k: v for k, v in settings.items() if k not in _SAMPLING}, "temperature": None, "do_sample": False}
     if do_sample is False and given["temperature"] not in (None, 1):
         raise ConfigError(
-            f"is False, and a temperature of {given['temperature']:g} is for sampling",
+            f"is False, but a temperature of {given['temperature']:g} needs sampling",
             where="do_sample",
             hint="Leave one of the two out.",
         )

@@ -109,7 +109,7 @@ class LoraEnsemble(TrainableModel, JointModel):
     def _checked(model: PreTrainedModel | str | Path) -> PreTrainedModel:
         base = load_base(model) if isinstance(model, str | Path) else model
         if adapters.joint_layers(base):
-            raise ConfigError("the model already carries an ensemble", hint="Load the base model anew.")
+            raise ConfigError("the model already carries an ensemble", hint="Load the base model again.")
         check_base(base)
         return base
 

@@ -32,7 +32,7 @@ class BaseScore:
             )
         if members is not None and pool == "member" and len(members.weights) != ensemble.num_members:
             raise ConfigError(
-                f"'member' needs one member a policy: there are {len(members.weights)} members and "
+                f"'member' needs one member per policy: there are {len(members.weights)} members and "
                 f"{ensemble.num_members} policies",
                 where="reference_pool",
                 hint=f"Set num_members to {len(members.weights)}.",

@@ -152,7 +152,7 @@ def _check_fields(manifest: Manifest) -> None:
     if len(set(manifest.members)) < len(manifest.members):
         raise ValueError("a member is named twice")
     if manifest.base_model.startswith("-"):
-        raise ValueError(f"base_model is {manifest.base_model!r}, which commands would take for an option")
+        raise ValueError(f"base_model is {manifest.base_model!r}, which a command would read as an option")
     # Versions before 0.1 could write weights rounded to bfloat16.
     weights_fit = len(manifest.weights) == len(manifest.members) > 0 and abs(sum(manifest.weights) - 1) < 0.01
     if not weights_fit or min(manifest.weights) < 0:
@@ -250,5 +250,6 @@ def _replaceable(folder: Path, new: list[str]) -> list[Path]:
         inside = {file.name for file in there.iterdir()} if there.is_dir() and not there.is_symlink() else None
         is_member = inside is not None and ADAPTER_CONFIG_FILE in inside and inside <= _MEMBER_FILES
         if name not in old and os.path.lexists(there) and not is_member:
-            raise SaveError(f"{name} is there and is no member of an ensemble", where=str(folder), hint="Move it away.")
+            what = f"{name} exists already and is not a member of an ensemble"
+            raise SaveError(what, where=str(folder), hint="Move it away.")
     return [folder / name for name in dict.fromkeys([*old, *new]) if (folder / name).is_dir()]

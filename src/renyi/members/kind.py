@@ -116,7 +116,8 @@ def kind_of(name: str) -> type[MemberLayer]:
         ConfigError: there is no such kind.
     """
     if name not in KINDS:
-        raise ConfigError(f"{name!r} is no kind of member", where="member_kind", hint=f"Known: {', '.join(KINDS)}.")
+        hint = f"Write one of: {', '.join(KINDS)}."
+        raise ConfigError(f"{name!r} is not a kind of member", where="member_kind", hint=hint)
     if isinstance(module := KINDS[name], str):
         import_module(module)  # the module registers its kind
     found = KINDS[name]

@@ -144,7 +144,7 @@ class MemberStack:
         if self.layers.keys() != weights.keys():
             odd = sorted(self.layers.keys() ^ weights.keys())
             raise EnsembleFormatError(
-                f"adapts other layers than its companions or this base has (for example {odd[0]})",
+                f"does not adapt the same layers as the other members or this base (for example {odd[0]})",
                 where=where,
                 hint="Members of one ensemble share their base model and their target modules.",
             )

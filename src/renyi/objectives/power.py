@@ -142,7 +142,7 @@ def group_partition(
         B = residual.shape[-1]
         if group_size < 2 or B % group_size:
             raise ValueError(
-                f"{B} trajectories are no whole number of groups of group_size {group_size}; "
+                f"{B} trajectories do not divide into groups of group_size {group_size}; "
                 "it should be at least 2 and divide their number."
             )
         mean = residual.unflatten(-1, (B // group_size, group_size)).mean(-1)
@@ -237,7 +237,7 @@ def power_next_token(
     for token in sequences.unbind(-1):
         node_of.append(torch.stack([node_of[-1], token]).unique(dim=1, return_inverse=True)[1])
     if len(node_of[-1].unique()) < len(sequences):
-        raise ValueError("a sequence occurs twice; every one should be given once")
+        raise ValueError("a sequence occurs twice; give every sequence once")
 
     real = sequences >= 0
     edge = torch.where(real, _powered(token_log_base.detach().double(), power) - log_partition, 0.0)
