@@ -30,11 +30,11 @@ class RenyiError(Exception):
 
 
 class ConfigError(RenyiError, ValueError):
-    """A setting is unknown, of the wrong type, out of range, or at odds with another."""
+    """A setting is unknown, has the wrong type, is out of range, or contradicts another setting."""
 
 
 class DataError(RenyiError, ValueError):
-    """A dataset is missing, empty, malformed, or leaves nothing to train on."""
+    """A dataset is missing, empty or malformed, or it has nothing to train on."""
 
 
 class TokenizerError(RenyiError, ValueError):
@@ -42,11 +42,11 @@ class TokenizerError(RenyiError, ValueError):
 
 
 class EnsembleFormatError(RenyiError, ValueError):
-    """A folder is not a readable ensemble, or its members do not fit together or to the base model."""
+    """A folder is not a readable ensemble, or its members do not fit each other or the base model."""
 
 
 class SaveError(RenyiError, OSError):
-    """Something could not be written; what was there before is untouched."""
+    """A file or folder could not be written. The earlier files are not changed, unless the message says so."""
 
 
 class TrainingDivergedError(RenyiError, FloatingPointError):

@@ -267,7 +267,7 @@ class _Tokenise:
         return {"input_ids": ids, "labels": labels, WHOLE_LENGTH: whole}
 
     def _tokens(self, read: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
-        """All tokens of a row that was read, and their labels."""
+        """All tokens of a row, and their labels."""
         tokenizer, settings = self.tokenizer, self.settings
         masks: list[Sequence[int]] = []
         if "input_ids" in read:

@@ -26,9 +26,14 @@ FORMS: dict[str, tuple[str, ...]] = {
 }
 # Columns that make some form, also of pairs. If a row has no value in a needed column, a message names those it has.
 RIVALS = ("input_ids", "prompt", "completion", "messages", "conversations", "text", "chosen", "rejected")
-_LABELS = ("labels", "completion_mask", "assistant_masks", "attention_mask")  # of tokenised rows
-WHOLE_LENGTH = "whole_length"  # of prepared rows: the number of tokens before they were cut
-FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # handed to the chat template
+_LABELS = (
+    "labels",
+    "completion_mask",
+    "assistant_masks",
+    "attention_mask",
+)  # of tokenised rows, beside input_ids
+WHOLE_LENGTH = "whole_length"  # a column of prepared rows: the number of tokens before the row was cut
+FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # columns that are passed on to the chat template
 _OURS = (ROW_COLUMN, FILE_COLUMN)
 # Arguments of `apply_chat_template` that this library sets. A row's `chat_template_kwargs` may not set them.
 _RESERVED = {

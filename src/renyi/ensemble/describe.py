@@ -101,7 +101,7 @@ def _check_same_layers(folder: Path, manifest: Manifest, members: Sequence[Adapt
         if shape != shapes[0]:
             odd = next(iter(dict(shape.items() ^ shapes[0].items())))
             raise EnsembleFormatError(
-                f"does not adapt the same layers as the other members (for example {odd})",
+                f"adapts other layers than the other members (for example {odd})",
                 where=str(folder / name),
                 hint="Members of one ensemble share their base model and their target modules.",
             )

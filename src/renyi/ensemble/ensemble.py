@@ -365,7 +365,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         self.weights = self.weights[kept] / self.weights[kept].sum()
 
     def merged(self, member: int) -> PreTrainedModel:
-        """One member alone as a plain transformers model, its update merged into a copy of the base by PEFT."""
+        """One member as a plain transformers model. PEFT merges the member's update into a copy of the base."""
         return adapters.merged(self.base, adapters.Adapter(self.peft_config, self.adapter(member)))
 
     # ---- Decoding ----------------------------------------------------------------------------------------------------

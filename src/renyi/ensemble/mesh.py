@@ -31,7 +31,7 @@ class MemberMesh:
     """
 
     def __init__(self, size: int, device_type: str):
-        """`size` divides the number of processes; `device_type` is "cpu" or "cuda"."""
+        """Create the grid. `size` must divide the number of processes; `device_type` is "cpu" or "cuda"."""
         shape = (distributed.get_world_size() // size, size)
         self._mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "member"))
         self.data_size, self.size = shape

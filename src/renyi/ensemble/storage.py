@@ -243,7 +243,7 @@ def _replaceable(folder: Path, new: list[str]) -> list[Path]:
         SaveError: a new member would replace something that is not a member.
     """
     old: list[str] = []
-    with suppress(EnsembleFormatError):  # a save that was interrupted, or no ensemble
+    with suppress(EnsembleFormatError):  # an earlier save was interrupted, or the folder holds no ensemble
         old = read_manifest(folder).members
     for name in new:
         there = folder / name

@@ -78,7 +78,9 @@ class MemberSelection:
             self._first, self._looks_for_first = None, False
 
     def is_repeated(self, x: Tensor) -> bool:
-        """Whether all members have the same rows in `x`: the input of the first joint layer, and of those beside it."""
+        """Whether all members have the same rows in `x`.
+
+        It is true for the input of the first joint layer, and for other joint layers that get the same tensor."""
         if self._looks_for_first:
             self._first, self._looks_for_first = x, False
         return x is self._first

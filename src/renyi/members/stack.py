@@ -49,7 +49,7 @@ class MemberStack:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether no member has been trained: every B is zero, so all of them are the base."""
+        """Whether no member has been trained: every B is zero, so all members are equal to the base."""
         return not any(bool(B.any()) for _, B in self.matrices().values())
 
     def redraw(self, seed: int | None, draws: int = 1) -> None:
@@ -144,7 +144,7 @@ class MemberStack:
         if self.layers.keys() != weights.keys():
             odd = sorted(self.layers.keys() ^ weights.keys())
             raise EnsembleFormatError(
-                f"does not adapt the same layers as the other members or this base (for example {odd[0]})",
+                f"adapts other layers than the other members or this base (for example {odd[0]})",
                 where=where,
                 hint="Members of one ensemble share their base model and their target modules.",
             )

@@ -41,14 +41,14 @@ BALANCES = ("length_aware", "trajectory", "token_mean")
 
 
 class ImportanceWeight(NamedTuple):
-    """What `importance_weight` returns, both of the shape of its arguments."""
+    """The result of `importance_weight`: weights, and whether each was clipped. Both have the arguments' shape."""
 
     weight: Tensor
     is_clipped: Tensor
 
 
 class PowerTarget(NamedTuple):
-    """What `power_target` returns: log Z [...] and log π* [..., S], float64, in nats."""
+    """The result of `power_target`: log Z [...] and log π* [..., S], float64, in nats."""
 
     log_partition: Tensor
     log_probs: Tensor

@@ -28,7 +28,7 @@ from renyi.routing.statistics import AutoRouting, PassStatistics, member_shares
 
 
 class Routed(NamedTuple):
-    """A joint forward, and what it scored and left out."""
+    """The output of a joint forward, and the statistics of what it scored and left out."""
 
     output: JointOutput
     statistics: PassStatistics
