@@ -105,7 +105,7 @@ def test_a_temperature_means_sampling(folder: Path, loaded) -> None:
     assert any(not torch.equal(drawn[0], other) for other in drawn)
     greedy = generate(ensemble, ["w1"], tokenizer, max_new_tokens=8)
     assert generate(ensemble, ["w1"], tokenizer, max_new_tokens=8, temperature=0, top_p=0.9) == greedy
-    with pytest.raises(ConfigError, match=r"do_sample: is False, and a temperature of 1\.5"):
+    with pytest.raises(ConfigError, match=r"do_sample: is False, but a temperature of 1\.5"):
         generate(ensemble, ["w1"], tokenizer, do_sample=False, temperature=1.5)
 
 

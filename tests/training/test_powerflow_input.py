@@ -40,7 +40,7 @@ def config(tmp_path, **settings) -> PowerFlowConfig:
         ("format_penalty", "(unclosed", "no regular expression"),
         ("format_penalty", "no.such.module:form", "cannot be imported"),
         ("format_penalty", "math:no_such_function", "has no no_such_function"),
-        ("format_penalty", "math:pi", "no function"),
+        ("format_penalty", "math:pi", "not a function"),
         ("num_members", 3, "multiple of num_members"),
         ("num_generations_eval", 1, "at least 2"),
         ("alpha", 1.5, "between 0 and 1"),
