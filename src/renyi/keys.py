@@ -32,6 +32,7 @@ RENAMED: Mapping[str, str] = {
     "max_seq_length": "max_length",
     "max_new_tokens": "max_completion_length",
     "no_cuda": "use_cpu",
+    "device": "use_cpu: true trains on the CPU; without it a GPU is used where there is one",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "tokenizer": "model_name_or_path: the tokenizer is the model's own",
@@ -121,8 +122,9 @@ def explained(
 ) -> ConfigError:
     """Turn an error of a library about its settings into a `ConfigError` that names the key.
 
-    The key is found in one of three ways. The message mentions it. Or a package is missing that the key needs. Or
-    `cls` accepts the other values when this key is left out.
+    The key is found in one of these ways. The message mentions it, or its value. Or a package is missing that the key
+    needs. Or `cls` accepts the other values when this key is left out, or refuses this key alone. If none of them finds
+    it, the error names all keys that were given.
 
     Args:
         error: the exception that was raised.
@@ -139,12 +141,29 @@ def explained(
     keys = [*(k for k in for_package if k in given), *(k for k in mentioned if k in given)]
     if not keys and cls is not None:
         keys = [key for key in given if _is_taken(cls, {k: v for k, v in given.items() if k != key})]
+        keys = keys or [key for key, value in given.items() if not _is_taken(cls, {key: value})]
     keys = keys or [key for key in mentioned if key in known] or [k for k in words if k in given]
+    keys = keys or [key for key, value in given.items() if _is_quoted(value, message)]
     key = keys[0] if keys else None
+    if key is None:
+        return ConfigError(
+            message,
+            where=", ".join(map(where, given)) or "settings",
+            hint="A library refuses these keys together and does not say which: leave them out one after another.",
+        )
     hint = f"Install it: pip install {package.replace('_', '-')}." if package and "install" not in message else None
-    if key is not None and key in given and hint is None:
+    if key in given and hint is None:
         hint = f"{given[key]!r} was given: change it, or leave {key} out."
-    return ConfigError(message, where=where(key) if key else None, hint=hint)
+    return ConfigError(message, where=where(key), hint=hint)
+
+
+def _is_quoted(value: object, message: str) -> bool:
+    """Whether a message holds a value that was given as text, long enough not to be there by chance."""
+    return (
+        isinstance(value, str)
+        and len(value) > 2
+        and re.search(rf"(?<!\w){re.escape(value)}(?!\w)", message) is not None
+    )
 
 
 def _is_taken(cls: Callable[..., object], values: Mapping[str, Any]) -> bool:

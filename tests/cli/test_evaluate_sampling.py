@@ -123,6 +123,16 @@ def test_a_member_and_another_ensemble(folder: Path, base: Path, data: Path, tmp
     assert found["systems"][0]["log_prob"]["value"] != pytest.approx(found["systems"][1]["log_prob"]["value"])
 
 
+def test_an_adapter_as_the_baseline_is_an_ensemble_of_one(folder: Path, base: Path, data: Path, tmp_path: Path) -> None:
+    scatter_members(LoraEnsemble.from_base(base, 1, lora(), seed=9), std=0.3, seed=4).save(tmp_path / "one")
+    (tmp_path / "one" / "member_0").rename(tmp_path / "bare")
+    LoraEnsemble.load(tmp_path / "bare").save(tmp_path / "one")
+    bare, one = (told(evaluate(folder, data, *QUICK, "--baseline", tmp_path / n, "--json")) for n in ("bare", "one"))
+    assert [found["systems"][1].pop("name") for found in (bare, one)] == ["bare", "one"]
+    assert bare["systems"][1] == one["systems"][1]
+    assert bare["systems"][1] != bare["systems"][0]
+
+
 def test_one_seed_one_result(folder: Path, data: Path) -> None:
     first, again, other = (told(evaluate(folder, data, *QUICK, "--json", "--seed", seed)) for seed in (3, 3, 4))
     assert first == again

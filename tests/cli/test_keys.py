@@ -4,9 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from conftest import Ended, Settings, assert_refused, renyi
+import torch
+from conftest import Settings, assert_refused, renyi
 
-from renyi.keys import RENAMED
+from renyi.keys import RENAMED, explained
 from renyi.runs.settings import METHODS
 
 
@@ -75,7 +76,49 @@ def test_what_a_library_refuses_names_the_key(given: dict[str, object], key: str
     assert "settings:" not in ended.err
 
 
-def test_an_adapter_is_no_base(settings: Settings, trained: tuple[Path, Ended]) -> None:
-    given = {"model_name_or_path": trained[0] / "member_0"}
-    ended = renyi("sft", "--config", settings(**given), "--dry_run")
-    assert_refused(ended, "model_name_or_path", "is a PEFT adapter", "LoraEnsemble.load([folder]).save")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (("--bf16", "true", "--use_cpu", "false"), ("--bf16: True", "bf16: false", "use_cpu: true")),
+        (("--fp16", "true"), ("--fp16: True", "needs a GPU", "fp16: false")),
+        (("--tf32", "true"), ("--tf32: True", "Ampere", "Leave tf32 out")),
+        (("--device", "cuda"), ("--device: there is no such key", "Write use_cpu: true trains on the CPU")),
+    ],
+)
+@pytest.mark.parametrize("dry", [(), ("--dry_run",)], ids=["run", "dry"])
+def test_hardware_that_is_not_there_is_refused_before_training(
+    flags: tuple[str, ...], parts: tuple[str, ...], dry: tuple[str, ...], settings: Settings, tmp_path: Path
+) -> None:
+    config = settings(bf16=..., use_cpu=...)
+    assert_refused(renyi("sft", "--config", config, *flags, *dry), *parts)
+    assert not (tmp_path / "out").exists()
+
+
+class Paired:
+    """Stands for a library's class that refuses two keys together."""
+
+    def __init__(self, **given: object):
+        if {"one", "two"} <= set(given):
+            raise ValueError("these do not go together")
+
+
+class Twice:
+    """Stands for a library's class that finds fault with each of two keys."""
+
+    def __init__(self, **given: object):
+        for name in ("one", "two"):
+            if name in given:
+                raise ValueError("no good")
+
+
+def test_every_refusal_of_a_library_names_a_key() -> None:
+    known = {"one", "two", "three"}
+    given = {"one": 1, "two": 2, "three": "cubic spline"}
+    assert explained(ValueError("x"), known, given, str, Paired).where == "one"
+    assert explained(ValueError("x"), known, given, str, Twice).where == "one"
+    assert explained(ValueError("'cubic spline' is not valid"), known, given).where == "three"
+    nothing = explained(ValueError("x"), known, given)
+    assert nothing.where == "one, two, three"
+    assert nothing.hint is not None
+    assert explained(ValueError("x"), known, {}).where == "settings"

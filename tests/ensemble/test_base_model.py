@@ -11,6 +11,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     T5Config,
@@ -89,3 +91,16 @@ def test_a_mixture_of_experts_adapts_its_attention():
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZE, **moe, **shared))
     ensemble = scatter_members(LoraEnsemble.from_base(model, 2, lora(target_modules=["q_proj", "v_proj"])))
     assert torch.isfinite(ensemble.log_likelihood(*padded_batch())).all()
+
+
+def test_experts_by_default_targets_are_refused_with_what_to_adapt():
+    """PEFT takes a mixture's experts for linear layers; their tokens are sorted by expert, not by member."""
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SIZE, num_local_experts=4, num_key_value_heads=2))
+    with pytest.raises(ConfigError) as caught:
+        LoraEnsemble.from_base(model, 2, lora())
+    assert caught.value.where == "lora_target_modules"
+    assert "model.layers.0.mlp.experts is inside a mixture of experts" in caught.value.what
+    assert caught.value.hint == "Adapt attention: k_proj, o_proj, q_proj, v_proj."
+    ensemble = LoraEnsemble.from_base(model, 2, lora(target_modules=["k_proj", "o_proj", "q_proj", "v_proj"]))
+    assert ensemble.log_likelihood(*padded_batch()).shape == (2, 3)

@@ -164,6 +164,18 @@ def test_one_member_is_the_harness_on_its_merged_model(folder: Path) -> None:
     )
 
 
+def test_an_adapters_folder_is_an_ensemble_of_one(folder: Path) -> None:
+    pairs = requests("loglikelihood", ("w1 w2", " w3 w4"), ("w5", " w6"))
+    bare, again, member, other = (
+        RenyiLM(str(path), member=m, device="cpu").loglikelihood(pairs)
+        for path, m in ((folder / "member_1", None), (folder / "member_1", 0), (folder, 1), (folder, 0))
+    )
+    assert bare == again == member
+    assert bare != other
+    with pytest.raises(ConfigError, match="no member 1"):
+        RenyiLM(str(folder / "member_1"), member=1)
+
+
 def test_settings_of_a_task(folder: Path) -> None:
     model = RenyiLM(str(folder), device="cpu", max_length=16, seed=3)
     sampled = ("w1", {"max_new_tokens": 8, "do_sample": True, "temperature": 1.5, "top_p": 0.9})

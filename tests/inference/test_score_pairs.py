@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tiny import WORDS, scatter_members, tiny_ensemble, tiny_model, tiny_tokenizer
+from tiny import WORDS, lora, scatter_members, tiny_ensemble, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from renyi import LoraEnsemble
@@ -128,6 +128,19 @@ def test_pairs_are_cut_as_in_training(ensemble: LoraEnsemble) -> None:
         assert score.margin == pytest.approx(other.margin, abs=1e-5)
         assert score.tokens == other.tokens <= whole.tokens
     assert beforehand[0].tokens < scored(ensemble, pairs)[0].tokens
+
+
+def test_pairs_are_cut_at_the_positions_of_the_base(caplog: pytest.LogCaptureFixture) -> None:
+    """As with a `max_length` of as many tokens, which is how training cuts them; and the cut pairs are counted."""
+    pairs = prepared()
+    short = scatter_members(LoraEnsemble.from_base(tiny_model(max_position_embeddings=9), 3, lora(), seed=7))
+    lengths = [len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
+    cut = sum(length > 9 for length in lengths)
+    assert 0 < cut < len(pairs)
+    with caplog.at_level("WARNING", logger="renyi"):
+        of_positions = scored(short, pairs)
+    assert f"{cut} rows cut at the 9 positions of the base" in caplog.text
+    assert of_positions == scored(short, pairs, preparation=PairPreparation(max_length=9))
 
 
 @pytest.mark.parametrize("loss_type", ["ipo", "hinge"])

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
+import torch
 from tiny import sft_config, text_rows, trainer_of
 
 from renyi.errors import ConfigError
@@ -64,3 +65,32 @@ def test_a_dropped_last_batch_must_leave_one(tmp_path):
         trainer_of(tmp_path, text_rows(3), **settings)
     assert caught.value.where == "dataloader_drop_last"
     assert trainer_of(tmp_path, text_rows(4), **settings).num_steps > 0
+
+
+NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    ("key", "settings", "write"),
+    [
+        ("bf16", {"bf16": True, "use_cpu": False}, "use_cpu: true"),
+        ("bf16_full_eval", {"bf16_full_eval": True, "use_cpu": False}, "use_cpu: true"),
+        ("fp16", {"fp16": True}, "fp16: false"),
+        ("fp16", {"fp16": True, "use_cpu": False}, "fp16: false"),
+        ("fp16_full_eval", {"fp16_full_eval": True}, "fp16_full_eval: false"),
+        ("fp16", {"bf16": True, "fp16": True}, "fp16: false"),
+        ("tf32", {"tf32": True}, "Leave tf32 out"),
+    ],
+    ids=str,
+)
+def test_a_precision_that_the_machine_lacks_is_refused_by_its_key(tmp_path, key, settings, write):
+    with pytest.raises(ConfigError, match="True is not allowed") as caught:
+        sft_config(tmp_path, **settings)
+    assert caught.value.where == key
+    assert write in caught.value.hint
+
+
+def test_half_precision_on_a_cpu_is_not_refused(tmp_path):
+    assert sft_config(tmp_path, bf16=True, use_cpu=True).bf16
+    assert sft_config(tmp_path, bf16=False, fp16=False, tf32=False).bf16 is False

@@ -8,8 +8,9 @@ import pytest
 import safetensors.torch
 from float64 import SAME
 from safetensors import SafetensorError
-from tiny import dpo_trainer_of, member_distance, powerflow_trainer_of, tiny_ensemble, trainer_of
+from tiny import dpo_trainer_of, member_distance, powerflow_trainer_of, tiny_ensemble, tiny_model, trainer_of
 
+from renyi import LoraEnsemble
 from renyi.errors import SaveError
 from renyi.training.checkpoints import find_checkpoints
 
@@ -108,3 +109,38 @@ def test_a_run_whose_disk_was_full_goes_on_as_if_nothing_had_been(tmp_path, monk
     again.train(resume_from_checkpoint=True)
     uninterrupted.train()
     assert member_distance(again.model, uninterrupted.model) <= SAME
+
+
+OF_RESULT = ["tokenizer_config.json", "training_args.bin", "preparation.json", "README.md", "training.png"]
+
+
+@pytest.mark.parametrize("file", ["ensemble.json", *OF_RESULT])
+def test_a_full_disk_at_the_result_leaves_the_checkpoints(tmp_path, file):
+    run = trainer("sft", tmp_path)
+    run.train()
+    (tmp_path / file).unlink(missing_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        if file in OF_RESULT:
+            (tmp_path / file).symlink_to("/dev/full")
+        else:
+            plain = Path.write_text
+
+            def full(path: Path, *args: Any, **kwargs: Any) -> int:
+                if path.name == "ensemble.json":
+                    raise OSError(28, "No space left on device")
+                return plain(path, *args, **kwargs)
+
+            patch.setattr(Path, "write_text", full)
+        with pytest.raises(SaveError) as caught:
+            run.save_model(str(tmp_path))
+    assert caught.value.where in (str(tmp_path), str(tmp_path / file))
+    assert "Free some space" in str(caught.value)
+    assert find_checkpoints(tmp_path) == (tmp_path / "checkpoint-4", [])
+    if file in OF_RESULT[:-1]:
+        assert f"{tmp_path / 'checkpoint-4'} is untouched" in str(caught.value)
+    if file in OF_RESULT:
+        (tmp_path / file).unlink()
+    again = trainer("sft", tmp_path)
+    again.train(resume_from_checkpoint=True)
+    again.save_model(str(tmp_path))
+    assert member_distance(LoraEnsemble.load(tmp_path, base=tiny_model()), again.model) == 0

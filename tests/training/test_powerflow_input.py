@@ -55,6 +55,32 @@ def test_a_bad_setting_is_refused_by_its_name(tmp_path, key, value, why):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("key", "settings", "says"),
+    [
+        ("num_generations", {"num_generations": 3, "per_device_train_batch_size": 8}, "Give a divisor of 8"),
+        ("num_generations", {"num_generations": 1}, "at least 2"),
+        ("generation_batch_size", {"generation_batch_size": 12, "per_device_train_batch_size": 8}, "multiple of 8"),
+        ("generation_batch_size", {"generation_batch_size": 8, "num_generations": 3}, "multiple of 3"),
+        ("steps_per_generation", {"generation_batch_size": 8, "steps_per_generation": 1}, "Leave one of them out"),
+        (
+            "per_device_eval_batch_size",
+            {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 6},
+            "a multiple of num_generations_eval (4)",
+        ),
+        ("auto_find_batch_size", {"auto_find_batch_size": True}, "per_device_train_batch_size"),
+    ],
+    ids=str,
+)
+def test_groups_that_do_not_fit_are_refused_in_words_of_powerflow(tmp_path, key, settings, says):
+    with pytest.raises(ConfigError) as caught:
+        config(tmp_path, **settings)
+    assert caught.value.where == key
+    assert says in caught.value.hint
+    for word in ("GRPO", "reward", "advantage", "generations per prompt", "global"):
+        assert word not in str(caught.value)
+
+
 def test_settings_that_change_nothing_are_not_refused(tmp_path):
     made = config(tmp_path, temperature=1, top_k=0, generation_kwargs={"use_cache": True}, beta=0)
     assert (made.temperature, made.top_k, made.generation_kwargs, made.beta) == (1, 0, {"use_cache": True}, 0)

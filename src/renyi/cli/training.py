@@ -63,7 +63,7 @@ _AFTER = {
 }
 # Where TRL's own words would mislead.
 _OUR_HELP = {
-    "model_name_or_path": "The base model, or the folder of an ensemble to go on training: a folder or a hub id",
+    "model_name_or_path": "The base model, a folder or a hub id; or a folder of an ensemble or adapter to go on with",
     "output_dir": "The folder for checkpoints and the ensemble; the same command goes on from what it holds",
     "pad_token": "Token to pad with, where the tokenizer has none or pads with its end of text",
     "ld_alpha": "Weight of the tokens by which a completion is longer than the other; 1 if not given",

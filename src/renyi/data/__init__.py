@@ -30,6 +30,7 @@ from renyi.data.rendering import chat_tokens, end_tokens, text_tokens, training_
 from renyi.data.rows import FILE_COLUMN, ROW_COLUMN, Form, check_rows, number_rows
 from renyi.data.splits import choose_split, load_splits
 from renyi.data.tokenizers import (
+    check_fits,
     load_chat_template,
     load_tokenizer,
     load_tokenizer_of,
@@ -52,6 +53,7 @@ __all__ = [
     "Question",
     "RowPreparation",
     "chat_tokens",
+    "check_fits",
     "check_pairs",
     "check_prompts",
     "check_rows",

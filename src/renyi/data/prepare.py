@@ -256,7 +256,7 @@ class _Tokenise:
         where = row_name(row, index, self.name)
         read = read_row(row, self.form, where, self.settings.assistant_only_loss, self.exact)
         ids, labels = self._tokens(read, where)
-        check_ids(ids, self.limits, where)
+        check_ids(ids, self.limits, where, self.tokenizer)
         whole = len(ids)
         longest = self.limits.longest(self.settings.max_length)
         if longest is not None:
@@ -332,12 +332,14 @@ def common_length(ids: Sequence[int], others: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b), min(len(ids), len(others)))
 
 
-def check_ids(ids: Sequence[int], limits: Limits, where: str) -> None:
-    """Raise `DataError` for an id that the base has no embedding for."""
+def check_ids(ids: Sequence[int], limits: Limits, where: str, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Raise `DataError` for an id that the base has no embedding for; with a tokenizer, it says which token that is."""
     if limits.vocabulary is not None and ids and max(ids) >= limits.vocabulary:
         place = next(i for i, token in enumerate(ids) if token >= limits.vocabulary)
+        written = f" {tokenizer.convert_ids_to_tokens(ids[place])!r}" if tokenizer is not None else ""
         raise DataError(
-            f"has the token {ids[place]} at place {place + 1}, and the base has {limits.vocabulary} embeddings",
+            f"has the token {ids[place]}{written} at place {place + 1}, and the base has "
+            f"{limits.vocabulary} embeddings",
             where=where,
             hint="Use the tokenizer of this base. Another tokenizer may have more tokens.",
         )

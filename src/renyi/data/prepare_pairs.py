@@ -149,7 +149,7 @@ class _Tokenise:
         if shared < len(prompt) and not is_text:
             self._check_prompt(read, prompt[shared:], where)
         for side in sides:
-            check_ids(side, self.limits, where)
+            check_ids(side, self.limits, where, self.tokenizer)
         made = dict(zip(PREPARED, (prompt[:shared], *(side[shared:] for side in sides)), strict=True))
         if is_streamed:
             self._check_left(made, where)

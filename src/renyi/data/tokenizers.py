@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from renyi.data.rendering import syntax_error, told_ends
+from renyi.data.rendering import end_of_turn, syntax_error, told_ends
 from renyi.errors import TokenizerError, first_line
 
 # Patterns for the names of special tokens that can serve as pad token, in order of preference.
@@ -108,6 +108,38 @@ def _spare(tokenizer: PreTrainedTokenizerBase) -> str | None:
             return found[0]
     unknown = tokenizer.unk_token
     return unknown if unknown in free else None
+
+
+# ---- The base's embedding --------------------------------------------------------------------------------------------
+
+
+def check_fits(tokenizer: PreTrainedTokenizerBase, embeddings: int | None) -> None:
+    """Raise `TokenizerError` if training would meet a token that the base has no embedding for.
+
+    These are the tokens that begin, end and pad a text, and the added ones that the chat template writes. Others are
+    found where a row holds them. A tokenizer may have more tokens than that; they only must not appear.
+
+    Args:
+        tokenizer: to train with.
+        embeddings: rows of the base's embedding; None if that is not known.
+    """
+    if embeddings is None:
+        return
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    uses = {"eos_token": tokenizer.eos_token_id, "pad_token": tokenizer.pad_token_id}
+    uses |= {"what it adds to every text": max(tokenizer("")["input_ids"], default=None)}
+    uses |= {"the chat template's end of turn": end_of_turn(tokenizer)}
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    uses |= {f"the chat template's {t.content}": token for token, t in added.items() if t.content in template}
+    for use, token in uses.items():
+        if token is not None and token >= embeddings:
+            raise TokenizerError(
+                f"the token {tokenizer.convert_ids_to_tokens(token)!r} has id {token}, and the base has {embeddings} "
+                "embeddings",
+                where=f"tokenizer, {use}",
+                hint="Take the base's own tokenizer, or another token or template: the base is frozen, so no new "
+                "tokens can be learned.",
+            )
 
 
 # ---- Chat templates --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from renyi.ensemble.storage import Manifest, read_manifest, resolve_folder
+from renyi.ensemble.storage import Manifest, read_ensemble, resolve_folder
 from renyi.errors import EnsembleFormatError
 from renyi.members.adapters import Adapter, layer_scaling, read_adapter
 
@@ -54,7 +54,7 @@ def describe(path: str | Path) -> Description:
         EnsembleFormatError: a file is missing or damaged.
     """
     folder = resolve_folder(path)
-    manifest = read_manifest(folder)
+    manifest = read_ensemble(folder)
     members = [read_adapter(folder / name) for name in manifest.members]
     _check_same_layers(folder, manifest, members)
     config, weights, _ = members[0]

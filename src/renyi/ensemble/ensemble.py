@@ -296,7 +296,7 @@ class LoraEnsemble(TrainableModel, JointModel):
             EnsembleFormatError: the folder is damaged, or its members have other layers, ranks or scaling.
         """
         folder = storage.resolve_folder(path)
-        manifest = storage.read_manifest(folder)
+        manifest = storage.read_ensemble(folder, self.base_model_name or None)
         many = len(manifest.members)
         read = []
         for member in self.mesh.share(many) if self.mesh else range(many):

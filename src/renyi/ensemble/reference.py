@@ -52,6 +52,8 @@ class Reference:
         own = self.ensemble.stack.names()
         tensors = [(n, t) for n, t in self.ensemble.base.state_dict().items() if n not in own]
         tensors += [(f"start.{i}", t) for i, pair in enumerate(self.start.layers if self.start else []) for t in pair]
+        if self.start:
+            digest.update(repr([layer.scaling for layer in self.ensemble.stack.layers.values()]).encode())
         for name, tensor in tensors:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -79,6 +79,30 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / MANIFEST_FILE).is_file()
 
 
+def read_ensemble(folder: Path, base: str | None = None) -> Manifest:
+    """`ensemble.json`, or what it would say of the folder of one PEFT adapter, which is an ensemble of one.
+
+    Args:
+        folder: of an ensemble, or of an adapter.
+        base: for an adapter that does not name its base.
+
+    Raises:
+        EnsembleFormatError: as `read_manifest`; or the adapter does not name its base.
+    """
+    if not is_adapter(folder):
+        return read_manifest(folder)
+    file = folder / ADAPTER_CONFIG_FILE
+    try:
+        named = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path") or base
+    except (OSError, ValueError, AttributeError) as error:
+        raise EnsembleFormatError(f"cannot be read ({error})", where=str(file), hint="Copy it again.") from error
+    if not named or not isinstance(named, str):
+        raise EnsembleFormatError(
+            "names no base model", where=str(file), hint="Write its base_model_name_or_path: a folder or a hub id."
+        )
+    return Manifest(base_model=named, members=["."], weights=[1.0], alpha=1.0)
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `ensemble.json`.
 

@@ -19,11 +19,10 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from renyi.data import load_tokenizer_of
 from renyi.ensemble import LoraEnsemble
-from renyi.ensemble.storage import read_manifest, resolve_folder
+from renyi.ensemble.storage import read_ensemble, resolve_folder
 from renyi.errors import ConfigError
 from renyi.inference.continuation import ContinuationScore, score_continuations
 from renyi.inference.generate import end_tokens
-from renyi.layout import ADAPTER_CONFIG_FILE, MANIFEST_FILE
 
 _MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # tasks use any of these names
 
@@ -237,9 +236,8 @@ class _Stops(StoppingCriteria):
 
 def _loaded(folder: Path, base: str | None, member: int | None) -> LoraEnsemble:
     if member is None:
-        is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / MANIFEST_FILE).is_file()
-        return LoraEnsemble.load([folder] if is_adapter else folder, base=base)
-    manifest = read_manifest(folder)
+        return LoraEnsemble.load(folder, base=base)
+    manifest = read_ensemble(folder, base)
     if member not in range(len(manifest.members)):
         raise ConfigError(
             f"there is no member {member}", where="member", hint=f"Members are 0 to {len(manifest.members) - 1}."

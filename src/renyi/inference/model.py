@@ -13,7 +13,6 @@ from renyi.data import load_tokenizer_of
 from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.storage import resolve_folder
 from renyi.errors import ConfigError
-from renyi.layout import ADAPTER_CONFIG_FILE, MANIFEST_FILE
 
 
 class LoadedModel(NamedTuple):
@@ -38,8 +37,7 @@ def load_model(name: str | Path, base: str | Path | None = None, device: str | N
         ConfigError: there is no such device.
     """
     folder = resolve_folder(name)
-    is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / MANIFEST_FILE).is_file()
-    ensemble = LoraEnsemble.load([folder] if is_adapter else folder, base=base)
+    ensemble = LoraEnsemble.load(folder, base=base)
     ensemble.folder = folder
     tokenizer = load_tokenizer_of(folder, ensemble.base_model_name)
     try:

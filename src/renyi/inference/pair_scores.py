@@ -3,6 +3,7 @@
 Tokens, reference and joint forward are the same as in training. Read next: `renyi.objectives.preference` (margins).
 """
 
+import logging
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from renyi.data import PairPreparation
+from renyi.data import Limits, PairPreparation, count_cut_pairs, told_cut
 from renyi.ensemble import LoraEnsemble, Reference, completion_labels, evaluating
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length
@@ -25,6 +26,8 @@ from renyi.objectives import (
     preference_log_likelihood,
     preference_margin,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class PairScore(NamedTuple):
@@ -75,7 +78,7 @@ def score_pairs(
         pairs: with columns `prompt_ids`, `chosen_ids`, `rejected_ids`, as `prepare_pairs` makes them.
         loss: the settings that margins and likelihoods are computed with.
         reference: what log-ratios are taken to.
-        preparation: where pairs are cut.
+        preparation: where pairs are cut; at the positions of the base at the latest. A warning counts those cut.
         tokens_per_batch: limit on members × rows × length in one forward. A longer single pair is scored alone.
         progress: called after each batch with the number of pairs done.
 
@@ -85,6 +88,11 @@ def score_pairs(
     Raises:
         EnsembleFormatError: a member gives no finite likelihood.
     """
+    limits, asked = Limits.of(ensemble.base), preparation.max_length
+    preparation = preparation.within(limits)
+    told = told_cut(count_cut_pairs(pairs, preparation), asked, limits)
+    if told:
+        logger.warning("%s", told)
     collate = DataCollatorForPreference(0, preparation.max_length, preparation.truncation_mode)
     columns = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     lengths = [

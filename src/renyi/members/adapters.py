@@ -159,6 +159,14 @@ def _peft_layers(model: PreTrainedModel, config: LoraConfig) -> Iterator[tuple[l
 
 
 def _check_layer(name: str, layer: LoraLayer, model: PreTrainedModel) -> None:
+    if ".experts." in f".{name}.":
+        linear = [n for n, m in model.named_modules() if "attn" in n and _is_linear(m) and ".lora_" not in n]
+        attention = sorted({n.removesuffix(".base_layer").rpartition(".")[2] for n in linear})
+        raise ConfigError(
+            f"{name} is inside a mixture of experts, whose tokens are not in member-major order",
+            where="lora_target_modules",
+            hint=f"Adapt attention: {', '.join(attention) or 'its projections'}.",
+        )
     base: Any = layer.get_base_layer()
     if (
         "default" not in layer.lora_A
@@ -175,13 +183,6 @@ def _check_layer(name: str, layer: LoraLayer, model: PreTrainedModel) -> None:
             f"{name} is the language-model head",
             where="lora_target_modules",
             hint="Leave it out: the head is frozen so that log-likelihoods need no logits in memory.",
-        )
-    if ".experts." in f".{name}.":
-        attention = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if "attn" in n and _is_linear(m)})
-        raise ConfigError(
-            f"{name} is inside a mixture of experts, whose tokens are not in member-major order",
-            where="lora_target_modules",
-            hint=f"Adapt attention: {', '.join(attention) or 'its projections'}.",
         )
 
 

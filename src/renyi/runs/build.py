@@ -18,16 +18,16 @@ from trl import ScriptArguments, get_peft_config, get_quantization_config
 
 from renyi import data
 from renyi.ensemble import LoraEnsemble
-from renyi.ensemble.storage import Manifest, read_manifest
-from renyi.errors import ConfigError, DataError, RenyiError, SaveError
+from renyi.ensemble.storage import Manifest, is_adapter, read_ensemble
+from renyi.errors import ConfigError, DataError, RenyiError
 from renyi.inference.diagnose import FEWEST_MEASURED
 from renyi.keys import Where, explained
-from renyi.layout import ADAPTER_CONFIG_FILE, MANIFEST_FILE
+from renyi.layout import MANIFEST_FILE
 from renyi.members.adapters import read_adapter
 from renyi.runs.output import check_length, check_output_dir, check_targets, checkpoints_of, steps_of
 from renyi.runs.record import Record, defaults
 from renyi.runs.settings import MemberConfig, PolicyConfig, RunArguments, Settings
-from renyi.training.checkpoints import Checkpoints, state_at_end
+from renyi.training.checkpoints import Checkpoints, saved, state_at_end
 from renyi.training.config import EnsembleConfig
 from renyi.training.trainer import EnsembleTrainer
 
@@ -121,8 +121,7 @@ def build(settings: Settings, asked: Settings | None = None, probes: int = 0) ->
     # transformers writes its placeholder where nothing was given; two runs that share it would resume each other.
     _given("" if args.output_dir == "trainer_output" else args.output_dir, "output_dir", "a folder for the ensemble")
     _check_base_exists(name)
-    _refuse_adapter(Path(name))
-    is_ensemble = (Path(name) / MANIFEST_FILE).is_file()
+    is_ensemble = (Path(name) / MANIFEST_FILE).is_file() or is_adapter(Path(name))
     start = _take_from_ensemble(Path(name), args, model, settings.values) if is_ensemble else None
     output_dir = Path(args.output_dir or "")
     check_output_dir(output_dir, start.base_model if start else name, args, model)
@@ -182,7 +181,7 @@ def _take_from_ensemble(folder: Path, args: Any, model: MemberConfig, given: Map
     Raises:
         ConfigError: another value was given for one of them.
     """
-    manifest = read_manifest(folder)
+    manifest = read_ensemble(folder)
     config = read_adapter(folder / manifest.members[0]).config
     brought = {name: getattr(config, name) for name in ("lora_alpha", "use_rslora")}
     brought |= {"num_members": len(manifest.members), "lora_r": config.r}
@@ -216,15 +215,6 @@ def _check_base_exists(name: str) -> None:
     if looks_local and not Path(name).is_dir():
         raise ConfigError(
             f"there is no folder {name}", where="model_name_or_path", hint="Give a model folder, or a hub id."
-        )
-
-
-def _refuse_adapter(folder: Path) -> None:
-    if (folder / ADAPTER_CONFIG_FILE).is_file() and not (folder / MANIFEST_FILE).is_file():
-        raise ConfigError(
-            f"{folder} is a PEFT adapter, not a base model or an ensemble",
-            where="model_name_or_path",
-            hint="Make it an ensemble of one and give that: LoraEnsemble.load([folder]).save(other_folder).",
         )
 
 
@@ -413,16 +403,8 @@ def save(run: Run) -> None:
         SaveError: something could not be written; checkpoints are untouched.
     """
     trainer, name = run.trainer, run.settings.values["dataset_name"]
-    try:
+    with saved(run.output_dir):
         trainer.save_model(trainer.args.output_dir)
         trainer.create_model_card(dataset_name=name)
-    except SaveError:
-        raise
-    except OSError as error:
-        raise SaveError(
-            f"could not be written ({error})",
-            where=str(run.output_dir),
-            hint="Free some space and run the same command.",
-        ) from error
     if trainer.args.push_to_hub:
         trainer.push_to_hub(dataset_name=name)

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from renyi import __version__
 from renyi.data import end_tokens, load_tokenizer_of
 from renyi.ensemble import LoraEnsemble
-from renyi.ensemble.storage import read_manifest, resolve_folder
+from renyi.ensemble.storage import read_ensemble, resolve_folder
 from renyi.errors import ConfigError, EnsembleFormatError, SaveError
 from renyi.members.adapters import Adapter, layer_scaling, read_adapter, write_adapter
 
@@ -224,7 +224,7 @@ class _Source(NamedTuple):
 
 def _read(ensemble: str | Path, members: Sequence[int] | None, base: str | None) -> _Source:
     folder = resolve_folder(ensemble).resolve()
-    manifest = read_manifest(folder)
+    manifest = read_ensemble(folder, base)
     known = range(len(manifest.members))
     chosen = list(known if members is None else members)
     for member in chosen:

@@ -96,6 +96,26 @@ def written_whole(checkpoint: Path, is_writer: bool, wait_for_everyone: Callable
         ) from error
 
 
+@contextmanager
+def saved(folder: Path) -> Iterator[None]:
+    """Write the result of a run inside.
+
+    Raises:
+        SaveError: a file could not be written. Checkpoints are untouched.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, SaveError) or not is_write_error(error):
+            raise
+        survivor = find_checkpoints(folder).newest
+        raise SaveError(
+            f"the result could not be written ({_first_line(error)})",
+            where=str(folder),
+            hint=(f"{survivor} is untouched. " if survivor else "") + "Free some space and run the same command.",
+        ) from error
+
+
 def is_write_error(error: BaseException) -> bool:
     """Whether an error says that a file could not be written.
 

@@ -4,13 +4,14 @@
 """
 
 import math
+import os
 from dataclasses import fields
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import get_available_reporting_integrations
-from transformers.utils import is_liger_kernel_available
+from transformers.utils import is_liger_kernel_available, is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from renyi.errors import ConfigError
 
@@ -29,6 +30,96 @@ def check_numbers(args: Any) -> None:
             value = getattr(args, name, None)
             if isinstance(value, int | float) and value < least:
                 raise ConfigError(f"{value} is not allowed", where=name, hint=f"Give a number of at least {least}.")
+
+
+def check_precision(args: Any) -> None:
+    """Raise `ConfigError` about a precision that this machine does not have, before transformers looks at it."""
+    half = [name for name in ("bf16", "bf16_full_eval") if getattr(args, name)]
+    if half and not args.use_cpu and not is_torch_bf16_gpu_available():
+        raise ConfigError(
+            "True is not allowed: there is no GPU that computes in bfloat16",
+            where=half[0],
+            hint=f"Write {half[0]}: false, or use_cpu: true, which computes in bfloat16 on the CPU.",
+        )
+    for first, second in (("bf16", "fp16"), ("bf16_full_eval", "fp16_full_eval")):
+        if getattr(args, first) and getattr(args, second):
+            raise ConfigError(
+                f"True is not allowed beside {first}: true",
+                where=second,
+                hint=f"Write {second}: false, or {first}: false.",
+            )
+    half = [name for name in ("fp16", "fp16_full_eval") if getattr(args, name)]
+    if half and (args.use_cpu or not torch.accelerator.is_available()):
+        raise ConfigError(
+            "True is not allowed: float16 needs a GPU, and this run has none",
+            where=half[0],
+            hint=f"Write {half[0]}: false; on a CPU, bf16: true with use_cpu: true is the half precision.",
+        )
+    if args.tf32 and not is_torch_tf32_available():
+        raise ConfigError(
+            "True is not allowed: TF32 needs an NVIDIA GPU of the Ampere generation or later",
+            where="tf32",
+            hint="Leave tf32 out.",
+        )
+
+
+def check_rollouts(args: Any) -> None:
+    """Raise `ConfigError` unless whole groups of rollouts fill a batch, in words of PowerFlow and not of GRPO."""
+    rows, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    group = args.num_generations or 0
+    if min(rows, parts, group) < 1:
+        return  # refused as sizes
+    if group < 2:
+        raise ConfigError(
+            f"{group} is not allowed: a prompt needs several rollouts to be compared",
+            where="num_generations",
+            hint="Give at least 2.",
+        )
+    if args.auto_find_batch_size:
+        raise ConfigError(
+            "True is not allowed: a smaller batch would no longer hold all rollouts of its prompts",
+            where="auto_find_batch_size",
+            hint="Leave it out, and lower per_device_train_batch_size where memory is short.",
+        )
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.generation_batch_size is not None and args.steps_per_generation is not None:
+        raise ConfigError(
+            "both it and generation_batch_size are given, and each decides the other",
+            where="steps_per_generation",
+            hint="Leave one of them out.",
+        )
+    if args.generation_batch_size is not None:
+        _whole_groups(args.generation_batch_size, "generation_batch_size", rows * processes, "rows of one pass")
+        _whole_groups(args.generation_batch_size, "generation_batch_size", group, "num_generations")
+    else:
+        steps = args.steps_per_generation if args.steps_per_generation is not None else parts
+        how = "steps_per_generation" if args.steps_per_generation is not None else "gradient_accumulation_steps"
+        if (rows * processes * steps) % group:
+            across = f" × {processes} processes" if processes > 1 else ""
+            raise ConfigError(
+                f"{group} is not allowed: per_device_train_batch_size {rows}{across} × {how} {steps} makes "
+                f"{rows * processes * steps} rollouts at a time, which are no whole groups of {group}",
+                where="num_generations",
+                hint=f"Give a divisor of {rows * processes * steps}, or another per_device_train_batch_size.",
+            )
+    evaluates = getattr(args.eval_strategy, "value", args.eval_strategy) != "no"
+    held_out, evaluated = args.num_generations_eval or group, args.per_device_eval_batch_size * processes
+    if evaluates and evaluated % held_out:
+        raise ConfigError(
+            f"{args.per_device_eval_batch_size} is not allowed: {evaluated} rollouts at a time are no whole groups of "
+            f"{held_out}",
+            where="per_device_eval_batch_size",
+            hint=f"Give a multiple of num_generations_eval ({held_out}), or another num_generations_eval.",
+        )
+
+
+def _whole_groups(size: int, key: str, group: int, what: str) -> None:
+    if size < 1 or size % group:
+        raise ConfigError(
+            f"{size} is not allowed: it is no multiple of {group}, the {what}",
+            where=key,
+            hint=f"Give a multiple of {group}, or leave it out.",
+        )
 
 
 def check_scheduler(args: Any) -> None:

@@ -12,7 +12,7 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from renyi.errors import ConfigError
 from renyi.routing import ROUTINGS
-from renyi.training.checks import check_numbers, check_packages, check_scheduler
+from renyi.training.checks import check_numbers, check_packages, check_precision, check_scheduler
 
 AUTO = "auto"
 _BeforeConfig: Any = object  # a TRL config comes next in the order of bases; mypy cannot know that
@@ -130,6 +130,7 @@ class EnsembleConfig(_BeforeConfig):
             self.compile_blocks = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
             args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         check_numbers(self)
+        check_precision(self)
         super().__post_init__()
         check_scheduler(self)
         check_packages(self)

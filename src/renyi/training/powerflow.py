@@ -28,6 +28,7 @@ from renyi.objectives import BALANCES, group_partition, importance_weight, traje
 from renyi.routing import member_sums
 from renyi.training.balance import Balance, balance_figures, balance_sums, by_length
 from renyi.training.card import Method
+from renyi.training.checks import check_rollouts
 from renyi.training.config import AUTO, EnsembleConfig, require
 from renyi.training.form import Form, form_of
 from renyi.training.partition import LearnedPartition
@@ -120,6 +121,7 @@ class PowerFlowConfig(EnsembleConfig, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
+        check_rollouts(self)
         super().__post_init__()
         for name, (value, why) in _FIXED.items():
             given = getattr(self, name)
@@ -212,6 +214,7 @@ class PowerFlowTrainer(RolloutTrainer):
             ensemble.partition = LearnedPartition(ensemble.num_members, hidden_size).to(ensemble.device)
         kwargs["reward_funcs"] = no_reward
         super().__init__(ensemble, args=args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
+        self.stop_at_ends_of_turns()
         for name, rows in {"train": self.train_dataset, "eval": self.eval_dataset}.items():
             for part, prompts in rows.items() if isinstance(rows, dict) else [(name, rows)]:
                 if isinstance(prompts, Dataset):

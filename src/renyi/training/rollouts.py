@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
-from renyi.data import prompt_tokens
+from renyi.data import end_tokens, prompt_tokens
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
 from renyi.labels import IGNORED
@@ -138,6 +138,15 @@ class RolloutTrainer(EnsembleTrainer, GRPOTrainer):
             self.model.train(training)
         ends = set(self.eos_token_ids)
         return [ids[: next((t + 1 for t, token in enumerate(ids) if token in ends), len(ids))] for ids in written]
+
+    def stop_at_ends_of_turns(self) -> None:
+        """End rollouts as answers end elsewhere: also where the chat template closes a turn."""
+        self.eos_token_ids = list(dict.fromkeys([*self.eos_token_ids, *end_tokens(self._tokenizer)]))
+        if self.use_vllm:
+            engine: Any = self.vllm_generation
+            engine.generation_kwargs = {**(engine.generation_kwargs or {}), "stop_token_ids": self.eos_token_ids}
+        else:
+            self.generation_config.eos_token_id = self.eos_token_ids
 
     def send_members_to_vllm(self) -> None:
         """Make TRL's vLLM engine take the policy's merged weights. TRL can send only those of PEFT's models."""

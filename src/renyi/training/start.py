@@ -12,7 +12,7 @@ from trl.trainer.utils import create_model_from_path
 
 from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.mesh import MemberMesh
-from renyi.ensemble.storage import read_manifest
+from renyi.ensemble.storage import is_adapter, read_ensemble
 from renyi.errors import ConfigError
 from renyi.layout import MANIFEST_FILE
 
@@ -28,7 +28,7 @@ def as_ensemble(
     Raises:
         ConfigError: an ensemble comes with another number of members or a LoRA config of its own.
     """
-    saved = isinstance(model, str) and (Path(model) / MANIFEST_FILE).is_file()
+    saved = isinstance(model, str) and ((Path(model) / MANIFEST_FILE).is_file() or is_adapter(Path(model)))
     init: dict[str, Any] = {}
     if isinstance(model, str):
         assert not isinstance(args.model_init_kwargs, str)  # parsed by TrainingArguments
@@ -45,7 +45,7 @@ def as_ensemble(
         mesh.share(args.num_members)
     if saved:
         assert isinstance(model, str)
-        base = create_model_from_path(read_manifest(Path(model)).base_model, **init)
+        base = create_model_from_path(read_ensemble(Path(model)).base_model, **init)
         model = LoraEnsemble.load(model, base=base, mesh=mesh)
     if isinstance(model, LoraEnsemble):
         if peft_config is not None or model.num_members != args.num_members:

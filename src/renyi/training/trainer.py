@@ -36,7 +36,7 @@ from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError, DataError, TrainingDivergedError
 from renyi.routing import AutoRouting, Sums, share_of
 from renyi.training import card
-from renyi.training.checkpoints import find_checkpoints, state_at_end, written_whole
+from renyi.training.checkpoints import find_checkpoints, saved, state_at_end, written_whole
 from renyi.training.clipping import clip_by_member
 from renyi.training.config import AUTO
 from renyi.training.log import TrainingLog
@@ -118,6 +118,8 @@ class EnsembleTrainer(RoutedSteps):
             if args.bf16_if_it_pays and large and bf16_pays():
                 args.bf16, args.mixed_precision = True, "bf16"
         self.limits = data.Limits.of(ensemble.base)
+        if (given := kwargs.get("processing_class")) is not None:
+            data.check_fits(getattr(given, "tokenizer", given), self.limits.vocabulary)
         self.cut_rows: dict[str, int] = {}  # how many rows of each dataset are cut
         with _unmasked(args):
             super().__init__(model=ensemble, args=args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
@@ -274,11 +276,19 @@ class EnsembleTrainer(RoutedSteps):
             )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers; it also writes the model card and the curves of training beside the ensemble."""
-        super().save_model(output_dir, _internal_call)
-        if not _internal_call:  # a checkpoint is an internal call
+        """As in transformers; it also writes the model card and the curves of training beside the ensemble.
+
+        Raises:
+            SaveError: a file could not be written; checkpoints are untouched.
+        """
+        if _internal_call:  # a checkpoint is an internal call
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or self.output_dir)
+        with saved(folder):
+            super().save_model(output_dir, _internal_call)
             self.create_model_card(folder=output_dir)
-            self.draw(Path(output_dir or self.output_dir) / FIGURE_FILE)
+            self.draw(folder / FIGURE_FILE)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.output_dir)
