@@ -152,9 +152,9 @@ class Models:
         """The ensemble's mixture weights [M]. If it has a folder, it is not loaded for that."""
         if self.folder is None or not isinstance(self._given, str | Path):
             return [float(weight) for weight in self.model.ensemble.weights]
-        from renyi.ensemble.storage import read_manifest
+        from renyi.ensemble.storage import read_ensemble
 
-        return list(read_manifest(self.folder).weights)
+        return list(read_ensemble(self.folder).weights)
 
     def baselines(self, names: Iterable[str], taken: Iterable[str] = ()) -> "Iterator[tuple[str, Model]]":
         """Each named ensemble, with its name in tables: its folder's name, or the whole path if that name is taken.
