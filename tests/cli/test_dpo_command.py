@@ -361,6 +361,8 @@ def test_an_ensemble_keeps_its_shape(
 # ---- The same command again ------------------------------------------------------------------------------------------
 
 
+# A fresh process, and 120 steps. invariant/test_resume.py and training/test_full_disk.py have its truth in make test.
+@pytest.mark.slow
 def test_a_killed_run_goes_on_against_the_same_start(
     trained: tuple[Path, Ended], settings: Settings, pairs_file: Path, tmp_path: Path
 ) -> None:

@@ -83,10 +83,10 @@ def test_auto(base: Path, tmp_path: Path) -> None:
 
 def test_a_sweep(base: Path, rows_file: Path, tmp_path: Path) -> None:
     keys = {k: v for k, v in settings_of(base, rows_file).items() if k != "num_members"} | HELD_OUT
-    grid = {"alphas": [0.0, 0.5], "members": [1, 2]}
+    grid = {"alphas": [0.5], "members": [1, 2]}
     swept = runs.sweep(runs.SweepSettings.of("sft", **keys, **grid, output_dir=tmp_path / "python"))
     flags = [text for k, v in {**keys, "output_dir": tmp_path / "command"}.items() for text in (f"--{k}", str(v))]
-    ended = renyi("sweep", *flags, "--alphas", 0, 0.5, "--members", 1, 2, "--json")
+    ended = renyi("sweep", *flags, "--alphas", 0.5, "--members", 1, 2, "--json")
     assert ended.code == 0, ended
     theirs = json.loads(ended.out)
     for result in (theirs, swept.result):

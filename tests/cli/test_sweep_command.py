@@ -176,6 +176,7 @@ def test_only_what_is_new_is_trained(swept: tuple[Path, Ended], config: Path) ->
         assert new["seconds"] == old["seconds"]
 
 
+@pytest.mark.slow  # a fresh process, and three cells of 60 steps; the test below has the same truth in this process
 def test_a_killed_sweep_goes_on_within_its_cell(config: Path, swept: tuple[Path, Ended], tmp_path: Path) -> None:
     flags = [*GRID, "--max_steps", "60", "--save_steps", "10", "--logging_steps", "5", "--eval_steps", "30"]
     flags += ["--output_dir", str(tmp_path / "out")]
@@ -235,16 +236,34 @@ def test_a_cell_that_fails_is_said_to_and_the_others_go_on(
     assert tried == []
 
 
-def test_an_interrupted_sweep_says_what_comes_next(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_sweep_goes_on_within_its_cell_as_it_says(
+    config: Path, swept: tuple[Path, Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: RenyiSFTTrainer, *args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
+    loss_of = RenyiSFTTrainer.compute_loss
 
-    monkeypatch.setattr(RenyiSFTTrainer, "compute_loss", interrupted)
-    ended = renyi("sweep", "--config", config, *GRID, "--output_dir", tmp_path / "out")
+    def interrupted(self: RenyiSFTTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.model.num_members == 2 and self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return loss_of(self, *args, **kwargs)
+
+    out, flags = tmp_path / "out", ["--alphas", "0", "--members", "2", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RenyiSFTTrainer, "compute_loss", interrupted)
+        ended = renyi("sweep", "--config", config, *flags, "--output_dir", out)
     assert ended.code == 130
     assert ended.err.strip() == "interrupted: the same command goes on from where it is"
+    before = trained_at(out)
+    assert result_in(out)["chosen"] is None
+
+    ended = renyi("sweep", "--config", config, *flags, "--output_dir", out)
+    assert (ended.code, ended.err) == (0, "")
+    assert "one adapter: finished already" in ended.out
+    assert "2 members at alpha 0: resuming from checkpoint-2 of 6" in ended.out
+    assert all(trained_at(out)[name] == at for name, at in before.items() if name.startswith(CELLS[0]))
+    for cell in CELLS[:2]:
+        assert steps_in(out / cell) == steps_in(swept[0] / cell) == list(range(1, 7))
+        whole, resumed = weights_in(swept[0] / cell), weights_in(out / cell)
+        assert all(whole[name].equal(resumed[name]) for name in whole)
 
 
 # ---- What is refused -------------------------------------------------------------------------------------------------
