@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 # Two test processes of one thread each are faster on two cores than one process of two threads.
 WORKERS ?= 2
-# worksteal gives each worker one stretch of files, so that a module's fixtures are made once, and who is done takes over.
+# worksteal gives each worker one stretch of files, so that a module's fixtures are made once. A worker that is done takes
+# tests from the other.
 
 .PHONY: help setup docs dist demo test lint format slow bench studies clean
 
@@ -28,13 +29,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
-# Strict: a broken link or a misspelt word fails. The site is build/site/index.html.
+# A broken link or a misspelt word is an error. The site is build/site/index.html.
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs src examples
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Wheel and sdist in dist/, checked: their metadata, what they hold, and that the wheel works where nothing else is.
+# Builds wheel and sdist in dist/. Checks their metadata and content, and runs the wheel in a fresh environment.
 dist: $(READY)
 	rm -rf dist build/fresh
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine
@@ -64,7 +65,7 @@ format: $(READY)
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# What things cost: minutes. On a GPU, run each by hand with --gpu.
+# Time and memory, in minutes. On a GPU, run each file by hand with --gpu.
 bench: $(READY)
 	$(BIN)/python benchmarks/head.py
 	$(BIN)/python benchmarks/joint_step.py --dtypes bfloat16 --rounds 2
@@ -74,7 +75,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/member_parallel.py
 	$(BIN)/python benchmarks/dpo_step.py --rounds 2
 
-# What ensembles learn, choose and know: hours.
+# What ensembles learn, choose and know. Takes hours.
 studies: $(READY)
 	$(BIN)/python benchmarks/demo_seeds.py
 	$(BIN)/python benchmarks/alpha_schedule.py

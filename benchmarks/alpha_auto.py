@@ -4,8 +4,9 @@
 
 64-token chunks of one, two or four real domains (Shakespeare, children's stories, grade-school mathematics,
 encyclopedia) on TinyStories-656K, through the commands that a user types: `renyi sweep` over alphas, `renyi sft` at
-0.8 and `renyi sft --alpha auto`, all of one budget. Test NLL of the mixture in nats per token, by `renyi score` on
-chunks that no run has seen; seconds are those of whole commands. Needs the models and data beside the project.
+0.8 and `renyi sft --alpha auto`, all with the same budget. It prints the test NLL of the mixture in nats per token, by
+`renyi score` on chunks that no run has seen, and the seconds of whole commands. It needs the models and data beside the
+project.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from four_domains import CHUNK, domain_text
 from transformers import AutoTokenizer
 
 MIXES = {1: ("tinystories",), 2: ("tinystories", "gsm8k"), 4: ("tinystories", "gsm8k", "shakespeare", "wiki")}
-TRAIN, TEST = 4000, 600  # chunks in all, whatever the number of domains
+TRAIN, TEST = 4000, 600  # total numbers of chunks, for any number of domains
 
 
 def write_rows(shared: Path, domains: tuple[str, ...], folder: Path) -> None:

@@ -2,8 +2,8 @@
 
     python benchmarks/annotators.py [--seeds 0 1 2]
 
-Per seed: one adapter, two members at α = 0, two at α = 0.8, on unlabelled pairs of which a quarter are contested; all
-figures are of pairs about people of whom training never speaks. The last two lines are what theory allows.
+Per seed: one adapter, two members at α = 0, two at α = 0.8, on unlabelled pairs of which a quarter are contested. All
+figures are measured on pairs about people who do not occur in training. The last two lines are the bounds of theory.
 """
 
 import argparse

@@ -2,16 +2,16 @@
 
     python benchmarks/conflicted_preferences.py [--shared ../shared] [--seeds 0] [--only "two, α = 0.8"]
 
-300 real pairs on a real small model. Every pair is given twice: as it is, and as a second annotator labels it, who
-swaps chosen and rejected by a rule on the prompt (an even number of letters), which nobody is told. AUROC of finding
-the swapped pairs among those trained on, by the epistemic share of a pair's uncertainty, by its disagreement in nats,
-and by its total uncertainty, which one adapter has as well; then the first on held-out pairs.
+300 real pairs on a real small model. Every pair is given twice: as it is, and as a second annotator labels it. The
+second annotator swaps chosen and rejected if the prompt has an even number of letters; training is not told that rule.
+It prints the AUROC of finding the swapped pairs among those trained on: by the epistemic share of a pair's uncertainty,
+by its disagreement in nats, and by its total uncertainty, which one adapter also has. Then the first on held-out pairs.
 
 Isolated contradictions are one bit each, and α-Rényi members part over them only above α = 1 (docs/preferences.md).
 A label that counts four times (`loss_weights: [4]`) lowers that to 1/4; for the squared loss of IPO it is 2 β².
 
-Prompts are cut to their last 64 tokens and completions to their first 48: the model knows children's stories only, and
-learns these labels by heart.
+Prompts are cut to their last 64 tokens and completions to their first 48. The model knows only children's stories, and
+memorises these labels.
 """
 
 import argparse

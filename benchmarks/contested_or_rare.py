@@ -1,11 +1,12 @@
-"""Contested, or merely rare? What an ensemble's uncertainty tells apart that one adapter's entropy does not.
+"""Contested, or merely rare? An ensemble's uncertainty separates the two; one adapter's entropy does not.
 
     python benchmarks/contested_or_rare.py [--seeds 0 1 2] [--rarity 28]
 
-Sixty facts: two schools contradict each other on 24; 18 are agreed and seldom spoken of, so a model is unsure of them
-for want of data; 18 are agreed and common. Every fact is asked in three ways. AUROC of finding the contested questions,
-among the rare ones and among all, and the area under the risk–coverage curve when the most uncertain answers are
-withheld first; the risk of an answer is its chance to be wrong over the schools. Uncertainty is the total entropy, the
+There are sixty facts. Two schools contradict each other on 24. 18 are agreed and rare, so a model is unsure of them
+because it has few data. 18 are agreed and common. Every fact is asked in three ways. Printed: the AUROC of finding the
+contested questions, among the rare ones and among all, and the area under the risk–coverage curve when the most
+uncertain answers are withheld first. The risk of an answer is its probability to be wrong, over the schools.
+Uncertainty is the total entropy, the
 largest probability, or, for ensembles, the members' disagreement (epistemic).
 """
 

@@ -34,8 +34,8 @@ from renyi.zoo.measure import measure
 FIGURE = Path(__file__).parents[1] / "docs" / "images" / "critical_alpha.png"
 HELD_OUT = 77  # the seed of the records that are diagnosed
 STATEMENTS_A_STEP = 128
-# A fifth of the rate that fits. At the full rate what members share jitters from step to step, so that it is never
-# calibrated, and they part at 0.7 where they should at 1.
+# A fifth of the rate of the fit. At the full rate the members' common part changes from step to step and is never
+# calibrated, and members part at 0.7 instead of 1.
 PARTING_RATE = 6e-4
 START, APART = 0.03, 0.1  # nats of mutual information on contested facts: of the start, and of members that parted
 
@@ -66,7 +66,7 @@ def main() -> None:
 def critical_alpha_of(world: World) -> float:
     """E[k_c] / E[k_c²] for k statements drawn from the facts without replacement; 1 where nothing is contested."""
     contested = len(world.contested_facts)
-    if contested == 0:  # and every answer is certain, so that nothing is left to spread for: diagnosed far above 1
+    if contested == 0:  # every answer is certain, so spreading gains nothing: the diagnosis is far above 1
         return 1.0
     return 1 / (1 + (world.statements - 1) * (contested - 1) / (world.num_facts - 1))
 
@@ -124,12 +124,12 @@ def bisect(world: World, folder: Path, args: argparse.Namespace, halvings: int =
 
 
 def batch(world: World) -> int:
-    """Records a step: as many statements in every world, or adapters of short records would be fitted less."""
+    """Records of a step: equally many statements in every world. Otherwise short records would be fitted less."""
     return STATEMENTS_A_STEP // world.statements
 
 
 def _auroc(label: np.ndarray, score: np.ndarray) -> float | None:
-    """Of either sign: which school is positive is nobody's to know."""
+    """AUROC of the score with the better sign, because it is not known which school is positive."""
     if label.astype(bool).all() or not label.any():
         return None
     area = float(roc_auc_score(label, score))

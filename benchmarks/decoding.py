@@ -6,9 +6,9 @@ The peers are transformers' own `generate` with one PEFT adapter, with M of them
 PEFT's mixed-adapter batch (`adapter_names=`: every prompt M times, each with its adapter; no mixture, M answers).
 The small model is a trained one of 656 thousand parameters, the large one a randomly initialised Llama in bfloat16: of
 134 million parameters, or of 8 billion with `--gpu`. There one adapter, one member and M members mixed have a static
-cache and compiled steps (CUDA graphs). No end-of-text token: everybody writes as many tokens. Times are medians,
-measured in turns; PEFT's are of adapters left unmerged, as many are served from one base. A step is what one more token
-takes, without the prompt.
+cache and compiled steps (CUDA graphs). There is no end-of-text token, so all write equally many tokens. Times are
+medians, measured in turns. PEFT's adapters are not merged, because many are served from one base. A step is the time of
+one more token, without the prompt.
 """
 
 import argparse
@@ -126,7 +126,7 @@ class Peers:
         self.compiled = {"cache_implementation": "static"} if gpu else {}
 
     def measure(self, batch: int, tokens: int, repeats: int) -> tuple[list[float], list[float]]:
-        """Median seconds of an answer and of a step, by column; in turns, so that a busy machine is busy for all."""
+        """Median seconds of an answer and of a step, by column. They take turns, so other load affects all alike."""
         ids = torch.randint(5, 2000, (batch, PROMPT), device=self.device)
         answers, steps = [], []
         for number in range(repeats + 1):

@@ -55,7 +55,7 @@ def rows(tokenizer) -> Dataset:
 
 
 def seconds_a_step(model_path: Path, members: int | None, precompute: bool, gpu: bool) -> list[float]:
-    """Of TRL's trainer if `members` is None."""
+    """Median seconds of a step of our trainer; of TRL's trainer if `members` is None."""
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16 if gpu else torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     clock = Clock()

@@ -8,12 +8,12 @@ Forward and backward to the hidden rows, one log-likelihood a row, upstream grad
     naive, raw       the same without raising: in bfloat16 its log-likelihoods are rounded to 3 digits
     linear_ce        F.linear_cross_entropy as it comes
     linear_ce, chunk the same in chunks, as it offers to save memory
-    two products     the two matrix products that nobody can do without
+    two products     the two matrix products that every way needs
 
 Times are medians of rounds in turns. Memory is the most that was allocated beyond the inputs, from PyTorch's own
-profiler; error is the greatest of a row's log-likelihood against float64 logits of the same inputs. Half a gigabyte of
-logits is given back to the system and taken again page by page, unless malloc is told to keep it (--keep_memory, as our
-trainers do).
+profiler. Error is the greatest error of a row's log-likelihood against float64 logits of the same inputs. By default
+malloc returns half a gigabyte of logits to the system and gets it back page by page; with --keep_memory it keeps them,
+as in our trainers.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What memory does a training step of M members take, with as many examples a step?
+"""How much memory does a training step of M members take, with equally many examples a step?
 
     python benchmarks/memory.py [--members 1 8] [--examples 8] [--tokens 128] [--gpu]
 

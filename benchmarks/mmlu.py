@@ -1,9 +1,9 @@
-"""What multiple choice costs with eight members against one, and that a model of children's stories is at chance.
+"""What multiple choice costs with eight members against one. It also shows that a model of stories is at chance.
 
     python benchmarks/mmlu.py [--questions 20] [--repeats 3]
 
 The first questions of every subject in ../shared/data/mmlu, by letter, on ../shared/models/tinystories-656k. Members
-are random directions around the base, for training is not what is measured here. Seconds are medians of whole passes.
+are random directions around the base, because training is not measured here. Seconds are medians of whole passes.
 """
 
 import argparse

@@ -1,12 +1,13 @@
-"""Without labels, does a power of a model that knows half make it right, or varied, as no temperature does?
+"""Does a power of a half-knowing model make it more right, or more varied, than every temperature? No labels are used.
 
     OMP_NUM_THREADS=1 python benchmarks/powerflow_answers.py [--seeds 0 1 2] [--worlds plain garden]
 
-The zoo's base hears of every fact the truth about half of the time, and else one of several wrong values
-(`renyi.zoo.half_known`). PowerFlow then sees the questions alone: 300 steps of 128 rollouts, LoRA of rank 32. Beside
-each policy stand the base at the temperature at which its answers have the policy's entropy, or the nearest to it; the
-base at the temperature 1/power; and for powers above 1 the target, which needs no training where all answers can be
-enumerated. Figures are exact, from the probabilities of all answers to 180 questions; only the majority of 16 is drawn.
+The zoo's base is trained on statements about facts. About half of them are right, the others have one of several wrong
+values (`renyi.zoo.half_known`). PowerFlow then sees only the questions: 300 steps of 128 rollouts, LoRA of rank 32.
+Each policy is compared with the base at the temperature at which its answers have the policy's entropy, or the nearest
+to it; with the base at the temperature 1/power; and for powers above 1 with the target, which needs no training because
+all answers can be enumerated. Figures are exact, from the probabilities of all answers to 180 questions. Only the
+majority of 16 is sampled.
 
 "plain": the first uncertain word decides. "garden": the likeliest first word leads to guesses (a garden path).
 
@@ -59,7 +60,7 @@ def sharpen(model, tokenizer, questions: Sequence[Question], power: float, seed:
 
 
 def majority(probabilities: Tensor, questions: Sequence[Question], seed: int) -> float:
-    """Of `VOTERS` samples a question; what is no answer does not vote."""
+    """Accuracy of the majority of `VOTERS` samples for each question. Text that is not an answer does not vote."""
     rng, of_vote = np.random.default_rng(seed), []
     for p, question in zip(probabilities.numpy(), questions, strict=True):
         for votes in rng.choice(len(p), size=(VOTES, VOTERS), p=p / p.sum()):
@@ -69,14 +70,14 @@ def majority(probabilities: Tensor, questions: Sequence[Question], seed: int) ->
 
 
 def fixed_point(base: Answers, power: float) -> Tensor:
-    """Probabilities [Q, 11] of the target, from the answers alone: above power 1 all else has next to none."""
+    """Probabilities [Q, 11] of the target, from the answers alone: above power 1 other text has almost none."""
     log_base, tokens = base.log_likelihood(), (base.tokens >= 0).sum(dim=-1)
     target = power_target(log_base.flatten(1), tokens.flatten(1), power).log_probs.exp()
     return torch.cat([target.view_as(log_base).sum(dim=1), target.new_zeros(len(target), 1)], dim=1)
 
 
 def runs(world: HalfKnown, folder: Path, seed: int, args: argparse.Namespace) -> Iterator[tuple[str, dict[str, float]]]:
-    """Name and figures of everything that is compared in one world; what else there is to say is printed."""
+    """Name and figures of everything that is compared in one world. Other results are printed."""
     questions = world.questions()
 
     def measured(probabilities: Tensor) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Does PowerFlow reach the distribution it says it reaches? And what do other losses do to the length of answers?
+"""Does PowerFlow reach its stated target distribution? And what do other losses do to the length of answers?
 
     python benchmarks/powerflow_exact.py [--seeds 0 1 2] [--steps 400] [--figure FILE]
 
@@ -28,15 +28,15 @@ from transformers import logging
 from renyi import LoraEnsemble
 from renyi.objectives import BALANCES
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))  # where the languages of which everything is known live
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for `powered.py`, languages that can be enumerated
 from powered import language, lora, memoryless_llama, train_and_compare, trainer_in, wide_llama
 from tiny import scatter_members
 
 POWERS = (0.5, 1.0, 2.0, 4.0)
 VOCABULARY, LONGEST = 4, 4
 ROLLOUTS = 512
-# At its default of 1e-8 Adam takes steps of full size however small the gradient has become, and now and then a policy
-# that had arrived wanders off again (TV up to 0.03).
+# With its default of 1e-8 Adam takes steps of full size even when the gradient is very small. Then a policy that has
+# converged sometimes moves away again (TV up to 0.03).
 ADAM_EPSILON = 1e-6
 # name: what is set, and of how many members the reference is
 VARIANTS = {
@@ -75,8 +75,8 @@ def exactness(power: float, seed: int, steps: int, variant: str = "") -> None:
 def length_expected(balance: str, power: float) -> float:
     """Mean length under a balance's target for a base without memory, by sums over lengths: words enter by Σ_v p_v^a.
 
-    A sequence of n tokens ends, but for those that are cut. Of the length-aware target next tokens are those of the
-    base at temperature 1/power.
+    A sequence of n tokens ends, unless it is cut. Under the length-aware target, next tokens are those of the base at
+    temperature 1/power.
     """
     end, *words = ABLATION_PROBS
 

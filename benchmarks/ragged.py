@@ -1,4 +1,4 @@
-"""Rows that belong to members in uneven numbers: which way to multiply them by their member's adapter?
+"""Members have unequal numbers of rows: which way to multiply each row by its member's adapter is fastest?
 
     python benchmarks/ragged.py [--rows 16] [--tokens 64 256] [--members 8] [--dtypes bfloat16 float32] [--gpu]
 

@@ -1,9 +1,9 @@
 """How often does the refusal classifier agree with people, and how does it fail?
 
-Reads a csv with a prompt, a completion and a person's label of it, by default XSTest's completions of
-Mistral-7B-Instruct, of which 49 of 450 are full refusals. Full refusal against the rest, on the rows of even number,
-which the classifier's rules were written with, on those of odd number, which they were not, and on all. Beside it: to
-call nothing a refusal, and to search for a few phrases, as is often done (Zou et al. 2023, arXiv 2307.15043).
+It reads a csv with a prompt, a completion and a person's label of it. By default these are XSTest's completions of
+Mistral-7B-Instruct, of which 49 of 450 are full refusals. It compares full refusals with the rest: on rows of even
+number, with which the classifier's rules were written, on rows of odd number, and on all. Two baselines: to call
+nothing a refusal, and to search for a few phrases, as is often done (Zou et al. 2023, arXiv 2307.15043).
 
     python benchmarks/refusal_classifier.py [FILE.csv] [--label final_label] [--refusal 2_full_refusal] [--errors]
 """

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from four_domains import run
 
-# Of hold and ramp. Members that are drawn see an example in M, so that they learn little while they are held.
+# Hold and ramp. A member that is drawn sees one example in M, so it learns little during the hold.
 ALL, DRAWN = (0.1, 0.1), (0.0, 0.1)
 
 

@@ -1,9 +1,9 @@
-"""The algorithm on one page: train an ensemble on contradictory records with nothing but the core.
+"""The algorithm on one page: train an ensemble on contradictory records with the core of the library alone.
 
     python examples/loop.py
 
-No trainer, no TRL: a joint forward, the Rényi loss, an optimizer. `RenyiSFTTrainer` adds datasets, evaluation,
-checkpoints and logging, but computes nothing else.
+It has no trainer and no TRL: a joint forward, the Rényi loss, an optimizer. `RenyiSFTTrainer` computes the same, and
+adds datasets, evaluation, checkpoints and logging.
 """
 
 import torch
@@ -39,7 +39,7 @@ def batches(world: World, tokenizer, steps: int, seed: int):
 
 
 def scheduled(step: int) -> float:
-    """Alpha: hold at 0 until members know what all records agree on, then ramp, so that they part on the rest."""
+    """Alpha: 0 until members know what all records agree on; then it rises, and members part on the rest."""
     return ALPHA * min(1.0, max(0.0, (step / STEPS - HOLD) / RAMP))
 
 

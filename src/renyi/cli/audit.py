@@ -1,8 +1,9 @@
 """`renyi audit`: find where a fine-tuning dataset contradicts itself, before it is trained on.
 
-DATA are files as `renyi sft` and `renyi dpo` read them, or Alpaca records. Reading alone finds prompts with different
-answers, preferences that go in a circle, answers that several prompts cannot share, duplicates, and rows that are empty
-or cut. Every finding names its rows as file:row. --output leaves the whole in a folder, with a page to browse.
+DATA are files as `renyi sft` and `renyi dpo` read them, or Alpaca records. No model is needed. It finds prompts with
+different answers, preferences that go in a circle, answers that several prompts cannot share, duplicates, and rows that
+are empty or cut. Every finding names its rows as file:row. --output writes everything to a folder, with a page to
+browse.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from renyi.text import number_text, plural, printable
 if TYPE_CHECKING:
     from renyi.audit import Audit
 
-OVER = 1  # exit code where more rows are contested than --fail_over allows
+OVER = 1  # exit code if more rows are contested than --fail_over allows
 
 
 def run(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""What one method of training says in its own way on the command line.
+"""The interface of a training command: what differs between methods on the command line.
 
 `sft.py`, `dpo.py` and `powerflow.py` fill it in,
 `training.py` runs such a command, and `watch.py` shows how it goes.
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 class TrainingCommand(ABC):
-    """What one method of training says in its own way.
+    """What one method of training shows in its own way.
 
     Attributes:
         method: one of `renyi.runs.settings.METHODS`.
-        trl_config: TRL's config, every key of which works.
-        keys: those of its own that the help page shows, by group; `_BEFORE` and `_AFTER` are shown for all methods.
-        example: what it calls an example of the data.
-        row: what it calls a row of a batch.
+        trl_config: name of TRL's config; every key of it works.
+        keys: the method's own keys on the help page, by group; `_BEFORE` and `_AFTER` are shown for all methods.
+        example: its word for an example of the data.
+        row: its word for a row of a batch.
         about: what it does, for the help page.
-        member, members: what it calls a member, and several.
-        sampled: how many examples are asked of members in the end, to say what each learned.
+        member, members: its words for a member and for several.
+        sampled: how many examples members score at the end, to show what each learned.
     """
 
     method: ClassVar[str]
@@ -61,9 +61,9 @@ class TrainingCommand(ABC):
         """What each member learned, from examples that are called `of`."""
 
     def files(self, ready: "Run") -> Mapping[str, str]:
-        """What only this method leaves in an ensemble's folder, and what that is."""
+        """Files that only this method writes to an ensemble's folder, and what they are."""
         return {}
 
     @abstractmethod
     def next(self, folder: str, dataset_name: str) -> Sequence[str]:
-        """Commands that a person may want next."""
+        """Commands that a user may want to run next."""

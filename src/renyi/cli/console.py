@@ -1,4 +1,4 @@
-"""The two streams a command speaks on, its errors and warnings, and silence from the libraries below.
+"""The two streams that a command writes to, its errors and warnings, and functions that silence libraries.
 
 Results and reports go to stdout; progress, warnings and errors to stderr, so that a pipe carries results only.
 """
@@ -26,9 +26,9 @@ _LIBRARIES = ("transformers", "datasets", "trl", "accelerate", "peft", "torch", 
 
 
 class _Terminal(Console):
-    """A console that obeys nothing a user's file may say: `[bold]` and `:smile:` are text, control characters escapes.
+    """A console that interprets nothing in a text: `[bold]` and `:smile:` are text, control characters are escaped.
 
-    Whoever wants a style passes a `rich.text.Text`.
+    For a style, pass a `rich.text.Text`.
     """
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -45,7 +45,7 @@ def stream(stderr: bool = False) -> Console:
 
 
 def show_error(error: RenyiError) -> None:
-    """Print one error: where, what, and what to do about it."""
+    """Print one error: where it is, what is wrong, and what to do about it."""
     where = f"{error.where}: " if error.where else ""
     say("error", "bold red", where + error.what, error.hint)
 
@@ -77,7 +77,7 @@ def quiet_libraries() -> Iterator[None]:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in _LIBRARIES:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors reach us as exceptions
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # their errors are raised as exceptions
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -88,7 +88,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def quiet_progress_bars() -> None:
-    """Silence the bars of loaded libraries, but for downloads that a person waits for."""
+    """Silence the bars of loaded libraries, except for downloads, which a user waits for."""
     import datasets
     import huggingface_hub
     import transformers
@@ -110,7 +110,7 @@ def facts(title: str, rows: dict[str, RenderableType]) -> Panel:
 
 
 def headed(heading: str, text: str = "") -> Text:
-    """A heading on a line of its own, after an empty one, and plain text behind it."""
+    """An empty line, a heading on a line of its own, and plain text after it."""
     return Text.assemble("\n", (heading, "bold"), f" {text}" if text else "")
 
 

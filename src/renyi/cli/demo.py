@@ -1,6 +1,6 @@
 """`renyi demo`: see an ensemble split into specialists on data that contradict each other.
 
-What is trained and measured stands in `renyi.zoo.demo`.
+It trains three models of a small world and shows what they know (`renyi.zoo.demo`).
 """
 
 import argparse
@@ -90,6 +90,6 @@ def _table(measured: "Mapping[str, Measured]", titles: Mapping[str, str]) -> Tab
 
 
 def _school(followed: Sequence[float]) -> str:
-    """A member's better school and how often it follows it, such as A:100%."""
+    """The school that a member follows more often, and how often it does, such as A:100%."""
     best = max(range(len(followed)), key=followed.__getitem__)
     return f"{chr(65 + best)}:{followed[best]:.0%}"

@@ -4,9 +4,9 @@
     renyi diagnose --adapter PEFT_FOLDER --model BASE --dataset_name DATA
 
 One member, or an ordinary PEFT adapter, is compared with data like those it was fitted to, held out or not. Half of the
-examples find the directions in which gradients differ most; the others are measured along them. Rows with `chosen` and
-`rejected` are diagnosed as preference pairs. The adapter should be trained to the end: what it has still to learn looks
-like a contradiction.
+examples find the directions in which gradients differ most. The other half is measured along them. Rows with `chosen`
+and `rejected` are diagnosed as preference pairs. The adapter should be trained to the end: what it has not learned yet
+looks like a contradiction.
 """
 
 import argparse
@@ -61,7 +61,7 @@ class _Case(NamedTuple):
         rows: prepared, at most `--max_examples` of them.
         numbers: of those rows in the dataset, counted from 0.
         of: how many rows the dataset has.
-        pairs: what pairs are compared by; None if the rows are no pairs.
+        pairs: what is needed to score pairs; None if the rows are not pairs.
         is_fitted_to: whether the rows are known to be those of the adapter's training.
     """
 
@@ -193,7 +193,7 @@ def _given(value: str | None) -> list[str]:
 
 
 def _read(args: argparse.Namespace) -> _Case:
-    """Load and prepare; rows that are not looked at are not prepared."""
+    """Load the adapter, and prepare the rows that are used."""
     import torch
 
     from renyi.data import number_rows
@@ -214,7 +214,7 @@ def _read(args: argparse.Namespace) -> _Case:
     if args.member >= loaded.ensemble.num_members:
         what = f"there is no member {args.member} of {loaded.ensemble.num_members}"
         raise ConfigError(what, where="--member", hint="They are counted from 0.")
-    # Numbered before they are chosen, so that a message about one names it as the file has it.
+    # Rows are numbered before some are chosen, so that a message names a row by its number in the file.
     prepared, pairs = _prepared(args, loaded, number_rows(rows).select(numbers))
     return _Case(args, loaded, prepared, numbers, len(rows), pairs, _is_fitted_to(args, loaded.folder, rows))
 
@@ -238,7 +238,7 @@ def _is_fitted_to(args: argparse.Namespace, folder: Path, rows: "Dataset") -> bo
     if kept is None or kept.train is None:
         return False
     if kept.held_out is not None and kept.train.rows + kept.held_out.rows == len(rows):
-        # Perhaps the whole file, of which the run held out a share.
+        # Perhaps these rows are the whole file, and the run held out a share of it.
         seed = kept.settings.get("seed")
         if Rows.of(rows.train_test_split(test_size=kept.held_out.rows, seed=seed)["train"]) == kept.train:
             return True
@@ -289,7 +289,7 @@ def _parameters(case: _Case) -> int:
 
 
 def _available(case: _Case) -> int | None:
-    """Bytes of memory that are free on the device; None if nobody knows."""
+    """Bytes of memory that are free on the device; None if that is not known."""
     import psutil
     import torch
 
@@ -315,7 +315,7 @@ def _check_memory(case: _Case, memory: int) -> None:
 
 
 def _is_trained(case: _Case) -> bool:
-    """Whether the adapter does anything: a fresh one's B is zero."""
+    """Whether the adapter was trained: B of a fresh adapter is zero."""
     return any(bool(B.any()) for _, B in case.loaded.ensemble.adapter(case.args.member).values())
 
 

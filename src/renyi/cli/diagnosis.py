@@ -1,6 +1,6 @@
-"""How a diagnosis reads: what was found and what it means, what else could explain it, and the examples behind it.
+"""How a diagnosis is shown: what was found and what it means, what else could explain it, and the examples behind it.
 
-It knows figures and rows of tokens; nothing about flags, files, or how anything was found.
+Read next: `renyi.inference.diagnose`, which makes the diagnosis.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ class LoadedExample(NamedTuple):
 
 
 class Doubt(NamedTuple):
-    """What else could look like a contradiction, and what to do about it."""
+    """Another cause that could look like a contradiction, and what to do about it."""
 
     what: str
     hint: str
 
 
 def doubts_of(found: "Diagnosis", is_trained: bool, is_fitted_to: bool = False) -> list[Doubt]:
-    """What else than the data could have made the critical alpha what it is.
+    """Causes other than the data that could explain the critical alpha.
 
     Args:
         found: the diagnosis.
@@ -132,7 +132,7 @@ def examples_table(sides: Sequence[Sequence[LoadedExample]], contradicted: bool)
 
 
 def text_of(row: dict[str, Any], tokenizer: "PreTrainedTokenizerBase") -> Text:
-    """An example, with what is not trained of it dim; of a pair the prompt's end, what was chosen and what was not."""
+    """An example as text; tokens that are not trained are dim. For a pair: the prompt's end and both completions."""
     if "prompt_ids" in row:
         prompt, chosen, rejected = (
             " ".join(str(tokenizer.decode(row[name], skip_special_tokens=True)).split())

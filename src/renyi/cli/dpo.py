@@ -1,6 +1,6 @@
 """`renyi dpo`: train an ensemble on preference pairs, from settings in a YAML file and flags.
 
-Only what sets it apart from other training commands, which share `renyi.cli.training`.
+This file has only what differs from other training commands. Read next: `training.py`, what they share.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class DPO(TrainingCommand):
     def first(self, ready: "Run", prepared: "Dataset", coloured: bool) -> RenderableType:
         from renyi.cli.tokens import example_panel, shown, spans
 
-        batch = ready.trainer.data_collator([prepared[0]])  # which cuts to max_length
+        batch = ready.trainer.data_collator([prepared[0]])  # it cuts to max_length
         prompts, completions, trained = [], [], []
         for row in range(2):
             there = batch["attention_mask"][row].bool()
@@ -67,7 +67,7 @@ class DPO(TrainingCommand):
             prompts.append(before[0][0].strip() if before else "")
             completions.append(completion.strip())
             trained.append(sum(is_completion[1:]))  # nothing predicts the first token
-        prompt = max(prompts, key=len)  # of a prompt cut from the left, the shorter side keeps more
+        prompt = max(prompts, key=len)  # if prompts are cut from the left, the pair's shorter side keeps more of it
         lines = [shown(prompt, None, coloured)] if prompt else []
         for side, colour, completion in zip(("chosen", "rejected"), ("green", "red"), completions, strict=True):
             lines.append(Text.assemble((f"{side:8}  ", "dim"), shown(completion, colour, coloured)))
@@ -108,7 +108,7 @@ class DPO(TrainingCommand):
 
 
 def _loss(args: Any) -> str:
-    """The loss in one line, with whatever departs from plain DPO."""
+    """The loss in one line, with every setting that differs from plain DPO."""
     parts = [" + ".join(args.loss_type)]
     parts += [f"weights {' and '.join(f'{w:g}' for w in args.loss_weights)}"] if args.loss_weights else []
     parts += [f"beta {args.beta:g}"]
@@ -119,7 +119,7 @@ def _loss(args: Any) -> str:
 
 
 def _snippet(ready: "Run", pair: dict[str, Any]) -> str:
-    """Both completions of a pair on one line, without a beginning that would show them as the same."""
+    """Both completions of a pair on one line, from the point at which they differ."""
     from renyi.cli.tokens import one_line
 
     sides = [one_line(ready.tokenizer, pair[column]) for column in ("chosen_ids", "rejected_ids")]

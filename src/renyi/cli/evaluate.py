@@ -5,15 +5,16 @@ of the mixture, every member and baselines; --target_risk finds the uncertainty 
 
 --task perplexity: how likely text is to the mixture, every member and baselines, by group.
 
---task preference: rows are pairs, prepared, cut and compared with the reference as in the ensemble's training. Of the
-probability that the chosen completion is preferred it reports accuracy, NLL, Brier score and calibration, for the
-mixture and every member, and the pairs that members contradict each other on.
+--task preference: rows are pairs, prepared, cut and compared with the reference as in the ensemble's training. It
+reports accuracy, NLL, Brier score and calibration of the probability that the chosen completion is preferred, for the
+mixture and every member, and the pairs on which members contradict each other.
 
---task refusal: rows are prompts, safe or unsafe to answer. Every member answers, or has answered. It reports how often
-each refuses, how far members differ, and the prompts that split them.
+--task refusal: rows are prompts, safe or unsafe to answer. Every member answers them, or the rows have the answers. It
+reports how often each member refuses, how much members differ, and the prompts on which they differ.
 
---task sampling: rows are prompts, with answers or without. Of several samples of each it reports how many are right,
-how much they vary, how long they are, and how likely to the base; --baseline base puts the base's own beside them.
+--task sampling: rows are prompts, with answers or without. It draws several samples of each, and reports how many are
+right, how much they vary, how long they are, and how likely they are under the base. --baseline base also samples the
+base.
 """
 
 import argparse
@@ -116,7 +117,7 @@ def _known(task: Task) -> list[str]:
 
 
 def _add_flags(parser: StrictParser, task: Task) -> None:
-    """The flags of a task, made from its settings; a flag that another task has brought already is left as it is."""
+    """Add the flags of a task, made from its settings. A flag that another task has already added is not changed."""
     hints = get_type_hints(task.Settings)
     group = parser.add_argument_group(task.name)
     for field in dataclasses.fields(task.Settings):
@@ -140,7 +141,7 @@ def _help(settings: type[Settings], field: "dataclasses.Field[Any]") -> str:
 
 
 def _checked(parser: StrictParser, argv: Sequence[str], task: Task) -> argparse.Namespace:
-    """Parse; a flag that only another task has is an error that names that task."""
+    """The parsed arguments. A flag that only another task has is an error that names that task."""
     try:
         args: argparse.Namespace = parse_strictly(parser, argv)
     except ConfigError as error:
@@ -155,7 +156,7 @@ def _checked(parser: StrictParser, argv: Sequence[str], task: Task) -> argparse.
 
 @contextmanager
 def _flags_named(settings: set[str]) -> Iterator[None]:
-    """An error in a setting is told of the flag that sets it."""
+    """Let an error about a setting name the flag that sets it."""
     try:
         yield
     except ConfigError as error:

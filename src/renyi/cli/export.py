@@ -1,7 +1,8 @@
 """`renyi export`: an ensemble's members for other programs.
 
---format adapters writes ordinary PEFT adapters; merged writes a plain transformers model a member; vllm prints the
-command line that serves all members with vLLM, and with --output also writes the adapters and that line beside them.
+--format adapters writes ordinary PEFT adapters. merged writes a plain transformers model for each member. vllm prints
+the command line that serves all members with vLLM; with --output it also writes the adapters, and the command line
+beside them.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """`renyi generate`: an ensemble's answers, and where its members disagree.
 
-PROMPT is a user's message where the tokenizer has a chat template (--plain: text to continue). Without one, prompts are
-the rows of --input, or stdin is one. On a terminal, tokens are coloured by epistemic uncertainty. An answer is marked,
-or with --withhold left unsaid, where it is less certain than the threshold that `renyi evaluate` left in the folder.
+PROMPT is a user's message if the tokenizer has a chat template (--plain: text to continue). Without PROMPT, prompts are
+the rows of --input, or stdin is one prompt. On a terminal, tokens are coloured by epistemic uncertainty. `renyi
+evaluate` can write a threshold to the folder. An answer that is less certain than that is marked, or with --withhold
+not shown.
 """
 
 import argparse
@@ -36,10 +37,10 @@ if TYPE_CHECKING:
     from renyi.inference.generate import PromptRow
     from renyi.runs.load import Loaded
 
-# Epistemic uncertainty in nats, up to which a token has a colour: log 2 is two equal camps that say different things.
+# The greatest epistemic uncertainty of each colour, in nats. log 2: two equal halves of the members disagree.
 SCALE = ((0.02, ""), (0.1, "green"), (0.3, "yellow"), (0.6, "dark_orange"), (math.inf, "bold red"))
 
-# Flags that are settings of `Loaded.generate`, whose defaults hold where one is not given.
+# Flags that are settings of `Loaded.generate`. A flag that is not given has the default of that function.
 _SETTINGS: dict[str, tuple[Any, str]] = {
     "max_new_tokens": (int, "the most tokens of an answer; 256"),
     "do_sample": (bool, "sample rather than take the likeliest token; implied by the four flags below it"),
@@ -89,7 +90,7 @@ def _answers(
 
 
 def _abstention(loaded: "Loaded", needed: bool) -> "Abstention | None":
-    """The threshold in the ensemble's folder; what does not fit answers is an error if it is needed, else a warning."""
+    """The threshold in the ensemble's folder. If it does not fit answers: an error if it is needed, else a warning."""
     if needed:
         return loaded.needed_abstention("--withhold")
     found = loaded.abstention
@@ -196,7 +197,7 @@ def _show(
     args: argparse.Namespace,
     abstention: "Abstention | None",
 ) -> None:
-    """Whole answers: withheld where they are uncertain, or those of members side by side."""
+    """Show whole answers: withheld if they are too uncertain, or the members' answers side by side."""
     out.print(Text(_last(prompt), "dim"), soft_wrap=True)
     if not args.members:
         (answer,) = answers
@@ -223,7 +224,7 @@ def _show(
 
 
 def _told(out: Console, answer: "Answer", args: argparse.Namespace, abstention: "Abstention | None") -> None:
-    """On a terminal how sure the answer is; in either case if it is above the threshold."""
+    """Show how sure the answer is (on a terminal), and whether it is above the threshold (always)."""
     if abstention and abstention.is_above(answer):
         out.print(Text(f"[{_not_sure(abstention, answer)}]", "bold yellow"), soft_wrap=True)
     if out.is_terminal and args.settings["mixture"] != "member":
@@ -262,7 +263,7 @@ def _legend() -> Text:
 
 
 def _last(prompt: "PromptRow") -> str:
-    """A prompt as a heading: of messages the last."""
+    """A prompt as a heading: the text, or the last message."""
     if isinstance(prompt, Mapping):
         return _last(prompt["prompt"])
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
@@ -271,7 +272,7 @@ def _last(prompt: "PromptRow") -> str:
 def _line(
     index: int, prompt: "PromptRow", answers: "list[Answer]", args: argparse.Namespace, abstention: "Abstention | None"
 ) -> dict[str, Any]:
-    """One JSON object of a prompt: its answer's fields, or those of every member's answer."""
+    """The JSON object of a prompt, with the fields of its answer, or of every member's answer."""
 
     def fields(answer: "Answer") -> dict[str, Any]:
         found = answer._asdict()

@@ -1,7 +1,7 @@
-"""`renyi lm_eval`: EleutherAI's lm-evaluation-harness, to which an ensemble is a model.
+"""`renyi lm_eval`: EleutherAI's lm-evaluation-harness, with an ensemble as its model.
 
-renyi lm_eval ARGS… is the harness's own lm_eval ARGS…, where --model renyi --model_args ensemble=DIR is known.
-renyi lm_eval run --help says what they are, and docs/serving.md what an ensemble answers.
+renyi lm_eval ARGS… is the harness's own lm_eval ARGS…, which then knows --model renyi --model_args ensemble=DIR.
+renyi lm_eval run --help lists the arguments. docs/serving.md says what an ensemble answers.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The table of what each member learned, as training ends with it and `renyi score` reports it."""
+"""The table of what each member learned. Training and `renyi score` end with it."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -28,8 +28,8 @@ def members_table(
         title: of the table.
         subtitle: what was scored.
         clearest: for each member, the example that it claims most strongly; left out if not given.
-        example: what an example is called.
-        nll: what the summaries' NLL is.
+        example: the word for an example.
+        nll: the meaning and unit of the summaries' NLL.
     """
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     for column in ("member", "weight", "load", "leads", "NLL led", "NLL others"):

@@ -1,7 +1,7 @@
 """Settings of a command: a dataclass's default, then a YAML file, then a flag.
 
-Whatever does not fit says which key, which value, what was expected and where it stands. What keys become is said in
-`renyi.keys`.
+An error names the key, the value, what was expected, and the place that set it. Read next: `renyi.keys`, which converts
+values.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ def split_config(argv: Sequence[str], prog: str) -> tuple[ConfigFile, list[str]]
 
 
 def read_config(path: str) -> ConfigFile:
-    """Read a YAML mapping with the lines its keys stand on.
+    """Read a YAML mapping, with the line of each key.
 
     Raises:
         ConfigError: it is missing, not YAML, not a mapping, or sets a key twice.
@@ -116,7 +116,7 @@ class Given(NamedTuple):
 
 
 def given_keys(dataclass_types: Sequence[type], argv: Sequence[str], config: ConfigFile, prog: str) -> Given:
-    """What a config file and flags set of the fields of some dataclasses.
+    """The fields of some dataclasses that a config file and flags set.
 
     Args:
         dataclass_types: no two have a field of one name.
@@ -148,13 +148,13 @@ def _flags(dataclass_types: Sequence[type], argv: Sequence[str], known: Iterable
 
     parser = Parser(dataclass_types, prog=prog, add_help=False)
     for action in parser._actions:
-        # Defaults and types are those of the dataclasses and of `checked`, so that YAML and flags obey one rule.
+        # Defaults come from the dataclasses and types from `checked`, so that the same rules hold for YAML and flags.
         action.default, action.type, action.choices, action.required = SUPPRESS, None, None, False
     return vars(parse_strictly(parser, argv, known))
 
 
 class StrictParser(ArgumentParser):
-    """An ArgumentParser that knows no abbreviations and raises ConfigError where that one prints its usage."""
+    """An ArgumentParser without abbreviations that raises ConfigError instead of printing its usage."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
@@ -166,9 +166,9 @@ class StrictParser(ArgumentParser):
 
 
 def parse_strictly(parser: ArgumentParser, argv: Sequence[str], known: Iterable[str] | None = None) -> Any:
-    """`parser.parse_args`, but what is left over is an error that names the nearest known flag."""
+    """`parser.parse_args`, but an unknown flag is an error that names the nearest known flag."""
     has_arguments = any(not action.option_strings for action in parser._actions)
-    # An argument may stand behind an option, as in `renyi generate ENSEMBLE --max_new_tokens 5 "text"`.
+    # An argument may follow an option, as in `renyi generate ENSEMBLE --max_new_tokens 5 "text"`.
     parse = parser.parse_known_intermixed_args if has_arguments else parser.parse_known_args
     namespace, left_over = parse(list(argv))
     if left_over:

@@ -1,6 +1,6 @@
 """`renyi powerflow`: tune policies toward a power of the base distribution, from settings in a YAML file and flags.
 
-Only what sets it apart from other training commands, which share `renyi.cli.training`.
+This file has only what differs from other training commands. Read next: `training.py`, what they share.
 """
 
 import math
@@ -60,7 +60,7 @@ class PowerFlow(TrainingCommand):
         }
 
     def sizes(self, ready: "Run", prepared: "Dataset") -> str:
-        """GRPO's trainer tokenises prompts when it writes, so these are counted here."""
+        """The number of prompts and their tokens. They are counted here: GRPO's trainer tokenises prompts later."""
         rows = ready.preparation.prepare(prepared, ready.tokenizer)
         lengths = [len(ids) for ids in rows["input_ids"]]
         tokens = f"{plural(sum(lengths), 'token')}, the longest has {number_text(max(lengths))}"
@@ -103,7 +103,7 @@ class PowerFlow(TrainingCommand):
 
 
 def _form(args: Any) -> dict[str, str]:
-    """What completions lose besides, if they do."""
+    """The penalties of completions, if there are any."""
     lost = []
     if args.format_penalty is not None:
         is_function = ":" in args.format_penalty and "(" not in args.format_penalty
@@ -155,7 +155,7 @@ def _legend(trainer: Any) -> str:
 
 
 def _side_by_side(prompts: Sequence[str], named: "dict[str, PolicySummary]") -> list[RenderableType]:
-    """Of some prompts what the base writes and what each policy does, with the same random numbers."""
+    """What the base and each policy write to some prompts, with the same random numbers."""
     shown: list[RenderableType] = []
     for i, prompt in enumerate(prompts):
         table = Table.grid(padding=(0, 2))

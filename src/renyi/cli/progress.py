@@ -1,6 +1,6 @@
-"""How training goes, as it goes: a bar with the figures that matter, or a plain line a log where there is no terminal.
+"""Progress of training: a bar with the main figures, or without a terminal one plain line for each log.
 
-It shows what the trainer logs and knows nothing else.
+It shows what the trainer logs. Read next: `watch.py`, which uses it.
 """
 
 import time
@@ -20,7 +20,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 class Progress(TrainerCallback):
-    """Shows a run. Used as a context: leaving it takes the bar off, however training ends."""
+    """Shows a run. It is a context manager: leaving it removes the bar, also after an error."""
 
     def __init__(self) -> None:
         self._out, self._err = stream(), stream(stderr=True)
@@ -125,7 +125,7 @@ def _plain_line(state: TrainerState, logs: dict[str, float], left: str) -> str:
 
 
 def _figures(logs: dict[str, float]) -> dict[str, str]:
-    """The figures that matter, under the names of the metrics."""
+    """The main figures, under the names of the metrics."""
     formats = {"loss": ".3f", "nll_mixture": ".3f", "rewards/accuracies": ".2f", "jensen_gap": ".3f"}
     formats |= {"log_partition": ".2f", "logps/base": ".2f", "logps/policy": ".2f"}
     formats |= {"completions/mean_length": ".1f", "completions/clipped_ratio": ".0%"}
@@ -134,6 +134,6 @@ def _figures(logs: dict[str, float]) -> dict[str, str]:
 
 
 def _loads(logs: dict[str, float]) -> list[float]:
-    """What share each member takes; nothing of one, which takes all."""
+    """The load of each member; empty for a single member."""
     members = sum(name.startswith("member_load/") for name in logs)
     return [logs[f"member_load/{m}"] for m in range(members)] if members > 1 else []

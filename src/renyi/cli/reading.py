@@ -1,6 +1,6 @@
 """What the commands that read an ensemble share: their flags, opening the ensemble, and lines written whole.
 
-What a command then asks of the ensemble is a method of `renyi.runs.load.Loaded`; read that next.
+Read next: `renyi.runs.load`, whose `Loaded` has a method for what each command does.
 """
 
 import json
@@ -32,7 +32,7 @@ def add_ensemble_flags(parser: StrictParser) -> None:
 
 
 def add_reading_flags(parser: StrictParser, output_help: str, json_help: str, several: bool = False) -> None:
-    """Add ENSEMBLE, DATA (`several` of it as a list) and the flags that say where either is and where results go."""
+    """Add ENSEMBLE, DATA (a list if `several`), the flags that say where they are, and the flags for results."""
     add_ensemble_flags(parser)
     parser.add_argument(
         "data",
@@ -90,7 +90,7 @@ def naming_flags(args: Any) -> Iterator[None]:
 @contextmanager
 def progress_bar(err: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, gone when done; call what it gives with the number of rows done."""
-    # What is done may name a user's folder: neither markup, nor a format with braces.
+    # The description may have a user's folder in it. So it is read neither as markup nor as a format string.
     named = TextColumn("{task.description}", markup=False)
     columns = (named, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
@@ -99,7 +99,7 @@ def progress_bar(err: Console, what: str, total: int) -> Iterator[Callable[[int]
 
 
 def write_lines(lines: Iterable[Mapping[str, Any]], output: Path | None) -> None:
-    """One JSON object a line, to stdout without a file; a file appears only when it is whole."""
+    """Write one JSON object on each line, to `output` or stdout. The file appears only when it is complete."""
     texts = (json.dumps(finite(line), allow_nan=False) + "\n" for line in lines)
     if output is None:
         for text in texts:
@@ -118,7 +118,7 @@ def write_lines(lines: Iterable[Mapping[str, Any]], output: Path | None) -> None
 
 
 def finite(value: Any) -> Any:
-    """A value that JSON can hold: what is no finite number is null."""
+    """The value in a form that JSON can hold: numbers that are not finite become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

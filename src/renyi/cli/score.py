@@ -1,6 +1,6 @@
 """`renyi score`: log-likelihoods and responsibilities of every member on every example, one JSON line each.
 
-Rows are prepared as they were for the ensemble's training, so a flag is needed only to depart from that. With
+Rows are prepared as they were for the ensemble's training; flags are needed only to prepare them otherwise. With
 --choice_by, rows are multiple-choice questions, and a line has the likelihood of every option under every member.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from renyi.inference import MemberSummary, Score
     from renyi.runs.load import Loaded
 
-# Flags that depart from how the ensemble's training prepared its rows, and their types.
+# Flags that prepare rows otherwise than in the ensemble's training, and their types.
 _PREPARATION = {
     "max_length": (int | None, "tokens after which a row is cut; null for no limit"),
     "dataset_text_field": (str, "the column that holds the text of a row of text"),
@@ -68,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _score_questions(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset", err: Console) -> int:
-    """A line a question; what is right is not looked at."""
+    """Write a line for each question. The right option is not used."""
     with progress_bar(err, "scoring", len(rows)) as progress:
         found = loaded.choices(rows, args.choice_by, name=args.data, progress=progress)
     lines = [choice._asdict() for choice in found]

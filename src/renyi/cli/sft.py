@@ -1,6 +1,6 @@
 """`renyi sft`: train an ensemble on a dataset, from settings in a YAML file and flags.
 
-Only what sets it apart from other training commands, which share `renyi.cli.training`.
+This file has only what differs from other training commands. Read next: `training.py`, what they share.
 """
 
 from collections.abc import Sequence

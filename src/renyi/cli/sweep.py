@@ -1,7 +1,7 @@
 """`renyi sweep`: alpha × members with one budget, measured on the same held-out examples, and one of them chosen.
 
-Every cell is what `renyi sft` or `renyi dpo` would train. `renyi.runs.sweep` does it, `sweep_watch.py` shows how it
-goes, and `renyi.evaluation.sweep_choice` says what the figures mean.
+Every cell is what `renyi sft` or `renyi dpo` would train. Read next: `renyi.runs.grid` (runs it), `sweep_watch.py`
+(shows progress), `renyi.evaluation.sweep_choice` (what the figures mean).
 """
 
 from collections.abc import Mapping, Sequence
@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _method(flags: Sequence[str], config: ConfigFile) -> str:
-    """Which method's keys the others are."""
+    """The method that the other keys belong to."""
     parser = StrictParser(prog=PROG, add_help=False)
     parser.add_argument("--method")
     flag = parser.parse_known_args(list(flags))[0].method
@@ -84,7 +84,7 @@ def _method(flags: Sequence[str], config: ConfigFile) -> str:
 
 
 def _let_flags_override(config: ConfigFile, flags: Sequence[str]) -> None:
-    """The file of one run serves a sweep, too: `--alphas` and `--members` override its `alpha` and `num_members`."""
+    """A run's config file also works for a sweep: `--alphas` and `--members` override `alpha` and `num_members`."""
     named = {flag.partition("=")[0][2:].replace("-", "_") for flag in flags if flag.startswith("--")}
     for key, instead in (("alpha", "alphas"), ("num_members", "members")):
         if instead in named:

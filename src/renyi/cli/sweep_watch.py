@@ -1,4 +1,4 @@
-"""What a person sees of a sweep while it runs: the plan, every cell as it begins, and those that fail."""
+"""What a user sees while a sweep runs: the plan, every cell when it begins, and cells that fail."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +20,7 @@ from renyi.text import number_text
 
 
 class ShownSweep(SweepWatch):
-    """Shows a sweep; one that is silent shows only failures and, on a terminal, what takes a while."""
+    """Shows a sweep. If silent, it shows only failures and, on a terminal, what takes a while."""
 
     def __init__(self, settings: SweepSettings, command: TrainingCommand, out: Console, err: Console, is_silent: bool):
         self._settings, self._command, self._err, self._is_silent = settings, command, err, is_silent
@@ -67,7 +67,7 @@ def _from_where(ready: Run) -> str:
 
 
 def _plan(settings: SweepSettings, command: TrainingCommand, ready: Run) -> RenderableType:
-    """What was understood, as of the first cell that is trained."""
+    """The plan, with the settings of the first cell that is trained."""
     cells, trainer = settings.cells, ready.trainer
     several = sorted({c.members for c in cells if c.members > 1})
     parts = ["one adapter"] if any(c.members == 1 for c in cells) else []

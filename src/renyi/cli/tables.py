@@ -14,7 +14,7 @@ from renyi.text import printable
 
 __all__ = ["LONGEST_TEXT", "WIDEST_TABLE", "as_json", "figures_table", "rendered", "shortened", "titled"]
 
-WIDEST_TABLE = 20  # rows, beyond which only the largest are shown
+WIDEST_TABLE = 20  # if a table has more rows, only the largest are shown
 LONGEST_TEXT = 180  # characters shown of a prompt or a completion
 LONGEST_CELL = 48
 STYLES = {"good": "green", "bad": "red"}

@@ -1,6 +1,6 @@
 """How tokens look on the screen: those that are trained in colour, or between « » where there are no colours.
 
-The plans of training commands show their first example with these; `watch.py` is the file to read next.
+The plans of training commands show their first example with these. Read next: `watch.py`.
 """
 
 from rich.panel import Panel
@@ -11,7 +11,7 @@ LONGEST_SPAN = 300  # characters shown of either end of a long piece
 
 
 def spans(tokenizer: PreTrainedTokenizerBase, ids: list[int], is_trained: list[bool]) -> list[tuple[str, bool]]:
-    """The text of tokens, cut where they begin or cease to be trained: each piece, and whether it is.
+    """The text of tokens, cut into pieces that are trained or not: each piece, and whether it is trained.
 
     A character of several tokens is not cut; all of it is shown as its first token is.
     """
@@ -45,7 +45,7 @@ def shown(piece: str, colour: str | None, coloured: bool) -> Text:
 
 
 def example_panel(text: Text, name: str, what_is_trained: str) -> Panel:
-    """An example in a frame, with its name and what of it is trained."""
+    """An example in a frame, with its name and a line that says what is trained."""
     title = Text.assemble((name, "bold"), (f" · {what_is_trained}", "dim"))
     return Panel(text, title=title, title_align="left", border_style="dim", padding=(0, 1))
 

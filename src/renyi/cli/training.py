@@ -1,7 +1,6 @@
-"""What every command that trains an ensemble does: say what it understood, train, and say what came out.
+"""What every command that trains an ensemble does: show what it understood, train, and show the results.
 
-What only one method says, its `TrainingCommand` does (`command.py`); `watch.py` shows how a run goes, and `renyi.runs`
-runs it.
+Read next: `command.py` (what differs between methods), `watch.py` (what is shown), `renyi.runs` (the run itself).
 """
 
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ def run_training(command: TrainingCommand, argv: Sequence[str]) -> int:
         quiet_progress_bars()
         given = given_keys(METHODS[command.method].dataclasses, flags, config, command.prog)
         settings = Settings(command.method, given.values, given.where)
-        settings.parts()  # which refuses what does not fit together
+        settings.parts()  # it refuses settings that do not fit together
 
     watch = TrainingWatch(command, out, err)
     if settings.values.get("dry_run"):
@@ -61,7 +60,7 @@ _AFTER = {
     "Watching": "dry_run logging_steps eval_strategy eval_steps save_steps save_total_limit early_stopping_patience "
     "report_to",
 }
-# Where TRL's own words would mislead.
+# Help for keys for which TRL's own text would mislead.
 _OUR_HELP = {
     "model_name_or_path": "The base model, a folder or a hub id; or a folder of an ensemble or adapter to go on with",
     "output_dir": "The folder for checkpoints and the ensemble; the same command goes on from what it holds",

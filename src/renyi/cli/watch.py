@@ -1,6 +1,6 @@
-"""What a person sees of a training run: the plan, how it goes, and what came of it.
+"""What a user sees of a training run: the plan, its progress, and its results.
 
-`TrainingWatch` is told by `renyi.runs.run` how a run goes. What only one method says, its command does (`training.py`).
+`renyi.runs.run` calls `TrainingWatch` as the run goes on. Read next: `command.py`, what differs between methods.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ class TrainingWatch(Watch):
         self._folder = run.output_dir
 
     def show(self, run: Run, is_dry: bool = False) -> None:
-        """The plan and the first example; of a dry run also what memory a step takes."""
+        """Show the plan and the first example; in a dry run also the memory of a step."""
         auto_undecided = is_dry and run.record.settings["alpha"] == AUTO
         self._out.print(_plan(self._command, run, auto_undecided))
         first = _prepared(run, run.train_rows, 1)
@@ -148,11 +148,11 @@ def _cut(ready: Run) -> dict[str, str]:
 
 
 def _show_memory(out: Console, err: Console, ready: Run) -> None:
-    """What the largest step takes, by taking it."""
+    """Show the memory of the largest step, measured by running it."""
     trainer = ready.trainer
     if not trainer.splits_batches or not isinstance(trainer.train_dataset, Dataset):
         return
-    if getattr(trainer.args, "precompute_ref_log_probs", False):  # and a dry run does not
+    if getattr(trainer.args, "precompute_ref_log_probs", False):  # a dry run does not compute them
         return
     with err.status("taking the largest step"):
         peak = trainer.rehearse()
