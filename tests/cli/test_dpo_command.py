@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -242,16 +241,20 @@ def test_share_gpt_pairs_as_they_are(settings: Settings, tmp_path: Path) -> None
         "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     (tmp_path / "turns.jinja").write_text(template, encoding="utf-8")
-    longer = shutil.copytree(STORIES, tmp_path / "longer", copy_function=shutil.copyfile)  # these pairs pass 512 tokens
-    config = json.loads((longer / "config.json").read_text())
-    (longer / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
-    given = {"model_name_or_path": longer, "chat_template_path": tmp_path / "turns.jinja", "max_length": None}
-    ended = dpo(settings(dataset_name=DEMO, **given), "--dry_run")
+    # Those that the base's 512 positions hold; a row that leaves no room for an answer is an error.
+    rows = [
+        row
+        for row in json.loads(DEMO.read_text(encoding="utf-8"))
+        if len(json.dumps(row)) < 900 and "(" not in row["chosen"]["value"]
+    ]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
+    given = {"model_name_or_path": STORIES, "chat_template_path": tmp_path / "turns.jinja", "max_length": None}
+    ended = dpo(settings(dataset_name=tmp_path / "pairs.json", **given), "--dry_run")
     assert (ended.code, ended.err) == (0, "")
-    assert f"{DEMO} · ShareGPT pairs" in flat(ended.out)
-    assert "300 pairs · " in ended.out
-    assert "user: Hi! I'd like to create a new language game" in ended.out
-    assert "│ chosen    «That sounds like a fun and engaging idea!" in ended.out
+    assert "pairs.json · ShareGPT pairs" in flat(ended.out)
+    assert f"{len(rows)} pairs · " in ended.out
+    assert f"user: {rows[0]['conversations'][0]['value'][:30]}" in ended.out
+    assert f"│ chosen    «{rows[0]['chosen']['value'][:20]}" in ended.out
     assert not (tmp_path / "out").exists()
 
 
