@@ -3,6 +3,7 @@
 Processes are forked from a server that has imported the libraries once, so one costs a second and not ten.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ RESULT, KILLED = "result.json", 9
 
 def run(target: Any, *args: Any, processes: int = 1, seconds: float = 240) -> list[int | None]:
     """Call `target(rank, *args)` in processes of their own and return their exit codes."""
-    children = [_context.Process(target=target, args=(rank, *args)) for rank in range(processes)]
+    children = [_context.Process(target=_call, args=(target, rank, *args)) for rank in range(processes)]
     for child in children:
         child.start()
     for child in children:
@@ -72,6 +73,11 @@ def _renyi(argv: list[str], said: str, most: int | None = None) -> None:
     if most is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     sys.exit(main(argv))
+
+
+def _call(target: Any, *args: Any) -> None:
+    gc.freeze()  # as conftest.py does, and for its reason
+    target(*args)
 
 
 def free_port() -> int:
