@@ -1,4 +1,4 @@
-"""Which completion each member prefers, how sure the mixture is, and where its members contradict each other.
+"""Which completion each member prefers, how sure the mixture is, and on which pairs members contradict each other.
 
 Tokens, reference and joint forward are the same as in training. Read next: `renyi.objectives.preference` (margins).
 """
@@ -77,7 +77,7 @@ def score_pairs(
         ensemble: M members.
         pairs: with columns `prompt_ids`, `chosen_ids`, `rejected_ids`, as `prepare_pairs` makes them.
         loss: the settings that margins and likelihoods are computed with.
-        reference: what log-ratios are taken to.
+        reference: what log-ratios are measured against.
         preparation: where pairs are cut; at the positions of the base at the latest. A warning counts those cut.
         tokens_per_batch: limit on members × rows × length in one forward. A longer single pair is scored alone.
         progress: called after each batch with the number of pairs done.

@@ -1,7 +1,7 @@
 """The stages of a training run: `build` reads the data and makes the trainer, `train` trains, `save` leaves the folder.
 
-`single.py` does all of them in one call. `Settings` are in `settings.py`, what a folder remembers of them in
-`record.py`. Nothing is printed here: a `Watch` is told how a run goes, and the command line shows it.
+Nothing is printed here: a `Watch` is told how a run goes, and the command line shows it. Read next: `settings.py`,
+`record.py` (the settings that a folder keeps), `single.py` (all stages in one call).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from renyi.training.checkpoints import Checkpoints, saved, state_at_end
 from renyi.training.config import EnsembleConfig
 from renyi.training.trainer import EnsembleTrainer
 
-# Rows that a fit must leave for its diagnosis: half of them are measured.
+# The fewest rows that a fit must leave for its diagnosis, because half of them are measured.
 FEWEST_PROBES = 2 * FEWEST_MEASURED
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -50,7 +50,7 @@ class Run(NamedTuple):
         form: of the rows.
         train_rows: as loaded.
         eval_rows: as loaded; None if nothing is held out.
-        probe_rows: those of the train rows that the trainer does not see; None if it sees all.
+        probe_rows: the train rows that the trainer does not see; None if it sees all.
         checkpoints: what the output folder holds already.
         finished: whether the newest checkpoint is the last one of this run.
         steps_before: steps that the run had when the newest checkpoint was written; None if there is no checkpoint.
@@ -80,14 +80,14 @@ class Run(NamedTuple):
 
 
 class Watch:
-    """What happens in a run, told to whoever shows it. None of these needs to do anything; override what you want."""
+    """Callbacks of a run, for showing its progress. They do nothing by default; override those that you need."""
 
     def doing(self, what: str) -> AbstractContextManager[Any]:
-        """Around what takes a while, such as "loading the data and the base model"."""
+        """A context around work that takes a while, such as "loading the data and the base model"."""
         return nullcontext()
 
     def training(self) -> AbstractContextManager[Sequence[TrainerCallback]]:
-        """Around the training of an adapter or an ensemble; gives callbacks for the trainer."""
+        """A context around the training of an adapter or an ensemble. It gives callbacks for the trainer."""
         return nullcontext(())
 
     def chosen(self, chosen: Any, settings: Settings) -> None:
@@ -108,8 +108,8 @@ def build(settings: Settings, asked: Settings | None = None, probes: int = 0) ->
 
     Args:
         settings: of the run; they stay as they are.
-        asked: what the user asked for, which the folder's record keeps; `settings` if None.
-        probes: how many rows to keep from the trainer at most: a fifth, and at least `FEWEST_PROBES`.
+        asked: the settings that the user gave, which the folder's record keeps; `settings` if None.
+        probes: the most rows to keep from the trainer. It is a fifth of them, and at least `FEWEST_PROBES`.
 
     Raises:
         RenyiError: whatever is wrong with settings, data, tokenizer or output folder, before anything is written.
@@ -176,7 +176,7 @@ def build(settings: Settings, asked: Settings | None = None, probes: int = 0) ->
 
 
 def _take_from_ensemble(folder: Path, args: Any, model: MemberConfig, given: Mapping[str, Any]) -> Manifest:
-    """Settings of the members, which an ensemble that is trained further brings along.
+    """Take the settings of the members from an ensemble that is trained further.
 
     Raises:
         ConfigError: another value was given for one of them.
@@ -232,13 +232,13 @@ def _nothing_ahead(args: EnsembleConfig, dry_run: bool) -> Iterator[None]:
 
 
 def check_schedule(trainer: EnsembleTrainer, where: Where) -> None:
-    """Make what would otherwise be made only when training begins: raise now what would be raised then.
+    """Look up the optimizer and make the schedule now, so that their errors are not raised only when training begins.
 
     Raises:
         ConfigError: arguments do not fit the schedule of the learning rate.
     """
     args, steps = trainer.args, trainer.num_steps
-    trainer.get_optimizer_cls_and_kwargs(args)  # which may lack a package
+    trainer.get_optimizer_cls_and_kwargs(args)  # raises if the optimizer's package is missing
     try:
         get_scheduler(
             args.lr_scheduler_type,
@@ -268,7 +268,7 @@ def _tokenizer(
     tokenizer = data.load_tokenizer(
         name, padding.pad_token, revision=model.model_revision, trust_remote_code=args.trust_remote_code
     )
-    padding.pad_token = None  # settled; TRL would warn
+    padding.pad_token = None  # it is set already, and TRL would warn
     if settings.chat_template_path:
         data.load_chat_template(tokenizer, settings.chat_template_path)
         settings.chat_template_path = None
@@ -354,7 +354,7 @@ def _without_probes(rows: Rows, most: int, seed: int, name: str) -> tuple[Rows, 
 
 @contextmanager
 def _explained(dataset_name: str, settings: Settings) -> Iterator[None]:
-    """Say whose rows are meant, and turn what the libraries raise about settings into our error."""
+    """Name the dataset in errors, and turn the libraries' errors about settings into ours."""
     try:
         yield
     except DataError as error:
@@ -373,7 +373,7 @@ def _explained(dataset_name: str, settings: Settings) -> Iterator[None]:
 def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> None:
     """Train from the newest complete checkpoint, or from the start; draw the curves if it ends early.
 
-    A finished run only gets back the members it ended with.
+    A finished run is not trained: its members are loaded as they were at its end.
 
     Args:
         run: as `build` made it.
@@ -391,7 +391,7 @@ def train(run: Run, callbacks: Sequence[TrainerCallback] = ()) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     except BaseException:
-        with suppress(Exception):  # the disk may be full; what went wrong first is what counts
+        with suppress(Exception):  # the disk may be full; the first error is the one to report
             trainer.draw()
         raise
 

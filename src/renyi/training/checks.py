@@ -1,4 +1,4 @@
-"""Settings of transformers that would fail only when training begins, checked as soon as they are known.
+"""Early checks of settings that transformers would refuse only when training begins.
 
 `config.py` calls this when a config is made, so that a dry run finds what a run would.
 """
@@ -157,7 +157,7 @@ def check_packages(args: Any) -> None:
         )
     name = getattr(args.optim, "value", args.optim)
     if name.startswith(("galore", "apollo", "lomo", "adalomo")):
-        return  # they want the model, which is not known here
+        return  # these schedulers need the model, which is not known here
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:

@@ -205,7 +205,7 @@ class PowerFlowTrainer(RolloutTrainer):
             if kwargs.get(name) is not None:
                 raise ConfigError("has no part in this loss", where=name, hint="Leave it out.")
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
-        if isinstance(model, str) and not ensemble.is_fresh:  # it brings the dropout of the training it had
+        if isinstance(model, str) and not ensemble.is_fresh:  # it has the dropout of its earlier training
             ensemble.turn_dropout_off()
         _check_no_dropout(ensemble)
         args.max_prompt_length = args.max_prompt_length or _longest_prompt(ensemble, args.max_completion_length)
@@ -364,7 +364,7 @@ class PowerFlowTrainer(RolloutTrainer):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The optimizer of transformers, with a group of its own, and a learning rate, for a learned partition."""
-        is_new = self.optimizer is None  # trained again, a trainer keeps its optimizer
+        is_new = self.optimizer is None  # a trainer that trains again keeps its optimizer
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.args.partition == "learned":
             own = set(self._partition.parameters())
@@ -403,7 +403,7 @@ def _check_no_dropout(ensemble: LoraEnsemble) -> None:
     """Raise `ConfigError` if what is scored would not be what was sampled."""
     dropout = {"lora_dropout": ensemble.peft_config.lora_dropout}
     config = ensemble.config.get_text_config().to_dict()
-    elsewhere = ("summary_", "classifier_")  # of heads that a language model does not have
+    elsewhere = ("summary_", "classifier_")  # dropout of heads that a language model does not have
     dropout |= {
         name: probability
         for name, probability in config.items()

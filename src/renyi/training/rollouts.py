@@ -193,7 +193,7 @@ def by_member(rows: int, num_members: int) -> list[int]:
     """Row numbers in member-major order. Member i mod M writes row i, so that every member writes for every prompt.
 
     Raises:
-        ConfigError: they do not divide.
+        ConfigError: the number of rows is not a multiple of the number of members.
     """
     if rows % num_members:
         raise ConfigError(
