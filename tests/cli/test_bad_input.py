@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import Ended, Settings, assert_refused, contradicting_rows, renyi, save_base, write_rows
-from tiny import tiny_model
+from tiny import tiny_model, tiny_tokenizer
 
 from renyi.cli.main import COMMANDS
 
@@ -325,3 +325,33 @@ def test_words_of_the_data_are_text(settings: Settings, tmp_path: Path) -> None:
     ended = renyi("sft", "--config", settings(dataset_name=data, model_name_or_path=base), "--dry_run")
     assert "[red]" in ended.out + ended.err
     assert not {"\x1b", "\x9b", "\u202e"} & set(ended.out + ended.err)
+
+
+# ---- A tokenizer with more tokens than the base has embeddings -------------------------------------------------------
+
+
+@pytest.mark.parametrize("use", ["template", "eos_token", "pad_token", "row", "nothing"])
+def test_a_token_without_an_embedding_is_refused_by_its_name(
+    use: str, settings: Settings, rows_file: Path, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<assistant>", "<end>"]})
+    new = tokenizer.convert_tokens_to_ids("<end>")
+    if use == "template":
+        tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<end>")
+    elif use.endswith("_token"):
+        setattr(tokenizer, use, "<end>")
+    tokenizer.save_pretrained(base)
+    file = rows_file
+    if use == "row":
+        file = write_rows(
+            tmp_path / "rows.jsonl", [*contradicting_rows(3), {"prompt": "w1", "completion": " w2 <end>"}]
+        )
+    ended = renyi("sft", "--config", settings(model_name_or_path=base, dataset_name=file), "--dry_run")
+    if use == "nothing":
+        assert ended.code == 0, ended
+        return
+    where = {"template": "tokenizer, the chat template's", "row": "row 4"}.get(use, f"tokenizer, {use}")
+    assert_refused(ended, where, "'<end>'", str(new), f"{new} embeddings")
+    assert not (tmp_path / "out").exists()

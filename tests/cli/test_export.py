@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import Ended, assert_refused, renyi
 from peft import PeftModel
-from tiny import lora, padded_batch, tiny_ensemble, tiny_tokenizer
+from tiny import lora, padded_batch, tiny_ensemble, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from renyi import LoraEnsemble
@@ -187,3 +187,14 @@ def test_a_merged_member_ends_where_its_base_or_its_tokenizer_ends(base: Path, t
     export_merged(tmp_path / "ensemble", tmp_path / "out")
     kept = GenerationConfig.from_pretrained(tmp_path / "out" / "member_0")
     assert kept.eos_token_id == [of_base, of_turn]
+
+
+def test_a_merged_member_ends_at_the_ends_of_base_tokenizer_and_turn(tmp_path: Path) -> None:
+    tiny_model(eos_token_id=20).save_pretrained(tmp_path / "base")
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<user>")
+    tokenizer.save_pretrained(tmp_path / "base")
+    LoraEnsemble.from_base(str(tmp_path / "base"), 1, lora()).save(tmp_path / "ensemble")
+    export_merged(tmp_path / "ensemble", tmp_path / "out")
+    kept = GenerationConfig.from_pretrained(tmp_path / "out" / "member_0")
+    assert kept.eos_token_id == [20, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<user>")]

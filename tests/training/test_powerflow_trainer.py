@@ -18,6 +18,7 @@ from tiny import (
     scatter_members,
     tiny_ensemble,
     tiny_model,
+    tiny_tokenizer,
 )
 from torch import Tensor
 
@@ -172,6 +173,28 @@ def test_an_answer_ends_with_its_first_end_and_is_cut_without_one(tmp_path):
         assert (answer[-1] == 0) != bool(cut)
         assert len(answer) == 3 or not cut
     assert trainer._metrics["train"]["completions/clipped_ratio"] == [pytest.approx(share)]
+
+
+def test_an_answer_ends_where_the_base_the_tokenizer_or_a_turn_ends(tmp_path):
+    """Three tokens: the base's own, the tokenizer's end of text, and what the chat template closes a turn with."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<eos>", "<user>")
+    of_turn = tokenizer.convert_tokens_to_ids("<user>")
+    settings = {"num_generations": 128, "per_device_train_batch_size": 128, "max_completion_length": 24}
+    model = tiny_model(initializer_range=0.02, eos_token_id=20)
+    trainer = powerflow_trainer_of(tmp_path, model=model, processing_class=tokenizer, **settings)
+    seen = Seen(trainer)
+    scored_batch(trainer, prompts=1)
+    (rollouts,) = seen.rollouts
+    ends = {20, tokenizer.eos_token_id, of_turn}
+    last = set()
+    for ids, labels, cut in zip(rollouts.input_ids, rollouts.labels, rollouts.is_truncated, strict=True):
+        answer = ids[labels != -100].tolist()
+        assert not ends & set(answer[:-1])
+        assert (answer[-1] in ends) != bool(cut)
+        assert len(answer) == 24 or not cut
+        last.add(answer[-1])
+    assert ends <= last
 
 
 # ---- How they are scored ---------------------------------------------------------------------------------------------
