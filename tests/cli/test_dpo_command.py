@@ -253,7 +253,7 @@ def test_share_gpt_pairs_as_they_are(settings: Settings, tmp_path: Path) -> None
     assert (ended.code, ended.err) == (0, "")
     assert "pairs.json · ShareGPT pairs" in flat(ended.out)
     assert f"{len(rows)} pairs · " in ended.out
-    assert f"user: {rows[0]['conversations'][0]['value'][:30]}" in ended.out
+    assert f"user: {rows[0]['conversations'][-1]['value'][:30]}" in ended.out
     assert f"│ chosen    «{rows[0]['chosen']['value'][:20]}" in ended.out
     assert not (tmp_path / "out").exists()
 
