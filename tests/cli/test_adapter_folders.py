@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Settings, assert_refused, renyi
+from conftest import Settings, assert_refused, renyi, write_rows
 from peft import get_peft_model
 from tiny import lora, member_distance
 from transformers import AutoModelForCausalLM
 
 from renyi import LoraEnsemble
+from renyi.ensemble import read_preference
 
 OWN_SHAPE = {"num_members": ..., "lora_r": ..., "lora_dropout": ...}
 
@@ -62,6 +63,21 @@ def test_training_goes_on_from_an_adapter(adapter: Path, settings: Settings, tmp
     assert_refused(refused, "num_members", "3 was given, and the ensemble to start from has 1")
 
 
+def test_preferences_are_measured_against_the_adapter_that_training_began_with(
+    adapter: Path, settings: Settings, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"w{i}", "chosen": f" w{i + 1}", "rejected": f" w{i + 2}"} for i in range(8)]
+    given = {**OWN_SHAPE, "dataset_name": write_rows(tmp_path / "pairs.jsonl", rows), "max_steps": 2}
+    ended = renyi("dpo", "--config", settings(model_name_or_path=adapter, **given))
+    assert ended.code == 0, ended
+    trained = LoraEnsemble.load(tmp_path / "out")
+    kept, start = read_preference(tmp_path / "out", trained).reference.start, LoraEnsemble.load(adapter).snapshot()
+    assert kept is not None
+    for ours, theirs in zip(kept.layers, start.layers, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    assert member_distance(trained, LoraEnsemble.load(adapter)) > 0
+
+
 def test_an_adapter_that_names_no_base_is_refused(adapter: Path, settings: Settings, tmp_path: Path) -> None:
     nameless = tmp_path / "nameless"
     shutil.copytree(adapter, nameless)
@@ -79,3 +95,15 @@ def test_saving_an_ensemble_beside_an_adapter_leaves_the_adapter(adapter: Path, 
     shutil.copytree(adapter, tmp_path / "both")
     LoraEnsemble.load(adapter).save(tmp_path / "both")
     assert (tmp_path / "both" / "adapter_model.safetensors").is_file()
+
+
+def test_evaluation_of_an_adapter_is_that_of_an_ensemble_of_one(adapter: Path, rows_file: Path, tmp_path: Path) -> None:
+    LoraEnsemble.load(adapter).save(tmp_path / "one")
+    ended, expected = (
+        renyi("evaluate", folder, rows_file, "--task", "perplexity", "--resamples", "20", "--json")
+        for folder in (adapter, tmp_path / "one")
+    )
+    assert (ended.code, expected.code) == (0, 0), ended
+    told, of_ensemble = json.loads(ended.out), json.loads(expected.out)
+    named = {key for key in told if told[key] != of_ensemble[key]}
+    assert named <= {"ensemble", "folder"}, named
