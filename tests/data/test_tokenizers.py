@@ -167,5 +167,5 @@ def test_an_id_without_embedding_is_named() -> None:
     limits = data.Limits(vocabulary=tokenizer.convert_tokens_to_ids("z"))  # the ids go by the alphabet
     rows = Dataset.from_dict({"text": ["a", "az"]})
     assert len(data.prepare(rows.select([0]), tokenizer, data.Preparation(), limits=limits)) == 1
-    with pytest.raises(DataError, match=rf"row 2: has the token {limits.vocabulary} at place 2"):
+    with pytest.raises(DataError, match=rf"row 2: has the token {limits.vocabulary} 'z' at place 2"):
         data.prepare(rows, tokenizer, data.Preparation(), limits=limits)
