@@ -336,7 +336,8 @@ def check_ids(ids: Sequence[int], limits: Limits, where: str, tokenizer: PreTrai
     """Raise `DataError` for an id that the base has no embedding for; with a tokenizer, it says which token that is."""
     if limits.vocabulary is not None and ids and max(ids) >= limits.vocabulary:
         place = next(i for i, token in enumerate(ids) if token >= limits.vocabulary)
-        written = f" {tokenizer.convert_ids_to_tokens(ids[place])!r}" if tokenizer is not None else ""
+        token = None if tokenizer is None else tokenizer.convert_ids_to_tokens(ids[place])
+        written = "" if token is None else f" {token!r}"  # a tokenizer has no name for an id beyond its own
         raise DataError(
             f"has the token {ids[place]}{written} at place {place + 1}, and the base has "
             f"{limits.vocabulary} embeddings",
