@@ -53,6 +53,14 @@ class TrainingDivergedError(RenyiError, FloatingPointError):
     """The loss is no longer a finite number."""
 
 
+class BusyError(RenyiError, RuntimeError):
+    """A server's queue is full. The same request may succeed later."""
+
+
+class EngineError(RenyiError, RuntimeError):
+    """An engine failed on a request, or does not run."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of another library's error, or the name of its class if the message is empty."""
     text = str(error).strip()
