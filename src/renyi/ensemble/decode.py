@@ -23,9 +23,10 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
+from renyi.ensemble.choosing import TokenChoice, step
 from renyi.ensemble.member_rows import repeat_rows
-from renyi.errors import ConfigError, EnsembleFormatError
-from renyi.measures import TokenUncertainty, token_uncertainty
+from renyi.errors import ConfigError
+from renyi.measures import TokenUncertainty
 from renyi.objectives import effective_members, running_log_weights
 
 MIXTURES = ("sequence", "token", "member")
@@ -149,6 +150,17 @@ def decode(
     return _by_member(generation, len(weights)) if by_member else generation
 
 
+def token_choice(base: PreTrainedModel, input_ids: Tensor, seed: int | None = None, **settings: Any) -> TokenChoice:
+    """How `decode` chooses the tokens that continue prompts [B, T], for callers that run the steps themselves.
+
+    Arguments and errors are those of `decode`. Settings that end an answer (max_new_tokens, stop_strings, …) have no
+    effect here.
+    """
+    _check_settings(base, None, settings)
+    prepared = _prepare(base, input_ids, torch.ones_like(input_ids), None, None, _settled(settings, None))
+    return TokenChoice(prepared.processors, prepared.config.do_sample, _generator(seed, base))
+
+
 # ---- The loop --------------------------------------------------------------------------------------------------------
 
 
@@ -191,50 +203,27 @@ def _loop(
     steps = _Steps(ids_BT, [], [], [], [])
     if streamer is not None:
         streamer.put(ids_BT.cpu())
+    choice = TokenChoice(processors, config.do_sample, generator)
     while True:
-        logits_KBV = forward(ids_BT).float().view(num_members, batch, -1)
-        log_p_KBV = logits_KBV.log_softmax(-1)
-        _check_numbers(log_p_KBV)
-        scores_BV = processors(ids_BT, _mixed(logits_KBV, log_p_KBV, log_w_KB))
-        if config.do_sample:
-            token_B = torch.multinomial(scores_BV.softmax(-1), 1, generator=generator).squeeze(1)
-        else:
-            token_B = scores_BV.argmax(-1)
-        token_B = torch.where(unfinished_B, token_B, pad)
-
-        uncertainty = token_uncertainty(log_p_KBV, log_w_KB)
-        log_p_KB = log_p_KBV.gather(-1, token_B.expand(num_members, batch)[..., None]).squeeze(-1).double()
+        logits_KBV = forward(ids_BT).view(num_members, batch, -1)
+        now = step(logits_KBV, log_w_KB, ids_BT, choice, by_token, unfinished_B, pad)
         steps.mask.append(unfinished_B)
-        steps.log_probs.append(log_p_KB)
+        steps.log_probs.append(now.log_probs)
         steps.log_weights.append(log_w_KB)
-        steps.uncertainty.append(uncertainty)
-        if not by_token:
-            log_w_KB = torch.where(unfinished_B, running_log_weights(log_w_KB, log_p_KB), log_w_KB)
+        steps.uncertainty.append(now.uncertainty)
+        log_w_KB = now.log_weights
 
-        ids_BT = torch.cat([ids_BT, token_B[:, None]], dim=-1)
+        ids_BT = torch.cat([ids_BT, now.tokens[:, None]], dim=-1)
         if streamer is not None:
-            streamer.put(token_B.cpu())
+            streamer.put(now.tokens.cpu())
         if on_token is not None:
-            on_token(token_B, uncertainty)
+            on_token(now.tokens, now.uncertainty)
         unfinished_B = unfinished_B & ~criteria(ids_BT, None)
         if not unfinished_B.any():
             break
     if streamer is not None:
         streamer.end()
     return steps._replace(sequences=ids_BT)
-
-
-def _check_numbers(log_p_KBV: Tensor) -> None:
-    """Raise `EnsembleFormatError` if a distribution holds NaN. One logit that is NaN makes the whole row NaN."""
-    broken_KB = log_p_KBV[..., 0].isnan()
-    if broken_KB.any():
-        member = int(broken_KB.any(-1).nonzero()[0])
-        who = f"member {member}" if len(broken_KB) > 1 else "the model"
-        raise EnsembleFormatError(
-            f"{who} gives logits that are not numbers",
-            where="generate",
-            hint="Its training diverged, or the base is loaded in a precision too low for it.",
-        )
 
 
 class _Forward:
@@ -274,19 +263,6 @@ class _Forward:
         """Whether the cache holds keys and values of attention only."""
         cache = self.kwargs.get("past_key_values")
         return isinstance(cache, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
-
-
-def _mixed(logits_KBV: Tensor, log_p_KBV: Tensor, log_w_KB: Tensor) -> Tensor:
-    """log p̄ [B, V] plus the members' mean log-normaliser, because transformers' processors expect logits.
-
-    A repetition penalty depends on the sign of a logit. With the log-normaliser, members that agree exactly are
-    penalised as each of them alone would be.
-    """
-    if len(logits_KBV) == 1:
-        return logits_KBV[0].clone()
-    log_w_KB1 = log_w_KB[..., None].float()
-    level_KB1 = (logits_KBV.amax(-1) - log_p_KBV.amax(-1))[..., None]
-    return (log_w_KB1 + log_p_KBV).logsumexp(0) + (log_w_KB1.exp() * level_KB1).sum(0)
 
 
 def _summarise(steps: _Steps, log_weights: Tensor) -> Generation:
