@@ -63,7 +63,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow
 
 # Time and memory, in minutes. On a GPU, run each file by hand with --gpu.
 bench: $(READY)

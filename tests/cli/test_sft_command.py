@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -315,6 +316,21 @@ def test_help_and_version_need_no_library() -> None:
         ended = subprocess.run([sys.executable, "-c", code, flag], capture_output=True, text=True, check=True)
         assert part in ended.stdout
         assert ended.stdout.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize(("given", "then"), [(None, "passive"), ("active", "active")])
+def test_threads_of_a_run_wait_without_spinning(given: str | None, then: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP reads the variable when torch is loaded, so it must be there before a command is imported."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    seen = []
+    command = SimpleNamespace(run=lambda rest: 0)
+    monkeypatch.setattr(
+        "renyi.cli.main.import_module", lambda name: (seen.append(os.environ["OMP_WAIT_POLICY"]), command)[1]
+    )
+    assert main(["info"]) == 0
+    assert seen == [then]
 
 
 def test_the_installed_command(tmp_path: Path) -> None:

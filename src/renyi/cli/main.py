@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if command not in COMMANDS:
             raise ConfigError(f"there is no command {command!r}", hint=f"The commands are {', '.join(COMMANDS)}.")
+        # OpenMP's threads spin while they wait, by default. Then two runs on one machine hold each other's cores and
+        # become many times slower. OpenMP reads this variable once, when the command imports torch.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         with quiet_libraries():
             return import_module(f"renyi.cli.{command}").run(rest)
     except RenyiError as error:
