@@ -23,6 +23,7 @@ COMMANDS = {
     "audit": "where a fine-tuning dataset contradicts itself, row by row, before it is trained on",
     "diagnose": "whether data contradict a fitted adapter, from which alpha on members part, and over what",
     "generate": "an ensemble's answers, coloured by how much its members disagree, or side by side",
+    "serve": "an ensemble behind OpenAI's API, with its uncertainty and a playground",
     "score": "log-likelihoods and responsibilities of every member on every example",
     "evaluate": "how good an ensemble and each of its members are, and whether they know where they are not",
     "export": "an ensemble's members as PEFT adapters, plain models, or a vLLM command line",

@@ -42,16 +42,22 @@ class Pieces:
         is_part = not piece or piece.endswith(_HALF)
         return "" if is_part and len(self._waiting) < _LONGEST_WAIT else self._show(piece)
 
+    def peek(self, token: int) -> str:
+        """The text that the next token would show if it were this one. It may end with half a character."""
+        return self._unseen(token)
+
     def finish(self) -> str:
         """What still waits when the answer has ended: a character that was begun and never completed."""
         return self._show(self._unseen()) if self._waiting else ""
 
-    def _unseen(self) -> str:
-        """The text of the waiting tokens."""
-        whole = self._decoded([*self._shown, *self._waiting])
+    def _unseen(self, *more: int) -> str:
+        """The text of the waiting tokens, and of `more` after them."""
+        whole = self._decoded([*self._shown, *self._waiting, *more])
         if whole.startswith(self._shown_text):
             return whole[len(self._shown_text) :]
-        return self._decoded(self._waiting)  # bytes that are no text can change how those before them are decoded
+        return self._decoded(
+            [*self._waiting, *more]
+        )  # bytes that are no text can change how those before them are decoded
 
     def _show(self, piece: str) -> str:
         self._shown, self._waiting = self._waiting, []

@@ -1,0 +1,114 @@
+"""`renyi serve`: an ensemble behind OpenAI's API, with its uncertainty, and a playground at /.
+
+Models are the mixture, by the folder's name or --model_name, and each member: member_0, member_1, …. It needs the extra
+renyi[serve]. Without a key it listens on this machine only.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from renyi.cli.console import quiet_progress_bars, stream
+from renyi.cli.parser import StrictParser, converted, parse_strictly
+from renyi.cli.reading import add_ensemble_flags, load_ensemble
+from renyi.errors import ConfigError
+
+# Flags with a number, their type, and what they are.
+_NUMBERS: dict[str, tuple[Any, str]] = {
+    "port": (int, "8000; 0 takes a free one"),
+    "max_running": (int, "requests answered together; 64"),
+    "max_waiting": (int, "requests that may wait; one more is refused with 429; 256"),
+    "max_cached_tokens": (int, "tokens of prompts and answers kept at once, a member; no limit"),
+    "max_tokens": (int, "the most tokens of an answer; 1024"),
+    "max_prompt_tokens": (int, "the most tokens of a prompt; the base's limit"),
+    "max_answers": (int, "prompts × choices of one request; 16"),
+    "max_body_bytes": (int, "the largest body of a request; 1048576"),
+    "max_seconds": (float, "how long a request may take; 600"),
+    "stop_seconds": (int, "how long answers in progress may go on at the end; 30"),
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Serve an ensemble until interrupted."""
+    args = _parse(argv)
+    try:
+        import fastapi
+        import prometheus_client
+        import uvicorn
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is missing", hint="Install it with: pip install 'renyi[serve]'") from error
+    del fastapi, prometheus_client, uvicorn
+    err = stream(stderr=True)
+    with err.status("loading"):
+        from renyi.serve.run import ServerSettings, serve
+
+        settings = _settings(args, ServerSettings())
+        settings.check()
+        quiet_progress_bars()
+        loaded = load_ensemble(args)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    err.print(f"serving {args.ensemble} on http://{host}:{settings.port}; Ctrl+C ends it", soft_wrap=True, markup=False)
+    try:
+        serve(loaded, settings)
+    except (OSError, SystemExit) as error:
+        if isinstance(error, SystemExit) and not error.code:
+            return 0
+        raise ConfigError(
+            f"{host}:{settings.port} cannot be listened on", where="--port", hint="Give another."
+        ) from error
+    return 0
+
+
+def _settings(args: argparse.Namespace, default: Any) -> Any:
+    """`ServerSettings` from the flags and the environment."""
+    from dataclasses import replace
+
+    given = {name: value for name in _NUMBERS if (value := getattr(args, name)) is not None}
+
+    def some(**names: str) -> dict[str, Any]:
+        """The given ones of some flags, by the names of the fields that they set."""
+        return {field: given[flag] for field, flag in names.items() if flag in given}
+
+    answers = some(
+        max_tokens="max_tokens", prompt_tokens="max_prompt_tokens", answers="max_answers", seconds="max_seconds"
+    )
+    engine = some(running="max_running", waiting="max_waiting", cached_tokens="max_cached_tokens")
+    keys = args.api_key or [key for key in [os.environ.get("RENYI_API_KEY", "")] if key]
+    return replace(
+        default,
+        **some(port="port", body_bytes="max_body_bytes", stop_seconds="stop_seconds"),
+        host=args.host,
+        keys=tuple(keys),
+        is_open=args.open,
+        model=args.model_name,
+        log_text=args.log_text,
+        answers=replace(default.answers, **answers),
+        engine=replace(default.engine, **engine),
+    )
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = StrictParser(prog="renyi serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_ensemble_flags(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 127.0.0.1, this machine only")
+    parser.add_argument(
+        "--api_key", nargs="+", metavar="KEY", help="keys that are let in; by default RENYI_API_KEY of the environment"
+    )
+    parser.add_argument("--open", action="store_true", help="listen beyond this machine without a key")
+    parser.add_argument("--model_name", metavar="NAME", help="the mixture's name; by default the folder's")
+    parser.add_argument("--log_text", action="store_true", help="log prompts and answers, too")
+    limits = parser.add_argument_group("limits")
+    for name, (_, about) in _NUMBERS.items():
+        limits.add_argument(f"--{name}", metavar="N", help=about)
+    args = parse_strictly(parser, argv)
+    for name, (kind, _) in _NUMBERS.items():
+        if getattr(args, name) is not None:
+            value = converted(getattr(args, name), kind, None, f"--{name}")
+            least = 0 if name in ("port", "max_waiting", "stop_seconds") else 1
+            if value < least or (name == "port" and value > 65535):
+                raise ConfigError(f"is {value}", where=f"--{name}", hint=f"Give a number from {least}.")
+            setattr(args, name, value)
+    if args.api_key and not all(args.api_key):
+        raise ConfigError("is empty", where="--api_key", hint="Give a key, or leave it out.")
+    return args
