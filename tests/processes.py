@@ -86,7 +86,13 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def interrupted_run(rank: int, output_dir: str, kill: tuple[str, int] | None, method: str = "sft") -> None:
+def interrupted_run(
+    rank: int,
+    output_dir: str,
+    kill: tuple[str, int] | None,
+    method: str = "sft",
+    settings: dict[str, Any] | None = None,
+) -> None:
     """Train, or go on training, in `output_dir`; `kill` names an event and the step at which the process dies in it.
 
     Nothing that could differ between two runs is left out: dropout, accumulation, two epochs, a ramping alpha, learned
@@ -145,6 +151,7 @@ def interrupted_run(rank: int, output_dir: str, kill: tuple[str, int] | None, me
         eval_steps=4,
         metric_for_best_model="eval_loss",
         early_stopping_patience=5,
+        **(settings or {}),
     )
     if event in ("writing a member", "before the seal"):
         module, name = (adapters, "write_adapter") if event == "writing a member" else (training, "seal")

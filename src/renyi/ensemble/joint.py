@@ -50,19 +50,36 @@ class JointModel(nn.Module):
         """The members that this process holds: all of them, or its share on a mesh."""
         return range(self.num_members) if self.mesh is None else self.mesh.share(self.num_members)
 
+    @property
+    def draws(self) -> int:
+        """S, the number of draws of each member that a forward runs now; see `MemberStack.redraw`."""
+        return 1 if self._selection.noise is None else self._selection.noise.draws
+
+    @property
+    def drawn_weights(self) -> Tensor:
+        """The weights [M·S] of all members' draws, member by member; they sum to one."""
+        return self.weights.repeat_interleave(self.draws) / self.draws
+
     def pairing(self, members: Sequence[int], examples: Tensor | None = None) -> AbstractContextManager[None]:
         """Run forwards in which row i sees member members[i] of this process; M is then 1.
 
         Args:
-            members: for each row, the place of its member among the members of this process.
-            examples: for each row, the place of its example in the step's batch, [rows]. Only members with different
-                noise for each example need it. See `of_examples` for rows that all members see.
+            members: for each row, the place of its member among the members of this process; with S draws, m·S + s.
+            examples: for each row, the place of its example in the optimizer step, [rows]; by default the row's number.
+                Only members with different noise for each example need it. See `of_examples` for rows that all members
+                see.
         """
         return self._selection.using(members, paired=True, examples=examples)
 
     def of_examples(self, examples: Tensor) -> AbstractContextManager[None]:
-        """Run forwards over some examples of the step's batch under every member; `examples` are their places in it."""
+        """Run forwards over rows whose examples have these places in the optimizer step, [rows]."""
         return self._selection.of_examples(examples)
+
+    def places(self, rows: int, rows_per_example: int = 1) -> Tensor:
+        """The places of the rows' examples in the optimizer step [rows]: as `of_examples` says, or counted from 0."""
+        if self._selection.examples is not None:
+            return self._selection.examples
+        return torch.arange(rows, device=self.base.device) % (rows // rows_per_example)
 
     def gathered(self, own: Tensor) -> Tensor:
         """Gather the values [M, …] of all members from those of each process; see `MemberMesh.gather`."""
@@ -130,7 +147,8 @@ class JointModel(nn.Module):
             inputs = {k: repeat_rows(v, num_members, batch) for k, v in inputs.items()}
         # Without gradients nothing is trained, so dropout is turned off.
         mode = nullcontext() if torch.is_grad_enabled() else evaluating(self.base)
-        with mode, self._selection.repeating() if self._keeps_rows_equal() else nullcontext():
+        numbered = nullcontext() if self._selection.noise is None else self.of_examples(self.places(batch))
+        with mode, numbered, self._selection.repeating() if self._keeps_rows_equal() else nullcontext():
             hidden = self.base.base_model(**inputs).last_hidden_state
         return hidden.view(num_members, batch, length, hidden.shape[-1])
 
@@ -155,8 +173,7 @@ class JointModel(nn.Module):
         selected = self._selection.members
         if self._selection.paired:
             return 1
-        draws = 1 if self._selection.noise is None else self._selection.noise.draws
-        return draws * len(self.members) if selected is None else max(1, len(selected))
+        return self.draws * len(self.members) if selected is None else max(1, len(selected))
 
     def token_log_likelihood(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None

@@ -16,12 +16,18 @@ from torch import Tensor, nn
 
 from renyi.errors import ConfigError
 
+# Constants of splitmix64 as signed 64-bit numbers. Products wrap around.
+_ODD = (-4658895280553007687, -7723592293110705685, -7046029254386353131)
+
 
 class Noise(NamedTuple):
     """The source of random numbers for random members in one training step.
 
     Every forward of the step must see the same noise: the forward that scores, the forward that trains, and the one
     that gradient checkpointing repeats. So the noise is computed from these numbers each time and is never stored.
+
+    Draw s of every member uses the same standard normal numbers. So responsibilities compare members and not their
+    noise, and the result of a step depends neither on the order of the members nor on the process that holds them.
 
     Attributes:
         seed: the seed of the step.
@@ -33,7 +39,36 @@ class Noise(NamedTuple):
 
     def generator(self, layer: int, device: torch.device) -> torch.Generator:
         """A generator for one layer. It is in the same state whenever the layer asks for one in this step."""
-        return torch.Generator(device).manual_seed((self.seed * 1_000_003 + layer) % 2**63)
+        return torch.Generator(device).manual_seed(self._key(layer))
+
+    def normal(self, layer: int, *shape: int, like: Tensor) -> Tensor:
+        """Standard normal numbers of one layer, the same whenever they are asked for in this step."""
+        where = {"device": like.device, "dtype": like.dtype}
+        return torch.randn(*shape, generator=self.generator(layer, like.device), **where)  # type: ignore[call-overload]
+
+    def signs(self, layer: int, draws: Tensor, examples: Tensor, number: int) -> Tensor:
+        """Random signs: a function of the step, the layer, the draw and the example, and of nothing else.
+
+        A hash makes them (the last steps of splitmix64). A generator would have to run through the whole batch, and
+        processes and passes see different parts of it.
+
+        Args:
+            layer: number of the layer.
+            draws: the draw of each row, int64 [...].
+            examples: the place of each row's example in the step, int64 [...].
+            number: how many signs each row gets.
+
+        Returns:
+            +1 or −1, float32 [..., number].
+        """
+        place = draws * _ODD[0] + examples * _ODD[1] + self._key(layer)
+        x = place[..., None] + torch.arange(1, number + 1, device=place.device) * _ODD[2]
+        for shift, factor in ((30, _ODD[0]), (27, _ODD[1])):
+            x = (x ^ (x >> shift)) * factor
+        return (x ^ (x >> 31)).bitwise_and(1).float() * 2 - 1
+
+    def _key(self, layer: int) -> int:
+        return (self.seed * 1_000_003 + layer) % 2**63
 
 
 class MemberLayer(nn.Module):
@@ -47,16 +82,29 @@ class MemberLayer(nn.Module):
 
     Attributes:
         kind: the name in `ensemble.json` and in the key `member_kind`.
+        is_random: whether a forward with noise differs from one without.
+        spreads: names of the parameters that say how wide a member is. They hold logarithms of standard deviations,
+            have a learning rate of their own (`std_learning_rate`) and no weight decay.
         number: the number of the layer in the model. It makes the noise of different layers different.
     """
 
     kind: ClassVar[str]
+    is_random: ClassVar[bool] = True
+    spreads: ClassVar[tuple[str, ...]] = ()
     number: int = 0
 
     @classmethod
     def drawn(cls, A_MRI: Tensor, B_MOR: Tensor) -> Self:
         """Make fresh members from the matrices that PEFT draws for M adapters (PEFT's B is 0)."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def set_std(self, std: float) -> None:
+        """Give every entry of A the standard deviation `std`. A kind without spread has nothing to do."""
+
+    def std(self) -> Tensor | None:
+        """The standard deviation of each member's entries of A, averaged over the layer: [M]; None without spread."""
+        return None
 
     def mean(self) -> tuple[Tensor, Tensor]:
         """The mean adapter of each member, A [M, R, I] and B [M, O, R]. It is what is scored, merged and saved."""
@@ -100,7 +148,7 @@ class MemberLayer(nn.Module):
             tensors[name][place].copy_(value)
 
 
-KINDS: dict[str, str | type[MemberLayer]] = {"point": "renyi.members.point"}
+KINDS: dict[str, str | type[MemberLayer]] = {"point": "renyi.members.point", "gaussian": "renyi.members.gaussian"}
 
 
 def register(kind: type[MemberLayer]) -> type[MemberLayer]:

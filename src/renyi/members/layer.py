@@ -24,8 +24,9 @@ class MemberSelection:
     Attributes:
         members: a tuple of member indices; None for all members in order, the empty tuple for the base alone.
         paired: whether each entry of `members` belongs to one row. A member may then occur several times.
-        examples: the places of the rows' examples in the step's batch; None for all of them in order. Unless `paired`,
-            they are the same for every member. Only noise that differs between rows needs this.
+        examples: the places of the rows' examples in the optimizer step, [rows]; None if nobody said. Unless `paired`,
+            they are the same for every member. Both rows of a preference pair have the same place. Only noise that
+            differs between examples needs this.
         noise: the noise of the training step; None if every member is its mean.
     """
 
@@ -59,9 +60,18 @@ class MemberSelection:
         finally:
             self.members, self.paired, self.examples, self.noise, self._index = before
 
+    def noise_places(self, groups: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The draw and the example of the rows, each [G, E]: E examples under each of G matrices; `paired`: E = 1."""
+        assert self.noise is not None
+        assert self.examples is not None  # the joint forward sees to it
+        members = torch.arange(groups, device=device) if self.members is None else self._places(device)
+        draws_G1, examples = (members % self.noise.draws)[:, None], self.examples.to(device)
+        examples_GE = examples[:, None] if self.paired else examples.expand(groups, -1)
+        return draws_G1.expand_as(examples_GE), examples_GE
+
     @contextmanager
     def of_examples(self, examples: Tensor) -> Iterator[None]:
-        """Run only these examples of the step's batch in the forwards inside."""
+        """Say which examples of the optimizer step the rows in the forwards inside are."""
         before, self.examples = self.examples, examples
         try:
             yield
@@ -87,11 +97,12 @@ class MemberSelection:
 
     def of(self, stacked: Tensor) -> Tensor:
         """The matrices of the selected members, from the matrices of all members [M, …]."""
-        if self.members is None:
-            return stacked
+        return stacked if self.members is None else stacked[self._places(stacked.device)]
+
+    def _places(self, device: torch.device) -> Tensor:
         if self._index is None:  # made once for all layers, because a GPU has to wait for it
-            self._index = torch.tensor(self.members, device=stacked.device)
-        return stacked[self._index]
+            self._index = torch.tensor(self.members, device=device)
+        return self._index
 
 
 class JointLayer(nn.Module):

@@ -16,6 +16,7 @@ class PointLayer(MemberLayer):
     """The LoRA adapters of M members in one layer."""
 
     kind = "point"
+    is_random = False
 
     def __init__(self, A_MRI: Tensor, B_MOR: Tensor):
         super().__init__()

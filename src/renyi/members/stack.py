@@ -36,6 +36,30 @@ class MemberStack:
         first = next(iter(self.layers.values()))
         return first.members.kind if first.acting is None else "point"
 
+    @property
+    def is_random(self) -> bool:
+        """Whether `redraw` changes anything."""
+        return next(iter(self.layers.values())).members.is_random
+
+    @property
+    def spread_names(self) -> tuple[str, ...]:
+        """The names of the parameters that say how wide the members are, in each layer; empty for points."""
+        return next(iter(self.layers.values())).members.spreads
+
+    @property
+    def has_zero_std(self) -> bool:
+        """Whether a member has no spread at all, so that its KL divergence from a prior is infinite."""
+        return any(
+            bool((getattr(layer.members, name) == -torch.inf).any())
+            for layer in self.layers.values()
+            for name in self.spread_names
+        )
+
+    def set_std(self, std: float) -> None:
+        """Give the entries of every A the standard deviation `std`; points have none."""
+        for layer in self.layers.values():
+            layer.members.set_std(std)
+
     def parameters(self) -> list[nn.Parameter]:
         return [p for layer in self.layers.values() for p in layer.members.parameters()]
 

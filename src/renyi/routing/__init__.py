@@ -4,7 +4,7 @@ Read in this order: `plan.py` (the settings), `router.py` (wraps the joint forwa
 blocks and stops scoring members that fall behind), `statistics.py` (counts what was scored and what was left out).
 """
 
-from renyi.routing.plan import ROUTINGS, SHARE, RoutingPlan, share_of
+from renyi.routing.plan import PLACES, ROUTINGS, SHARE, RoutingPlan, share_of
 from renyi.routing.router import Routed, Router
 from renyi.routing.statistics import (
     AutoRouting,
@@ -17,6 +17,7 @@ from renyi.routing.statistics import (
 )
 
 __all__ = [
+    "PLACES",
     "ROUTINGS",
     "SHARE",
     "AutoRouting",

@@ -9,6 +9,7 @@ from torch import Tensor
 
 ROUTINGS = ("dense", "sampled", "sparse", "raced", "auto")
 SHARE = "share_of_batch"  # a key in a part of a batch: the part's number of examples divided by the whole batch's
+PLACES = "places_in_batch"  # a key in a part of a batch: the places of its examples in the whole batch
 
 Batch = dict[str, Any]  # the arguments of a joint forward
 
@@ -48,7 +49,8 @@ class RoutingPlan:
     def parts(self, batch: Batch, num_members: int) -> list[Batch]:
         """Cut a batch by examples, so that a pass of each part under all members fits the token budget.
 
-        The examples of one part have similar lengths. If there are several parts, each has its share under `SHARE`.
+        The examples of one part have similar lengths. If there are several parts, each has its share under `SHARE` and
+        the places of its examples under `PLACES`.
         """
         rows, length = batch["input_ids"].shape
         if self.takes(num_members * rows, length) or rows == self.rows_per_example:
@@ -60,7 +62,7 @@ class RoutingPlan:
             lengths = batch["attention_mask"].sum(dim=1).view(self.rows_per_example, -1).amax(dim=0)
             examples = lengths.argsort(descending=True, stable=True).cpu()
         return [
-            take_examples(batch, at, self.rows_per_example) | {SHARE: len(at) / len(examples)}
+            take_examples(batch, at, self.rows_per_example) | {SHARE: len(at) / len(examples), PLACES: at}
             for at in examples.split(max(1, most))
         ]
 

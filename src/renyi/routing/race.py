@@ -27,14 +27,15 @@ def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float
     between the two stays the same. The error of this is the responsibility that was dropped; the statistics report it.
 
     Args:
-        ensemble: M members on a base that caches keys and values of attention.
+        ensemble: M members (or draws of members) on a base that caches keys and values of attention.
         plan: its threshold is the responsibility below which a member is dropped.
         batch: arguments of the joint forward, with labels, padded on the right.
         alpha: the order of the responsibilities, the same as for the loss of this batch.
     """
     ids_BT, mask_BT, labels_BT = batch["input_ids"], batch.get("attention_mask"), batch["labels"]
     (rows, length), device = ids_BT.shape, ids_BT.device
-    tokens_BT, num_members = labels_BT[:, 1:] != IGNORED, len(ensemble.members)
+    tokens_BT, num_members = labels_BT[:, 1:] != IGNORED, ensemble.draws * len(ensemble.members)
+    places_B = ensemble.places(rows)
     members = torch.arange(num_members, device=device).repeat_interleave(rows)
     examples = torch.arange(rows, device=device).repeat(num_members)
     alive_MB = torch.ones(num_members, rows, dtype=torch.bool, device=device)
@@ -54,7 +55,7 @@ def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float
             hidden_1PnD = ensemble.hidden_states(ids_BT[:, start:end], mask, cached).flatten(0, 1)[None]
         else:
             mask = None if mask_BT is None else mask_BT[examples, :end]
-            with ensemble.pairing(members.tolist()):
+            with ensemble.pairing(members.tolist(), places_B[examples]):
                 hidden_1PnD = ensemble.hidden_states(ids_BT[examples, start:end], mask, cached)
         found = ensemble.score_states(hidden_1PnD[:, :, : targets_Pn.shape[1]], targets_Pn)
         for whole_MBT, part_1Pn in zip(scores, (found.log_probs, found.entropy, found.is_top1), strict=True):
@@ -69,7 +70,7 @@ def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float
             scores[0].sum(dim=-1),
             tokens_BT[:, : end - 1].sum(dim=1),
             alpha,
-            ensemble.weights.log(),
+            ensemble.drawn_weights.log(),
             ensemble.routing_quantity,
         )
         leader_B = r_MB.masked_fill(~alive_MB, -1.0).argmax(dim=0)

@@ -69,7 +69,7 @@ class Router:
         batch = {name: value for name, value in batch.items() if name != SHARE}
         rows, length = batch["input_ids"].shape
         learns = self.ensemble.training and torch.is_grad_enabled()
-        if not learns or self.plan.is_plain(len(self.ensemble.members) * rows, length):
+        if not learns or self.plan.is_plain(self._copies * rows, length):
             return Routed(wrapper(**batch), PassStatistics())
         if batch.get("labels") is None:
             ids, mask = batch["input_ids"], batch.get("attention_mask")
@@ -93,17 +93,17 @@ class Router:
         parameters = [p for p in self.ensemble.parameters() if p.requires_grad]
         device = output.log_probs.device.type
         casts, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        plan = self.plan
+        plan, places_B = self.plan, self._places(batch)
 
         def gradients(upstream_MBT: Tensor) -> list[Tensor]:
             with torch.autocast(device, dtype, enabled=casts), torch.enable_grad():
-                return self._train_pairs(plan, batch, upstream_MBT, parameters)
+                return self._train_pairs(plan, batch, places_B, upstream_MBT, parameters)
 
         log_probs = _Deferred.apply(output.log_probs, gradients, *parameters)
         return Routed(output._replace(log_probs=log_probs), statistics)
 
     def _train_pairs(
-        self, plan: RoutingPlan, batch: Batch, upstream_MBT: Tensor, parameters: list[nn.Parameter]
+        self, plan: RoutingPlan, batch: Batch, places_B: Tensor, upstream_MBT: Tensor, parameters: list[nn.Parameter]
     ) -> list[Tensor]:
         """Gradients with respect to the parameters of Σ upstream · log-probability over the selected pairs."""
         share_ME = member_shares(upstream_MBT, plan.rows_per_example)
@@ -123,7 +123,7 @@ class Router:
         many = len(rows) if plan.token_budget is None else max(1, plan.token_budget // length)
         many = 1 if "cu_seq_lens_q" in batch else many  # the boundaries of examples belong to one packed row
         for at in torch.arange(len(rows), device=rows.device).split(many):
-            with self.ensemble.pairing(members[at].tolist(), rows[at]):
+            with self.ensemble.pairing(members[at].tolist(), places_B[rows[at]]):
                 log_probs_PT = self.ensemble(**take_examples(batch, rows[at])).log_probs[0]
                 found = torch.autograd.grad(log_probs_PT, parameters, upstream_PT[at, : log_probs_PT.shape[1]])
             torch._foreach_add_(gradients, list(found))
@@ -132,9 +132,9 @@ class Router:
     def _drawn_forward(self, batch: Batch) -> Routed:
         """One pass with a graph, with one member per example, drawn by mixture weight."""
         rows, per_example = len(batch["input_ids"]), self.plan.rows_per_example
-        weight_ME = _one_of(self.ensemble.weights[:, None].expand(-1, rows // per_example))
+        weight_ME = _one_of(self.ensemble.drawn_weights[:, None].expand(-1, rows // per_example))
         weight_MB = weight_ME.repeat(1, per_example)
-        with self.ensemble.pairing(weight_MB.argmax(dim=0).tolist()):
+        with self.ensemble.pairing(weight_MB.argmax(dim=0).tolist(), self._places(batch)):
             output = self.ensemble(**batch)
         of_all = JointOutput(*(x if x is output.label_mask else x.expand(len(weight_MB), -1, -1) for x in output))
         without_graph = output.log_probs.detach()
@@ -143,20 +143,29 @@ class Router:
 
     def _scored(self, batch: Batch, alpha: float) -> tuple[JointOutput, PassStatistics]:
         """Score all pairs, in passes of as many examples as the budget allows under all members."""
-        (rows, length), members = batch["input_ids"].shape, len(self.ensemble.members)
+        (rows, length), members = batch["input_ids"].shape, self._copies
+        places_B = self._places(batch)
         if self.plan.takes(members * rows, length):
             return self._score(batch, alpha)
         assert self.plan.token_budget is not None
         many = max(1, self.plan.token_budget // (members * length))
         parts, scored, dropped = [], 0.0, 0.0
         for at in torch.arange(rows, device=batch["input_ids"].device).split(many):
-            with self.ensemble.of_examples(at):
+            with self.ensemble.of_examples(places_B[at]):
                 output, statistics = self._score(take_examples(batch, at), alpha)
             parts.append(_padded(output, length - 1))
             scored += statistics.scored * len(at) / rows
             dropped += statistics.dropped * len(at) / rows
         output = JointOutput(*(torch.cat(column, dim=column[0].dim() - 2) for column in zip(*parts, strict=True)))
         return output, PassStatistics(scored, dropped)
+
+    @property
+    def _copies(self) -> int:
+        """How often a joint forward of this process runs each row: under each draw of each of its members."""
+        return self.ensemble.draws * len(self.ensemble.members)
+
+    def _places(self, batch: Batch) -> Tensor:
+        return self.ensemble.places(len(batch["input_ids"]), self.plan.rows_per_example)
 
     def _score(self, batch: Batch, alpha: float) -> tuple[JointOutput, PassStatistics]:
         if self.plan.kind == "raced":

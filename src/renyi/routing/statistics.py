@@ -101,11 +101,14 @@ def pair_sums(
     }
 
 
-def routing_sums(ell_ME: Tensor, r_ME: Tensor, log_weights: Tensor, units: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def routing_sums(
+    ell_ME: Tensor, r_ME: Tensor, log_weights: Tensor, units: Tensor, draws: int = 1
+) -> dict[str, tuple[Tensor, Tensor]]:
     """The sums that every ensemble logs for a batch of E examples, from ℓ and responsibilities [M, E].
 
     Negative log-likelihoods and the Jensen gap are logged per unit. A unit is a trained token or an example, and
-    `units` is their number in the batch.
+    `units` is their number in the batch. With S `draws` of each member everything has M·S instead of M; what is
+    logged of a member is the sum over its draws.
     """
     members, mixture = renyi_loss(ell_ME, 0.0, log_weights).sum(), renyi_loss(ell_ME, 1.0, log_weights).sum()
     sums = {
@@ -113,7 +116,7 @@ def routing_sums(ell_ME: Tensor, r_ME: Tensor, log_weights: Tensor, units: Tenso
         "nll_mixture": (mixture, units),
         "jensen_gap": (members - mixture, units),
     }
-    return sums | member_sums(r_ME)
+    return sums | member_sums(r_ME.unflatten(0, (-1, draws)).sum(dim=1))
 
 
 def member_sums(r_ME: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

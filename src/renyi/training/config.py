@@ -11,6 +11,7 @@ from typing import Any
 from transformers.utils import is_torch_bf16_gpu_available
 
 from renyi.errors import ConfigError
+from renyi.members import kind_of
 from renyi.routing import ROUTINGS
 from renyi.training.checks import check_numbers, check_packages, check_precision, check_scheduler
 
@@ -47,6 +48,12 @@ class EnsembleConfig(_BeforeConfig):
             vote.
         mixture_weights_rate: how far learned weights move towards the member loads in one optimizer step.
         prior_std: σ of a Gaussian prior around each member's initial values, per parameter; None for no prior.
+        kl_warmup_ratio: share of training in which the weight of the prior rises from 0 to its full value.
+        member_kind: what a member is: "point", one adapter; or a distribution over adapters, "gaussian". See
+            `renyi.members`.
+        num_draws: S, draws of each member in a step. A step costs as much as one with M·S points.
+        initial_std: standard deviation of the entries of a random member's A at the start.
+        std_learning_rate: learning rate of log σ, the logarithms of the standard deviations that members learn.
         bf16_if_it_pays: not a key: whether `bf16` was not given, so that the trainer decides.
         compile_blocks: not a key: backend and mode where `torch_compile` was asked for.
         early_stopping_patience: stop after this many evaluations without a better `metric_for_best_model`.
@@ -104,6 +111,20 @@ class EnsembleConfig(_BeforeConfig):
         default=None,
         metadata={"help": "Standard deviation of a Gaussian prior around each member's initial values; none if unset."},
     )
+    kl_warmup_ratio: float = field(
+        default=0.0, metadata={"help": "Share of training in which the prior's weight rises from 0 to 1."}
+    )
+    member_kind: str = field(
+        default="point",
+        metadata={"help": "What a member is: one adapter (point), or a distribution over adapters (gaussian)."},
+    )
+    num_draws: int = field(default=1, metadata={"help": "Draws of each member in a step (S); 1 for points."})
+    initial_std: float | None = field(
+        default=None, metadata={"help": "Standard deviation of a random member's A at the start; 0.01 if unset."}
+    )
+    std_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the logarithms of random members' standard deviations."}
+    )
     bf16_if_it_pays: bool = field(
         default=False, init=False, metadata={"help": "Whether bf16 was left open, for the trainer to decide."}
     )
@@ -160,7 +181,8 @@ class EnsembleConfig(_BeforeConfig):
         require("routing_quantity", self.routing_quantity, self.routing_quantity in quantities, f"one of {quantities}")
         require("mixture_weights", self.mixture_weights, self.mixture_weights in weights, f"one of {weights}")
         require("routing", self.routing, self.routing in ROUTINGS, f"one of {ROUTINGS}")
-        fair, threshold, budget = 1 / self.num_members, self.routing_threshold, self.token_budget
+        fair = 1 / (self.num_members * max(1, self.num_draws))
+        threshold, budget = self.routing_threshold, self.token_budget
         goes_by_it = self.routing in ("sparse", "raced", "auto")
         allowed = 0 <= threshold < (fair if goes_by_it else 1)
         require("routing_threshold", threshold, allowed, f"a share from 0 to below a fair one, {fair:g}")
@@ -176,6 +198,7 @@ class EnsembleConfig(_BeforeConfig):
         rate, std = self.mixture_weights_rate, self.prior_std
         require("mixture_weights_rate", rate, 0 < rate <= 1, "a number above 0 and at most 1")
         require("prior_std", std, std is None or 0 < std < math.inf, "above 0, or unset")
+        self._check_kind()
         patience, evaluates = self.early_stopping_patience, args.eval_strategy != "no"
         require("early_stopping_patience", patience, patience is None or patience >= 1, "at least 1, or leave it out")
         require(
@@ -183,6 +206,15 @@ class EnsembleConfig(_BeforeConfig):
         )
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every adapter takes part in every step
+
+    def _check_kind(self) -> None:
+        start, rate, warmup = self.initial_std, self.std_learning_rate, self.kl_warmup_ratio
+        kind_of(self.member_kind)
+        require("num_draws", self.num_draws, self.num_draws >= 1, "at least 1")
+        require("initial_std", start, start is None or 0 <= start < math.inf, "a number of at least 0, or leave it out")
+        require("std_learning_rate", rate, 0 <= rate < math.inf, "a number of at least 0")
+        require("kl_warmup_ratio", warmup, 0 <= warmup <= 1, "a share between 0 and 1")
+        require("kl_warmup_ratio", warmup, not warmup or self.prior_std is not None, "0, or a prior_std as well")
 
     @property
     def recomputes_reentrantly(self) -> bool:

@@ -189,6 +189,8 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         output = routed.output
         logps_M2B = self.model.gathered(completion_log_prob(output.log_probs, mask[:, 1:], self.args.ld_alpha))
 
+        if len(reference_S2B) > 1:  # each member has a reference of its own, and so have its draws
+            reference_S2B = reference_S2B.repeat_interleave(self.model.draws, dim=0)
         ratios = LogRatios(*(logps_M2B - reference_S2B).chunk(2, dim=1), *mask.sum(dim=1).chunk(2))
         ell_MB = preference_log_likelihood(ratios, self.args.preference_loss)
         tokens_B = output.label_mask.sum(dim=1).view(2, -1).sum(dim=0)
@@ -218,9 +220,10 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         """Log what TRL logs, for the mixture and for each member.
 
         Rewards and log-probabilities of the mixture are the weighted means over its members. The mixture prefers the
-        chosen completion if its preference probability Σ_m π_m σ(Δ_m) is above one half.
+        chosen completion if its preference probability Σ_m π_m σ(Δ_m) is above one half. What is logged of a member is
+        the mean over its draws.
         """
-        weights_M1 = self.model.weights[:, None]
+        weights_M1, draws = self.model.drawn_weights[:, None], self.model.draws
         chosen_MB, rejected_MB = self.args.beta * ratios.chosen.detach(), self.args.beta * ratios.rejected.detach()
         margin_MB, (logps_chosen_MB, logps_rejected_MB) = chosen_MB - rejected_MB, logps_M2B.chunk(2, dim=1)
         preferred_B = (weights_M1 * torch.sigmoid(margin_MB)).sum(dim=0) > 0.5
@@ -236,14 +239,15 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         sums["rewards/accuracies"] = (preferred_B.sum(), pairs)
         of_members["rewards/accuracies"] = margin_MB > 0
         for name, x_MB in of_members.items():
-            sums |= {f"{name}/{m}": (x, pairs) for m, x in enumerate(x_MB.sum(dim=1))}
+            of_each = x_MB.sum(dim=1) if draws == 1 else x_MB.double().sum(dim=1).view(-1, draws).mean(dim=1)
+            sums |= {f"{name}/{m}": (x, pairs) for m, x in enumerate(of_each)}
 
         chosen_tokens_BT = output.label_mask.chunk(2)[0]
         top1_MBT = output.is_top1[:, : len(chosen_tokens_BT)]
         sums["entropy"] = (mean_of_members(output.entropy), output.label_mask.sum())
         sums["mean_token_accuracy"] = (mean_of_members(top1_MBT), chosen_tokens_BT.sum())
         sums |= pair_sums
-        self.watch(routing_sums(ell_MB, r_MB, self.model.weights.log(), pairs) | sums, inputs)
+        self.watch(routing_sums(ell_MB, r_MB, self.model.drawn_weights.log(), pairs, draws) | sums, inputs)
 
     def method_card(self) -> Method:
         against = "the base" if self.reference.start is None else "each member's start (folder `reference`)"

@@ -61,11 +61,23 @@ class Objective:
             ell_ME: log-likelihoods, nats.
             tokens_E: trained tokens, which length-normalised routing divides by.
             alpha: the order.
+
+        With S draws of each member, all of this has M·S instead of M, and the loss is
+        −(1/α) log (1/S) Σ_m π_m Σ_s exp(α ℓ_ms).
         """
-        given = tokens_E, alpha, self.ensemble.weights.log(), self.args.routing_quantity
+        given = tokens_E, alpha, self.ensemble.drawn_weights.log(), self.args.routing_quantity
         return example_loss(ell_ME, *given), example_responsibilities(ell_ME.detach(), *given)
 
-    def of_batch(self, loss: Tensor, r_ME: Tensor, share_of_step: float | None) -> Tensor:
+    def of_members(self, r_ME: Tensor) -> Tensor:
+        """Responsibilities [M, E] of members: the sums of those of their draws [M·S, E]."""
+        return r_ME.unflatten(0, (-1, self.ensemble.draws)).sum(dim=1)
+
+    def prior_weight(self, progress: float) -> float:
+        """The factor on the prior after this share of training: it rises from 0 to 1 over `kl_warmup_ratio`."""
+        warmup = self.args.kl_warmup_ratio
+        return min(1.0, progress / warmup) if warmup > 0 else 1.0
+
+    def of_batch(self, loss: Tensor, r_ME: Tensor, share_of_step: float | None, progress: float = 1.0) -> Tensor:
         """The loss of a micro-batch with the prior, and with M times its gradient.
 
         Responsibilities sum to one, so that a member's share of the plain gradient is about 1/M.
@@ -74,14 +86,16 @@ class Objective:
             loss: of the micro-batch.
             r_ME: responsibilities, which mixture weights are learned from.
             share_of_step: the part of an optimizer step that this micro-batch is; None in evaluation.
+            progress: the share of training that is done.
         """
         loss = scale_gradient(loss, self.ensemble.num_members)
         if share_of_step is None:
             return loss
         if self.prior is not None:
-            loss = loss + scale_gradient(share_of_step * self.prior(), len(self.ensemble.members))
+            prior = self.prior_weight(progress) * share_of_step * self.prior()
+            loss = loss + scale_gradient(prior, len(self.ensemble.members))
         if self.learned_weights is not None:
-            self.learned_weights.add(r_ME)
+            self.learned_weights.add(self.of_members(r_ME))
         return loss
 
 

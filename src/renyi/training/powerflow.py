@@ -53,6 +53,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "off_policy_mask_threshold": (None, "every trajectory is in the balance; see epsilon"),
     "delta": (None, "the importance ratio is clipped by epsilon and epsilon_high"),
     "use_transformers_continuous_batching": (False, "it knows no joint members"),
+    "member_kind": ("point", "a policy samples and is scored as one adapter"),
 }  # fmt: skip
 
 

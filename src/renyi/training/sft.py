@@ -116,7 +116,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
         tokens = tokens_E.sum()
         self.watch(
             {
-                **routing_sums(ell_ME.detach(), r_ME, self.model.weights.log(), tokens),
+                **routing_sums(ell_ME.detach(), r_ME, self.model.drawn_weights.log(), tokens, self.model.draws),
                 "entropy": (mean_of_members(output.entropy), tokens),
                 "mean_token_accuracy": (mean_of_members(output.is_top1), tokens),
                 **self.pair_sums(loss, routed, r_ME),

@@ -15,6 +15,7 @@ from renyi.ensemble.mesh import MemberMesh
 from renyi.ensemble.storage import is_adapter, read_ensemble
 from renyi.errors import ConfigError
 from renyi.layout import MANIFEST_FILE
+from renyi.members import kind_of
 
 
 def as_ensemble(
@@ -56,6 +57,13 @@ def as_ensemble(
             )
         if (mesh.size if mesh else 1) != args.member_parallel:
             raise ConfigError("the ensemble is split otherwise", where="member_parallel", hint="Save it and load it.")
+        if args.member_kind not in ("point", model.stack.kind):
+            raise ConfigError(
+                f"the members of the given ensemble are {model.stack.kind}, not {args.member_kind}",
+                where="member_kind",
+                hint="Leave it out, or begin with the base model.",
+            )
+        args.member_kind = model.stack.kind
         if mesh is not None and model.mesh is None:
             model.split(mesh)
         return model
@@ -63,4 +71,32 @@ def as_ensemble(
         model = create_model_from_path(model, **init)
     if peft_config is None:
         peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    return LoraEnsemble.from_base(model, args.num_members, peft_config, seed=args.seed, mesh=mesh)
+    ensemble = LoraEnsemble.from_base(
+        model, args.num_members, peft_config, seed=args.seed, mesh=mesh, member_kind=args.member_kind
+    )
+    if args.initial_std is not None:
+        ensemble.stack.set_std(args.initial_std)
+    return ensemble
+
+
+def check_kind(ensemble: LoraEnsemble, args: Any) -> None:
+    """Raise `ConfigError` for a setting that does not go with the kind of the members."""
+    kind = kind_of(ensemble.stack.kind)
+    if not kind.is_random and args.num_draws > 1:
+        raise ConfigError(
+            f"{args.num_draws} draws of a {kind.kind} member are {args.num_draws} times the same",
+            where="num_draws",
+            hint="Leave it out, or write member_kind: gaussian.",
+        )
+    if kind.is_random and args.compile_blocks is not None:
+        raise ConfigError(
+            "compiled blocks cannot draw noise that changes with every step",
+            where="torch_compile",
+            hint=f"Leave it out with member_kind: {kind.kind}.",
+        )
+    if kind.spreads and args.prior_std is not None and ensemble.stack.has_zero_std:
+        raise ConfigError(
+            "a member without spread is infinitely far from a prior",
+            where="initial_std",
+            hint="Give a number above 0, or no prior_std.",
+        )

@@ -6,7 +6,8 @@ what the router does with a batch.
 
 import resource
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import Trainer
 
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
-from renyi.routing import Routed, Router, RoutingPlan, Sums, member_shares, pair_sums
+from renyi.routing import PLACES, Routed, Router, RoutingPlan, Sums, member_shares, pair_sums
 
 # The least default budget: a pass of fewer tokens would not keep a processor busy.
 LEAST_BUDGET = 8192
@@ -63,24 +64,57 @@ class RoutedSteps(Trainer):
             self._measure_scoring(inputs)
         plan, parts = self.router.plan, [inputs]
         if plan.kind == "dense" and self.splits_batches:  # otherwise the router splits pairs
-            parts = plan.parts(inputs, len(self.model.members))
+            parts = plan.parts(inputs, self.args.num_draws * len(self.model.members))
         started, syncs = time.perf_counter(), self.accelerator.sync_gradients
-        self.model.redraw(self._noise_seed())  # the same for every forward of this batch
-        losses = []
+        first, losses = self._first_place(), []
         for number, part in enumerate(parts, 1):
             # Processes exchange gradients once, after the last part.
             self.accelerator.gradient_state._set_sync_gradients(syncs and number == len(parts))
-            with self.accelerator.no_sync(model) if number < len(parts) else nullcontext():
+            places = part.pop(PLACES, None)
+            with (
+                self._drawn(self.state.global_step, part, first, places),
+                self.accelerator.no_sync(model) if number < len(parts) else nullcontext(),
+            ):
                 losses.append(super().training_step(model, part, num_items_in_batch))
-        self.model.redraw(None)
         self._seconds = time.perf_counter() - started
         return torch.stack(losses).sum()
 
-    def _noise_seed(self) -> int:
-        """The seed of this micro-batch. Each has another one, and a resumed run has the same ones again."""
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in TRL. Members are drawn as in training, with the same noise in every evaluation."""
+        with self._drawn(-1, inputs):
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+    @contextmanager
+    def _drawn(self, step: int, batch: dict[str, Any], first: int = 0, places: Tensor | None = None) -> Iterator[None]:
+        """Run the batch under draws of the members. Noise depends on the step and on the place of each example in it.
+
+        So it does not matter how the examples of a step are split over micro-batches, parts and processes, and a run
+        that is resumed sees the noise again.
+
+        Args:
+            step: the optimizer step.
+            batch: or a part of one.
+            first: the place of the whole batch's first example in the step.
+            places: of the part's examples in the batch; None if it is the whole batch.
+        """
+        if not self.model.stack.is_random:
+            yield
+            return
+        examples = len(batch["input_ids"]) // self.rows_per_example
+        places = torch.arange(examples) if places is None else places
+        self.model.redraw(self.args.seed * 1_000_003 + step, self.args.num_draws)
+        try:
+            with self.model.of_examples((first + places).repeat(self.rows_per_example).to(self.args.device)):
+                yield
+        finally:
+            self.model.redraw(None)
+
+    def _first_place(self) -> int:
+        """The place of this micro-batch's first example among all examples of the optimizer step."""
         step = self.state.global_step
         self._micro_batch = (step, self._micro_batch[1] + 1) if self._micro_batch[0] == step else (step, 0)
-        return (self.args.seed * 1_000_003 + step) * 1_009 + self._micro_batch[1]
+        batch = self._micro_batch[1] * self.accelerator.num_processes + self.accelerator.process_index
+        return batch * self.args.per_device_train_batch_size
 
     def joint_forward(self, model: nn.Module, batch: dict[str, Any], alpha: float) -> Routed:
         """The ensemble's forward, in training through the router.

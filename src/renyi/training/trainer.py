@@ -44,7 +44,7 @@ from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memor
 from renyi.training.objective import Objective, Prior
 from renyi.training.parallel import MemberAccelerator, load_optimizer, save_optimizer
 from renyi.training.report import FIGURE_FILE, MetricsFile, draw_training
-from renyi.training.start import as_ensemble
+from renyi.training.start import as_ensemble, check_kind
 from renyi.training.statistics import LearnMixtureWeights
 from renyi.training.steps import RoutedSteps
 
@@ -109,6 +109,7 @@ class EnsembleTrainer(RoutedSteps):
             callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping_patience)]
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
         ensemble.alpha, ensemble.routing_quantity = args.alpha, args.routing_quantity
+        check_kind(ensemble, args)
         if args.compile_blocks is not None:
             # Scoring and training are different graphs. With lengths as variables they stay within torch's limit.
             ensemble.compile(dynamic=None if args.routing == "dense" else True, **args.compile_blocks)
@@ -179,8 +180,12 @@ class EnsembleTrainer(RoutedSteps):
         return self._scheduled_alpha if self.model.training else self.args.alpha
 
     @property
+    def _progress(self) -> float:
+        return self.state.global_step / max(self.state.max_steps, 1)
+
+    @property
     def _scheduled_alpha(self) -> float:
-        return self.objective.alpha(self.state.global_step / max(self.state.max_steps, 1))
+        return self.objective.alpha(self._progress)
 
     def minimised(
         self, loss: Tensor, ell_ME: Tensor, r_ME: Tensor, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -194,7 +199,7 @@ class EnsembleTrainer(RoutedSteps):
         if self.model.training:
             parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             share = share_of(inputs) / parts
-        loss = self.objective.of_batch(loss, r_ME, share)
+        loss = self.objective.of_batch(loss, r_ME, share, self._progress)
         if not math.isfinite(loss.item()):
             raise self._diverged(inputs, ell_ME)
         return loss
@@ -204,7 +209,7 @@ class EnsembleTrainer(RoutedSteps):
         raise NotImplementedError
 
     def _diverged(self, inputs: dict[str, Any], ell_ME: Tensor) -> TrainingDivergedError:
-        bad_M = (~ell_ME.isfinite()).any(dim=1).nonzero().flatten().tolist()
+        bad_M = (~ell_ME.isfinite()).any(dim=1).view(-1, self.model.draws).any(dim=1).nonzero().flatten().tolist()
         tokenizer: Any = self.processing_class
         text = tokenizer.decode(inputs["input_ids"][0][:24].tolist())
         return TrainingDivergedError(
@@ -214,6 +219,19 @@ class EnsembleTrainer(RoutedSteps):
         )
 
     # ---- Gradients ---------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers; the members' spreads are a group of their own, with their own rate and no decay."""
+        made, names = self.optimizer is None, self.model.stack.spread_names
+        optimizer = super().create_optimizer(model)
+        spreads = {p for name, p in self.model.named_parameters() if name.rpartition(".")[2] in names}
+        if made and spreads:
+            first = optimizer.param_groups[0]
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if p not in spreads]
+            own = {"params": [p for p in self.model.parameters() if p in spreads], "weight_decay": 0.0}
+            optimizer.add_param_group({**first, **own, "lr": self.args.std_learning_rate})
+        return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip each member's gradient by itself, as an independent run would. Returns the mean of their norms."""
