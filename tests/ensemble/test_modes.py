@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import lora, padded_batch, scatter_members, tiny_ensemble, tiny_model
 from torch import nn
 
 from renyi import LoraEnsemble
 from renyi.ensemble import evaluating
+from renyi.inference import score
+from renyi.inference.continuation import score_continuations
 from renyi.members.adapters import joint_layers
 
 BASE_DROPOUT = {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3}
@@ -87,3 +90,57 @@ def test_a_layer_that_evaluation_changes_for_good_is_left_alone():
         with evaluating(ensemble):
             assert [layer.training for layer in layers] == [isinstance(layer, Linear4bit) for layer in layers]
         assert all(layer.training for layer in quantised)
+
+
+# ---- The precision of inference --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_half() -> LoraEnsemble:
+    """Float32 adapters on a base in bfloat16, as a folder loads."""
+    return scatter_members(LoraEnsemble.from_base(tiny_model().to(torch.bfloat16), 3, lora()))
+
+
+def test_inference_has_the_numbers_of_adapters_in_the_bases_precision(in_half):
+    ids, mask = padded_batch()
+    rows = Dataset.from_list(
+        [{"input_ids": x[:n].tolist(), "labels": x[:n].tolist()} for x, n in zip(ids, mask.sum(1), strict=True)]
+    )
+    pairs = [([5, 6], [7, 8]), ([6], [9])]
+    rounded = scatter_members(LoraEnsemble.from_base(tiny_model().to(torch.bfloat16), 3, lora())).to(torch.bfloat16)
+
+    def asked(ensemble):
+        settings = {"max_new_tokens": 6, "do_sample": True, "seed": 3}
+        written = ensemble.generate(ids, mask, **settings).sequences.tolist()
+        return score(ensemble, rows), score_continuations(ensemble, *zip(*pairs, strict=True)), written
+
+    assert asked(in_half) == asked(rounded)
+    assert score(in_half, rows)[0].log_likelihood != in_half.log_likelihood(ids, mask)[:, 0].tolist()
+
+
+def test_inference_leaves_the_members_as_they_are(in_half):
+    before = {name: tensor.clone() for name, tensor in in_half.state_dict().items()}
+    with in_half.inference():
+        assert {A.dtype for A, _ in in_half.stack.matrices().values()} == {torch.bfloat16}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in in_half.state_dict().items())
+    assert {A.dtype for A, _ in in_half.stack.matrices().values()} == {torch.float32}
+
+
+def test_other_members_act_in_the_bases_precision_too(in_half):
+    ids, mask = padded_batch()
+    start = in_half.snapshot()
+    scatter_members(in_half, seed=5)
+    with in_half.acting_as(start), in_half.inference():
+        found = in_half.log_likelihood(ids, mask)
+    scatter_members(in_half, seed=1)  # the members of `start`
+    with in_half.inference():
+        assert torch.equal(in_half.log_likelihood(ids, mask), found)
+
+
+def test_a_float32_base_is_left_alone():
+    ensemble = tiny_ensemble()
+    ids, mask = padded_batch()
+    expected = ensemble.log_likelihood(ids, mask)
+    with ensemble.inference():
+        assert all(layer.acting is None for layer in ensemble.stack.layers.values())
+        assert torch.equal(ensemble.log_likelihood(ids, mask), expected)

@@ -57,11 +57,13 @@ def run(argv: Sequence[str]) -> int:
         scores = loaded.score(prepared, progress=progress)
     write_lines((s._asdict() for s in scores), args.output)
 
-    members, alpha = summarise_members(scores, loaded.ensemble.weights), loaded.ensemble.alpha
+    ensemble = loaded.ensemble
+    members, precision = summarise_members(scores, ensemble.weights), str(ensemble.base.dtype).removeprefix("torch.")
+    summary = _summary(scores, members, ensemble.alpha, precision)
     if args.json:
-        emit_json(_summary(scores, members, alpha), stderr=args.output is None)
+        emit_json(summary, stderr=args.output is None)
         return 0
-    err.print(members_table(members, "What the members make of it", _in_short(scores, alpha)))
+    err.print(members_table(members, "What the members make of it", _in_short(summary)))
     if args.output:
         err.print(f"\n{plural(len(scores), 'line')} in {args.output}", soft_wrap=True)
     return 0
@@ -97,22 +99,24 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _summary(scores: "Sequence[Score]", members: "Sequence[MemberSummary]", alpha: float) -> dict[str, Any]:
+def _summary(
+    scores: "Sequence[Score]", members: "Sequence[MemberSummary]", alpha: float, precision: str
+) -> dict[str, Any]:
     tokens = sum(s.tokens for s in scores)
     return {
         "examples": len(scores),
         "tokens": tokens,
         "alpha": alpha,
+        "precision": precision,
         "mixture_nll_per_token": sum(s.mixture_nll for s in scores) / tokens,
         "jensen_gap_per_token": sum(s.jensen_gap for s in scores) / tokens,
         "members": [m._asdict() for m in members],
     }
 
 
-def _in_short(scores: "Sequence[Score]", alpha: float) -> str:
-    tokens = sum(s.tokens for s in scores)
-    nll, gap = sum(s.mixture_nll for s in scores) / tokens, sum(s.jensen_gap for s in scores) / tokens
+def _in_short(summary: dict[str, Any]) -> str:
     return (
-        f"{plural(len(scores), 'example')}, {plural(tokens, 'token')} · mixture NLL {nll:.4f} and Jensen gap {gap:.4f} "
-        f"nats a token · α {alpha:g}"
+        f"{plural(summary['examples'], 'example')}, {plural(summary['tokens'], 'token')} · mixture NLL "
+        f"{summary['mixture_nll_per_token']:.4f} and Jensen gap {summary['jensen_gap_per_token']:.4f} nats a token · "
+        f"α {summary['alpha']:g} · computed in {summary['precision']}"
     )

@@ -5,7 +5,7 @@ Read next: `joint.py`, which runs all members in one forward.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -322,6 +322,19 @@ class LoraEnsemble(TrainableModel, JointModel):
         finally:
             self.weights = weights
 
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode, in which the adapters on a half-precision base have its precision, too.
+
+        The members themselves stay as they are. Training keeps them in float32 because their steps are small. In a
+        forward it gains nothing: the base's layers round their outputs anyway, and float32 products take longer than
+        the layers. Training in `bf16` rounds adapters in the same way, so its log-likelihoods and scores agree.
+        """
+        dtype = self.base.dtype
+        rounded = self.stack.in_precision(dtype) if dtype in (torch.float16, torch.bfloat16) else None
+        with evaluating(self), self.stack.acting_as(rounded) if rounded else nullcontext():
+            yield
+
     @property
     def is_fresh(self) -> bool:
         """Whether no member has been trained, so that all of them are equal to the base."""
@@ -420,7 +433,7 @@ class LoraEnsemble(TrainableModel, JointModel):
                 raise ConfigError(f"there is no member {member} of {self.num_members}", where="member")
             with self.using([member]):  # a mixture of one member is that member
                 return self.generate(input_ids, attention_mask, **how)
-        with evaluating(self):
+        with self.inference():
             return decode(self.base, self._active_weights(), input_ids, attention_mask, mixture=mixture, **how)
 
     def _active_weights(self) -> Tensor:

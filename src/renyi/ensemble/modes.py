@@ -1,7 +1,7 @@
 """Training mode and evaluation mode, which decide whether dropout is active.
 
 A trainer puts its model into training mode. All code that only scores or generates runs inside `evaluating`, and so
-gets the same result each time. The joint forward (`joint.py`) and the functions of `renyi.inference` use it.
+gets the same result each time. The joint forward (`joint.py`) and `LoraEnsemble.inference` use it.
 """
 
 from collections.abc import Iterator

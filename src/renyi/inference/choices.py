@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from renyi.data import LETTERS, Question
-from renyi.ensemble import LoraEnsemble, evaluating
+from renyi.ensemble import LoraEnsemble
 from renyi.errors import DataError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.inference.score import score
@@ -68,7 +68,7 @@ def score_choices(
     limit = max_length or getattr(ensemble.config, "max_position_embeddings", None)
     tokenised = [_tokenised(q, tokenizer, by, limit, number) for number, q in enumerate(questions, start=1)]
     if all(question.is_one_token for question in tokenised):  # so are letters: one row for each question is enough
-        with evaluating(ensemble):
+        with ensemble.inference():
             return _score_next_tokens(ensemble, tokenised, tokens_per_batch, progress)
     rows = [row for question in tokenised for row in question.rows]
     dataset = Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})

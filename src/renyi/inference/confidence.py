@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from renyi.ensemble import LoraEnsemble, evaluating
+from renyi.ensemble import LoraEnsemble
 from renyi.inference.batches import batches_by_length, padded
 from renyi.labels import IGNORED
 from renyi.objectives import running_log_weights
@@ -45,7 +45,7 @@ def token_confidence(
     lengths = [len(ids) for batch in columns.iter(1000) for ids in batch["input_ids"]]
     found: list[tuple[Tensor, Tensor]] = []
     done = 0
-    with evaluating(ensemble), torch.inference_mode():
+    with ensemble.inference(), torch.inference_mode():
         for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
             found += _of_batch(ensemble, columns[rows])
             progress(done := done + len(rows))

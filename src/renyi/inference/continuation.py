@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from renyi.ensemble import LoraEnsemble, evaluating
+from renyi.ensemble import LoraEnsemble
 from renyi.errors import DataError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length
 from renyi.objectives import running_log_weights
@@ -58,7 +58,7 @@ def score_continuations(
             what = "continuation" if context else "context"
             raise DataError("holds no token", where=f"{what} {number}", hint="Give at least one token of each.")
     found: dict[int, ContinuationScore] = {}
-    with evaluating(ensemble), torch.inference_mode():
+    with ensemble.inference(), torch.inference_mode():
         lengths = [len(x) + len(y) - 1 for x, y in zip(contexts, continuations, strict=True)]
         for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
             pairs = [([*contexts[i], *continuations[i]], len(continuations[i])) for i in rows]

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from renyi.ensemble import LoraEnsemble, evaluating
+from renyi.ensemble import LoraEnsemble
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.inference.generate import Prompt, end_tokens, generate, prompt_ids
@@ -174,7 +174,7 @@ def base_log_likelihood(
     found = [0.0] * len(contexts)
     filled = [i for i, (_, y) in enumerate(zip(contexts, continuations, strict=True)) if y]
     done = len(found) - len(filled)
-    with evaluating(ensemble), torch.inference_mode(), ensemble.using(()):
+    with ensemble.inference(), torch.inference_mode(), ensemble.using(()):
         for batch in batches_by_length([len(contexts[i]) + len(continuations[i]) for i in filled], tokens_per_batch):
             rows = [filled[b] for b in batch]
             pairs = [(contexts[i], continuations[i]) for i in rows]

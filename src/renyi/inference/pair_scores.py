@@ -14,7 +14,7 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from renyi.data import Limits, PairPreparation, count_cut_pairs, told_cut
-from renyi.ensemble import LoraEnsemble, Reference, completion_labels, evaluating
+from renyi.ensemble import LoraEnsemble, Reference, completion_labels
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length
 from renyi.measures import token_uncertainty
@@ -101,7 +101,7 @@ def score_pairs(
         for prompt, chosen, rejected in zip(*batch.values(), strict=True)
     ]
     scores: list[PairScore] = []
-    with evaluating(ensemble), torch.no_grad():
+    with ensemble.inference(), torch.no_grad():
         for rows in batches_by_length(lengths, tokens_per_batch // (2 * ensemble.num_members)):
             batch = {k: v.to(ensemble.device) for k, v in collate([columns[i] for i in rows]).items()}
             scores += _score_batch(ensemble, rows, batch, loss, reference)

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from renyi.data import Limits, Preparation, count_cut, prepare, told_cut
-from renyi.ensemble import LoraEnsemble, evaluating
+from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError, DataError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.labels import IGNORED
@@ -77,7 +77,7 @@ def score(
     lengths = [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
     _check_lengths(lengths, Limits.of(ensemble.base).positions)
     scores: list[Score] = []
-    with evaluating(ensemble), torch.inference_mode():
+    with ensemble.inference(), torch.inference_mode():
         for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
             scores += _score_batch(ensemble, rows, dataset[rows])
             progress(len(scores))

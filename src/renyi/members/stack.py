@@ -71,6 +71,13 @@ class MemberStack:
         """Each layer's A [M, R, I] and B [M, O, R]: the members' means, or the matrices given to `acting_as`."""
         return {n: layer.members.mean() if layer.acting is None else layer.acting for n, layer in self.layers.items()}
 
+    def in_precision(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]] | None:
+        """Each layer's matrices rounded to a precision, for `acting_as`; None if they have it already."""
+        own = [(A.detach(), B.detach()) for A, B in self.matrices().values()]
+        if all(A.dtype == dtype for A, _ in own):
+            return None
+        return [(A.to(dtype), B.to(dtype)) for A, B in own]
+
     @property
     def is_fresh(self) -> bool:
         """Whether no member has been trained: every B is zero, so all members are equal to the base."""
