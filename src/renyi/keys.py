@@ -69,6 +69,21 @@ _NEEDS = {
     "deepspeed": ("deepspeed",),
     "vllm": ("use_vllm",),
 }
+# The extra of this package that brings an optional package, in a version that fits.
+EXTRAS: Mapping[str, str] = {
+    "bitsandbytes": "quantization",
+    "lm_eval": "lm-eval",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+
+
+def install_line(package: str) -> str:
+    """The command that installs an optional package."""
+    return (
+        f"pip install 'renyi[{EXTRAS[package]}]'" if package in EXTRAS else f"pip install {package.replace('_', '-')}"
+    )
 
 
 def filled(dataclass_types: Sequence[type], values: Mapping[str, Any], where: Where = str) -> tuple[Any, ...]:
@@ -151,7 +166,7 @@ def explained(
             where=", ".join(map(where, given)) or "settings",
             hint="A library refuses these keys together and does not say which: leave them out one after another.",
         )
-    hint = f"Install it: pip install {package.replace('_', '-')}." if package and "install" not in message else None
+    hint = f"Install it: {install_line(package)}" if package and "install" not in message else None
     if key in given and hint is None:
         hint = f"{given[key]!r} was given: change it, or leave {key} out."
     return ConfigError(message, where=where(key), hint=hint)

@@ -59,7 +59,8 @@ def run(argv: Sequence[str]) -> int:
     return OVER if too_many else 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parser() -> StrictParser:
+    """What the command reads."""
     from renyi.audit.findings import KINDS
 
     parser = StrictParser(prog="renyi audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,7 +78,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--drop", nargs="+", default=[], metavar="KIND", help=f"with --write: {', '.join(KINDS)}")
     parser.add_argument("--fail_over", metavar="SHARE", help="exit with 1 if more of the rows are contested")
     parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
-    args = parse_strictly(parser, argv)
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    from renyi.audit.findings import KINDS
+
+    args = parse_strictly(parser(), argv)
     args.near = converted(args.near, float, None, "--near")
     args.show = converted(args.show, int, None, "--show")
     args.fail_over = converted(args.fail_over, float | None, None, "--fail_over")

@@ -6,6 +6,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
 from rich.console import RenderableType
@@ -28,6 +30,9 @@ class TrainingCommand(ABC):
         about: what it does, for the help page.
         member, members: its words for a member and for several.
         sampled: how many examples members score at the end, to show what each learned.
+        first_keys: the keys among `keys` that a user chooses first; `renyi init` sets them in its file.
+        holds_out: whether the file of `renyi init` holds out a share of the rows.
+        for_tiny_model: values that `renyi init` writes for the tiny model that comes with renyi.
     """
 
     method: ClassVar[str]
@@ -39,6 +44,9 @@ class TrainingCommand(ABC):
     member: ClassVar[str] = "member"
     members: ClassVar[str] = "members"
     sampled: ClassVar[int] = 256
+    first_keys: ClassVar[str] = ""
+    holds_out: ClassVar[bool] = True
+    for_tiny_model: ClassVar[Mapping[str, object]] = MappingProxyType({})
 
     @property
     def prog(self) -> str:
@@ -67,3 +75,10 @@ class TrainingCommand(ABC):
     @abstractmethod
     def next(self, folder: str, dataset_name: str) -> Sequence[str]:
         """Commands that a user may want to run next."""
+
+
+def command_of(method: str) -> TrainingCommand:
+    """The training command of a method: the class in the file of its name."""
+    inside = vars(import_module(f"renyi.cli.{method}")).values()
+    made = (c for c in inside if isinstance(c, type) and issubclass(c, TrainingCommand))
+    return next(c() for c in made if vars(c).get("method") == method)

@@ -27,7 +27,8 @@ then four independent ones (α = 0), then four that share out the records among 
 """
 
 
-def run(argv: Sequence[str]) -> int:
+def parser() -> StrictParser:
+    """What the command reads."""
     parser = StrictParser(prog="renyi demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     parser.add_argument("--seed", type=int, default=0, help="of the world, its records and the training (default: 0)")
@@ -35,7 +36,11 @@ def run(argv: Sequence[str]) -> int:
         "--quick", action="store_true", help="a tenth of the steps: shows that all works, not what it does"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
-    args = parse_strictly(parser, argv)
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    args = parse_strictly(parser(), argv)
 
     from renyi.cli.progress import Progress
     from renyi.zoo.demo import run_demo

@@ -119,14 +119,20 @@ def run(argv: Sequence[str]) -> int:
 # ---- What is asked for -----------------------------------------------------------------------------------------------
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def _apart() -> StrictParser:
+    """Flags that stand for the two arguments."""
     names = StrictParser(prog=PROG, add_help=False)
     apart = names.add_argument_group("an adapter by itself, in the place of ENSEMBLE and DATA")
     apart.add_argument("--adapter", metavar="FOLDER", help="folder of an ordinary PEFT adapter, or its hub id")
     apart.add_argument("--model", metavar="BASE", help="its base model, if not the one that it names")
     apart.add_argument("--dataset_name", metavar="DATA", help="as DATA")
+    return names
+
+
+def parser() -> StrictParser:
+    """What the command reads."""
     parser = StrictParser(
-        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[names]
+        prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[_apart()]
     )
     add_reading_flags(parser, "write one JSON line a measured example here", "print one JSON object and no table")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the spectrum and the loadings here")
@@ -159,10 +165,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         kept.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS)
     kept.add_argument("--beta", help="of pairs: temperature of their margins", default=argparse.SUPPRESS)
 
-    named, rest = names.parse_known_args(list(argv))
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    named, rest = _apart().parse_known_args(list(argv))
     if named.model is not None:
         rest = [*rest, "--base", named.model]
-    args = parse_strictly(parser, [*_given(named.adapter), *rest, *_given(named.dataset_name)])
+    args = parse_strictly(parser(), [*_given(named.adapter), *rest, *_given(named.dataset_name)])
     args.adapter = named.adapter
     for name, least in {**_NUMBERS, "show": 0, "member": 0, "seed": 0}.items():
         value = converted(getattr(args, name), int, None, f"--{name}")

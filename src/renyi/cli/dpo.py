@@ -35,6 +35,7 @@ class DPO(TrainingCommand):
         "Data": "max_length dataset_train_split dataset_test_split test_split_size chat_template_path pad_token "
         "eos_token",
     }
+    first_keys = "beta loss_type"
     example = "pair"
     row = "pair"
 

@@ -73,10 +73,9 @@ def run(argv: Sequence[str]) -> int:
 # ---- Flags -----------------------------------------------------------------------------------------------------------
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Task, dict[str, Any]]:
-    """What the command line says: the general flags, the task, and those of its settings that were given."""
-    name = _task_name(argv)
-    tasks = [find_task(n) for n in task_names()] if name is None else [_found(name)]
+def parser(tasks: Sequence[Task] | None = None) -> StrictParser:
+    """What the command reads, with the flags of some tasks; of all if None."""
+    tasks = tasks or [find_task(name) for name in task_names()]
     parser = StrictParser(
         prog="renyi evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,7 +85,14 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Task, dict[str, Any
     parser.add_argument("--report", metavar="DIR", help="write evaluation.json, figures and report.html here")
     for task in tasks:
         _add_flags(parser, task)
-    args = _checked(parser, argv, tasks[0])
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, Task, dict[str, Any]]:
+    """What the command line says: the general flags, the task, and those of its settings that were given."""
+    name = _task_name(argv)
+    tasks = [find_task(n) for n in task_names()] if name is None else [_found(name)]
+    args = _checked(parser(tasks), argv, tasks[0])
     args.show = converted(args.show, int, None, "--show")
     if args.show < 0:
         raise ConfigError(f"is {args.show}", where="--show", hint="Give a number of rows, or 0 for none.")

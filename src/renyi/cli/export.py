@@ -44,7 +44,8 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parser() -> StrictParser:
+    """What the command reads."""
     parser = StrictParser(
         prog="renyi export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,7 +58,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--pad_rank", action="store_true", help="pad adapters with zeros to a rank that vLLM knows; changes no update"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parse_strictly(parser, argv)
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    args = parse_strictly(parser(), argv)
     if args.format not in FORMATS:
         raise ConfigError(f"there is no {args.format!r}", where="--format", hint=f"Use one of: {', '.join(FORMATS)}.")
     if args.output is None and args.format != "vllm":

@@ -106,7 +106,8 @@ def _abstention(loaded: "Loaded", needed: bool) -> "Abstention | None":
 # ---- What is asked ---------------------------------------------------------------------------------------------------
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parser() -> StrictParser:
+    """What the command reads."""
     parser = StrictParser(
         prog="renyi generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -127,7 +128,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for name, (_, text) in _SETTINGS.items():
         decoding.add_argument(f"--{name}", help=text, metavar="VALUE")
     decoding.add_argument("--stop", action="append", metavar="TEXT", help="end an answer with this; repeat for more")
-    args = parse_strictly(parser, argv)
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    args = parse_strictly(parser(), argv)
     args.settings = _settings(args)
     check_output(args.output)
     return args

@@ -23,10 +23,7 @@ WIDEST_MATRIX = 6  # members, beyond which only the nearest other is shown
 
 def run(argv: Sequence[str]) -> int:
     """Describe an ensemble as a table, or as one JSON object."""
-    parser = StrictParser(prog="renyi info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ensemble", metavar="ENSEMBLE", help="folder of an ensemble, or a hub id")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    args = parse_strictly(parser, argv)
+    args = parse_strictly(parser(), argv)
     from renyi.ensemble.describe import describe
 
     description = describe(args.ensemble)
@@ -37,6 +34,14 @@ def run(argv: Sequence[str]) -> int:
     out.print(_facts(description))
     out.print(_members(description))
     return 0
+
+
+def parser() -> StrictParser:
+    """What the command reads."""
+    parser = StrictParser(prog="renyi info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ensemble", metavar="ENSEMBLE", help="folder of an ensemble, or a hub id")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
 
 
 def _as_json(d: "Description") -> dict[str, object]:

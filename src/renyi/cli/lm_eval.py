@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 from renyi.cli.console import stream
 from renyi.errors import ConfigError
+from renyi.keys import install_line
 
 
 def run(argv: Sequence[str]) -> int:
@@ -18,7 +19,7 @@ def run(argv: Sequence[str]) -> int:
         stream().print(__doc__)
         return 0
     if find_spec("lm_eval") is None:
-        raise ConfigError("is not installed", where="lm_eval", hint="pip install 'renyi[lm-eval]'")
+        raise ConfigError("is not installed", where="lm_eval", hint=f"Install it: {install_line('lm_eval')}")
     from lm_eval.__main__ import cli_evaluate
 
     import renyi.inference.lm_eval  # noqa: F401 (its import makes the name known)

@@ -15,22 +15,39 @@ from renyi import __version__
 from renyi.cli.console import quiet_libraries, say, show_error, stream
 from renyi.errors import ConfigError, RenyiError
 
-COMMANDS = {
-    "sft": "train an α-Rényi LoRA ensemble on a dataset",
-    "dpo": "train an α-Rényi LoRA ensemble on preference pairs (DPO)",
-    "powerflow": "tune toward a power of the base distribution, without labels or rewards",
-    "sweep": "alpha × members on a held-out split: a table, a figure, and which to take",
-    "audit": "where a fine-tuning dataset contradicts itself, row by row, before it is trained on",
-    "diagnose": "whether data contradict a fitted adapter, from which alpha on members part, and over what",
-    "generate": "an ensemble's answers, coloured by how much its members disagree, or side by side",
-    "serve": "an ensemble behind OpenAI's API, with its uncertainty and a playground",
-    "score": "log-likelihoods and responsibilities of every member on every example",
-    "evaluate": "how good an ensemble and each of its members are, and whether they know where they are not",
-    "export": "an ensemble's members as PEFT adapters, plain models, or a vLLM command line",
-    "lm_eval": "EleutherAI's lm-evaluation-harness, to which an ensemble is a model",
-    "info": "what an ensemble is and how far apart its members are, from its files alone",
-    "demo": "see an ensemble split into specialists on contradictory data, in a few minutes",
+# What each command does, grouped by what a person wants.
+GROUPS = {
+    "Begin": {
+        "demo": "see an ensemble split into specialists on contradictory data, in a few minutes",
+        "init": "write a commented YAML file for a training command, to change and run",
+    },
+    "Look at your data": {
+        "audit": "where a fine-tuning dataset contradicts itself, row by row, before it is trained on",
+        "diagnose": "whether data contradict a fitted adapter, from which alpha on members part, and over what",
+    },
+    "Train": {
+        "sft": "train an α-Rényi LoRA ensemble on a dataset",
+        "dpo": "train an α-Rényi LoRA ensemble on preference pairs (DPO)",
+        "powerflow": "tune toward a power of the base distribution, without labels or rewards",
+        "sweep": "alpha × members on a held-out split: a table, a figure, and which to take",
+    },
+    "Ask": {
+        "generate": "an ensemble's answers, coloured by how much its members disagree, or side by side",
+        "serve": "an ensemble behind OpenAI's API, with its uncertainty and a playground",
+        "score": "log-likelihoods and responsibilities of every member on every example",
+    },
+    "Judge": {
+        "evaluate": "how good an ensemble and each of its members are, and whether they know where they are not",
+        "report": "one page about a run, to open or to send: settings, curves, members, evaluation",
+        "info": "what an ensemble is and how far apart its members are, from its files alone",
+    },
+    "Use elsewhere": {
+        "export": "an ensemble's members as PEFT adapters, plain models, or a vLLM command line",
+        "lm_eval": "EleutherAI's lm-evaluation-harness, to which an ensemble is a model",
+        "completion": "let your shell complete commands, flags and file names",
+    },
 }
+COMMANDS = {name: what for group in GROUPS.values() for name, what in group.items()}
 INTERRUPTED = 130
 
 
@@ -67,10 +84,12 @@ def _help() -> None:
     about = "post-train a language model into a distribution over LoRA adapters"
     out.print(Text.assemble(("renyi", "bold"), f" {__version__}   {about}\n"))
     commands = Table.grid(padding=(0, 3))
-    for name, what in COMMANDS.items():
-        commands.add_row(Text(f"  renyi {name}", "bold"), what)
+    for number, (group, inside) in enumerate(GROUPS.items()):
+        commands.add_row(Text(f"{chr(10) if number else ''}{group}", "dim"), "")
+        for name, what in inside.items():
+            commands.add_row(Text(f"  renyi {name}", "bold"), what)
     out.print(commands)
-    bold = [Text(f"renyi {what}", "bold") for what in ("demo", "sft --config FILE.yaml", "COMMAND --help", "--version")]
+    bold = [Text(f"renyi {what}", "bold") for what in ("demo", "init sft", "COMMAND --help", "--version")]
     out.print(Text.assemble("\nStart with ", bold[0], ", then ", bold[1], "."))
     out.print(Text.assemble(bold[2], " says more, ", bold[3], " which version this is."))
 

@@ -35,11 +35,12 @@ def members_table(
     for column in ("member", "weight", "load", "leads", "NLL led", "NLL others"):
         table.add_column(column, justify="right", no_wrap=True, min_width=max(len(column), 6))
     if clearest:
-        table.add_column(f"clearest {example}", no_wrap=True, overflow="ellipsis", style="italic")
+        table.add_column(f"clearest {example}", style="italic")  # the only one that may become narrower
     for m, member in enumerate(members):
         cells = [str(m), f"{member.weight:.3f}", f"{member.load:.1%}", f"{member.leads:,}"]
-        cells += [_nll(member.nll_led), _nll(member.nll_others), *([clearest[m]] if clearest else [])]
-        table.add_row(*(Text(cell) for cell in cells))
+        cells += [_nll(member.nll_led), _nll(member.nll_others)]
+        claimed = [Text(clearest[m], no_wrap=True, overflow="ellipsis")] if clearest else []
+        table.add_row(*(Text(cell) for cell in cells), *claimed)
     legend = f"load: share of the {example}s it learns from · leads: {example}s it explains best · {nll}"
     return Group(headed(title), Text(subtitle, "dim"), table, Text(legend, "dim"))
 

@@ -141,16 +141,21 @@ def given_keys(dataclass_types: Sequence[type], argv: Sequence[str], config: Con
 
 def _flags(dataclass_types: Sequence[type], argv: Sequence[str], known: Iterable[str], prog: str) -> dict[str, Any]:
     """The values of the flags that were given, as text or lists of text (true and false for a bare switch)."""
+    parser = keys_parser(dataclass_types, prog)
+    for action in parser._actions:
+        # Defaults come from the dataclasses and types from `checked`, so that the same rules hold for YAML and flags.
+        action.default, action.type, action.choices, action.required = SUPPRESS, None, None, False
+    return vars(parse_strictly(parser, argv, known))
+
+
+def keys_parser(dataclass_types: Sequence[type], prog: str) -> ArgumentParser:
+    """A parser with a flag for every field of some dataclasses."""
     from transformers import HfArgumentParser
 
     class Parser(StrictParser, HfArgumentParser):
         pass
 
-    parser = Parser(dataclass_types, prog=prog, add_help=False)
-    for action in parser._actions:
-        # Defaults come from the dataclasses and types from `checked`, so that the same rules hold for YAML and flags.
-        action.default, action.type, action.choices, action.required = SUPPRESS, None, None, False
-    return vars(parse_strictly(parser, argv, known))
+    return Parser(dataclass_types, prog=prog, add_help=False)
 
 
 class StrictParser(ArgumentParser):

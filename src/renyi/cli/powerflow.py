@@ -42,6 +42,9 @@ class PowerFlow(TrainingCommand):
         "epsilon epsilon_high use_vllm vllm_mode",
         "Data": "dataset_train_split dataset_test_split test_split_size chat_template_path pad_token eos_token",
     }
+    first_keys = "power partition num_generations max_completion_length"
+    holds_out = False
+    for_tiny_model: ClassVar = {"max_completion_length": 16}  # it reads 256 tokens
     example = "prompt"
     row = "rollout"
     member = "policy"

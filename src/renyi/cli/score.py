@@ -80,14 +80,19 @@ def _score_questions(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset"
     return 0
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parser() -> StrictParser:
+    """What the command reads."""
     parser = StrictParser(prog="renyi score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_reading_flags(parser, "write the lines here; to stdout if not given", "print the summary as one JSON object")
     kept = parser.add_argument_group("preparation, by default as in training")
     for name, (_, text) in _PREPARATION.items():
         kept.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS)
     parser.add_argument("--choice_by", help="score the options of questions: letter, text or text_normalised")
-    args = parse_strictly(parser, argv)
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    args = parse_strictly(parser(), argv)
     if args.choice_by is not None:
         converted(args.choice_by, str, ("letter", "text", "text_normalised"), "--choice_by")
     args.preparation = {

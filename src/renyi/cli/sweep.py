@@ -4,6 +4,7 @@ Every cell is what `renyi sft` or `renyi dpo` would train. Read next: `renyi.run
 (shows progress), `renyi.evaluation.sweep_choice` (what the figures mean).
 """
 
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.text import Text
 from renyi.cli.command import TrainingCommand
 from renyi.cli.console import emit_json, headed, quiet_progress_bars, say, stream
 from renyi.cli.dpo import DPO
-from renyi.cli.parser import ConfigFile, StrictParser, given_keys, keys, split_config
+from renyi.cli.parser import ConfigFile, StrictParser, given_keys, keys, keys_parser, split_config
 from renyi.cli.sft import SFT
 from renyi.cli.tables import figures_table, titled
 from renyi.keys import converted
@@ -72,6 +73,13 @@ def run(argv: Sequence[str]) -> int:
         out.print(_table(found))
         _show_end(out, found, Path(settings.run.values["output_dir"]))
     return 0
+
+
+def parser() -> ArgumentParser:
+    """What the command reads, with `sft` as its method."""
+    from renyi.runs.settings import METHODS, SweepArguments
+
+    return keys_parser([*METHODS["sft"].dataclasses, SweepArguments, _Asked], PROG)
 
 
 def _method(flags: Sequence[str], config: ConfigFile) -> str:

@@ -8,7 +8,18 @@ from rich.table import Table
 from rich.text import Text
 
 from renyi.evaluation import sections
-from renyi.evaluation.sections import Chart, Example, Examples, Note, Section, best_cells, cell_text, note_of, shortened
+from renyi.evaluation.sections import (
+    Chart,
+    Example,
+    Examples,
+    Lines,
+    Note,
+    Section,
+    best_cells,
+    cell_text,
+    note_of,
+    shortened,
+)
 from renyi.evaluation.task import as_json
 from renyi.text import printable
 
@@ -29,6 +40,8 @@ def rendered(section: Section, show: int) -> RenderableType | None:
             parts = [part for example in examples[:show] for part in _example(example)]
             return Group(titled(title), Text(note, "dim"), *parts) if parts else None
         case Note(title, text):
+            return Group(titled(title), Text(printable(text)))
+        case Lines(title, text):
             return Group(titled(title), Text(printable(text)))
         case Chart():
             return None

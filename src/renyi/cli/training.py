@@ -62,13 +62,22 @@ _AFTER = {
     "report_to",
 }
 # Help for keys for which TRL's own text would mislead.
-_OUR_HELP = {
+OUR_HELP = {
     "model_name_or_path": "The base model, a folder or a hub id; or a folder of an ensemble or adapter to go on with",
+    "dataset_name": "Your data: a json, jsonl, csv or parquet file, or a hub id",
     "output_dir": "The folder for checkpoints and the ensemble; the same command goes on from what it holds",
     "pad_token": "Token to pad with, where the tokenizer has none or pads with its end of text",
     "ld_alpha": "Weight of the tokens by which a completion is longer than the other; 1 if not given",
     "bf16": "Mixed precision; on unless fp16 is set",
 }
+
+
+def groups_of_keys(command: TrainingCommand) -> dict[str, list[str]]:
+    """The keys that a user should know, by group."""
+    return {
+        command.members.capitalize() if group == "Members" else group: names.split()
+        for group, names in {**_BEFORE, **command.keys, **_AFTER}.items()
+    }
 
 
 def _help(command: TrainingCommand) -> None:
@@ -81,9 +90,9 @@ def _help(command: TrainingCommand) -> None:
     table.add_column(no_wrap=True)
     table.add_column(style="dim", max_width=12, overflow="fold")
     table.add_column()
-    for group, names in {**_BEFORE, **command.keys, **_AFTER}.items():
-        table.add_row(headed(command.members.capitalize() if group == "Members" else group))
-        for key in keys(dataclasses, names.split()):
-            table.add_row(f"  {key.name}", Text(key.default), Text(_OUR_HELP.get(key.name, key.help)))
+    for group, names in groups_of_keys(command).items():
+        table.add_row(headed(group))
+        for key in keys(dataclasses, names):
+            table.add_row(f"  {key.name}", Text(key.default), Text(OUR_HELP.get(key.name, key.help)))
     out.print(table)
     out.print(f"\nEvery other key of TRL's {command.trl_config}, ModelConfig and ScriptArguments works, too.")

@@ -15,11 +15,13 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from renyi.cli.command import TrainingCommand
-from renyi.cli.console import bytes_text, facts, headed
+from renyi.cli.console import as_text, bytes_text, facts, headed
 from renyi.cli.progress import Progress
 from renyi.data import sample, told_cut, told_tokenizer
 from renyi.runs.auto import Chosen
 from renyi.runs.build import Rows, Run, Watch
+from renyi.runs.record import write_whole
+from renyi.runs.report import LEARNED_FILE
 from renyi.runs.settings import Settings
 from renyi.text import number_text, plural
 from renyi.training.checkpoints import find_checkpoints
@@ -68,6 +70,8 @@ class TrainingWatch(Watch):
         with self.doing(f"asking every {self._command.member} what it learned"):  # in every process: all prepare
             learned = _what_members_learned(self._command, run)
         self._out.print(learned)
+        if run.trainer.is_world_process_zero():
+            write_whole(run.output_dir / LEARNED_FILE, as_text(learned).encode("utf-8", "surrogatepass"))
         _show_files(self._out, self._command, run)
 
     def after_interruption(self) -> str:
@@ -249,6 +253,7 @@ def _show_files(out: Console, command: TrainingCommand, ready: Run) -> None:
         f"member_0{f' … member_{last}' if last else ''}": "ordinary PEFT adapters",
         **command.files(ready),
         f"{METRICS_FILE}, {FIGURE_FILE}": "every logged step, and the curves",
+        LEARNED_FILE: "the table above",
         "README.md": "model card",
     }
     table = Table.grid(padding=(0, 3))
@@ -257,7 +262,7 @@ def _show_files(out: Console, command: TrainingCommand, ready: Run) -> None:
     out.print(headed("Saved in", folder), soft_wrap=True)
     out.print(table)
     out.print(headed("Next"))
-    for line in command.next(folder, ready.settings.values["dataset_name"]):
+    for line in (f"renyi report {folder}", *command.next(folder, ready.settings.values["dataset_name"])):
         out.print(f"  {line}", soft_wrap=True)
     in_python = f'  from renyi import LoraEnsemble; LoraEnsemble.load("{folder}")'
     out.print(Text.assemble(in_python, ("   in Python", "dim")), soft_wrap=True)

@@ -15,6 +15,7 @@ from renyi.evaluation.sections import (
     Chart,
     Example,
     Examples,
+    Lines,
     Note,
     Report,
     Section,
@@ -23,6 +24,7 @@ from renyi.evaluation.sections import (
     cell_text,
     note_of,
 )
+from renyi.evaluation.stored import SECTIONS_FILE, sections_json
 from renyi.text import printable
 
 _STYLE = """
@@ -38,14 +40,16 @@ td { text-align: right; border-bottom: 1px solid #eef1f4; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: .2rem; white-space: normal; min-width: 6rem; }
 table.text td { text-align: left; white-space: normal; vertical-align: top; }
 table.text td:first-child { color: #66717e; min-width: 5rem; }
+pre { font: .82rem/1.45 ui-monospace, monospace; margin: .4rem 0; }
 td.best { font-weight: 700; } tr.good td { color: #23723a; } tr.bad td { color: #a83a2a; }
 """
 
 
 def write_report(folder: Path, report: Report, result: Mapping[str, Any]) -> Path:
-    """Write evaluation.json, then a PNG for every chart, then report.html, which needs none of the others.
+    """Write evaluation.json, a PNG for every chart, sections.json, then report.html, which needs none of the others.
 
-    If a chart cannot be drawn, the page says so, and everything else is written.
+    `sections.json` is what `renyi report` shows of an evaluation on its own page. If a chart cannot be drawn, the page
+    says so, and everything else is written.
 
     Returns:
         The page's path.
@@ -60,9 +64,26 @@ def write_report(folder: Path, report: Report, result: Mapping[str, Any]) -> Pat
     for section, png in zip(sections, drawn, strict=True):
         if isinstance(section, Chart) and isinstance(png, bytes):
             _write(folder, f"{section.name}.png", png)
-    body = "\n".join(_html(section, png) for section, png in zip(sections, drawn, strict=True))
-    _write(folder, page.name, _page(report.title, report.subtitle, body).encode())
+    kept = sections_json(report.title, report.subtitle, sections)
+    _write(folder, SECTIONS_FILE, kept.encode("utf-8", "surrogatepass"))
+    _write(folder, page.name, _html_of(report, sections, drawn))
     return page
+
+
+def write_page(file: Path, report: Report) -> None:
+    """Write one page of HTML that holds a report with its charts, and nothing else.
+
+    Raises:
+        SaveError: it could not be written.
+    """
+    sections = [*report.sections, *report.page_only()]
+    drawn = [_drawn(section) if isinstance(section, Chart) else b"" for section in sections]
+    _write(file.absolute().parent, file.name, _html_of(report, sections, drawn))
+
+
+def _html_of(report: Report, sections: Sequence[Section], drawn: Sequence[bytes | str]) -> bytes:
+    body = "\n".join(_html(section, png) for section, png in zip(sections, drawn, strict=True))
+    return _page(report.title, report.subtitle, body).encode()
 
 
 def _write(folder: Path, name: str, content: bytes) -> None:
@@ -110,6 +131,8 @@ def _html(section: Section, png: bytes | str) -> str:
             return f"{_title(title)}{_dim(note)}" + "\n".join(map(_example, examples))
         case Note(title, text):
             return f"{_title(title)}<p>{_text(text)}</p>"
+        case Lines(title, text):
+            return f'{_title(title)}<div class="wide"><pre>{_text(text)}</pre></div>'
 
 
 def _title(text: str) -> str:
@@ -124,7 +147,8 @@ def _example(example: Example) -> str:
     text = f"<p>{_text(example.text)}</p>\n" if example.text else ""
     cells = [[_text(cell) for cell in row] for row in example.rows]
     classes = [example.marks.get(i, "") for i in range(len(cells))]
-    head = f'<h3>{_text(example.title)} <span class="dim">{_text(example.aside)}</span></h3>\n'
+    named = f'<h3>{_text(example.title)} <span class="dim">{_text(example.aside)}</span></h3>\n'
+    head = named if example.title or example.aside else ""
     return head + text + _table(example.columns, [[("", cell) for cell in row] for row in cells], classes)
 
 

@@ -95,7 +95,14 @@ class Note(NamedTuple):
     text: str
 
 
-Section = Table | Chart | Examples | Note
+class Lines(NamedTuple):
+    """A titled text that keeps its line breaks and its columns of characters."""
+
+    title: str
+    text: str
+
+
+Section = Table | Chart | Examples | Note | Lines
 
 
 def _nothing_more() -> list[Section]:

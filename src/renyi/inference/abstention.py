@@ -16,7 +16,7 @@ from renyi.layout import ABSTENTION_FILE
 if TYPE_CHECKING:
     from renyi.inference.generate import Answer
 
-FIND_ONE = "`renyi evaluate --task choice --target_risk 0.05` finds a threshold."
+FIND_ONE = "To find one: renyi evaluate ENSEMBLE QUESTIONS.jsonl --task choice --target_risk 0.05"
 OF_ANSWERS = ("mean_epistemic", "max_epistemic", "disagreement", "mixture_nll", "effective_members")
 OF_TOKENS = ("total", "aleatoric", "epistemic")
 

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from transformers.utils import is_liger_kernel_available, is_torch_bf16_gpu_available, is_torch_tf32_available
 
 from renyi.errors import ConfigError
+from renyi.keys import install_line
 
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _NOT_NEGATIVE = ("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon")
@@ -147,7 +148,7 @@ def check_packages(args: Any) -> None:
             raise ConfigError(
                 f"{name} is not installed or not known",
                 where="report_to",
-                hint=f"Install it (pip install {name}), or write report_to: none; metrics.jsonl is written anyway.",
+                hint=f"Write report_to: none (metrics.jsonl is written anyway), or install it: {install_line(name)}",
             )
     if args.use_liger_kernel and not is_liger_kernel_available():
         raise ConfigError(
