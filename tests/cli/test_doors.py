@@ -1,5 +1,6 @@
 """What a newcomer meets first: the list of commands, a file to begin with, a page about a run, and completion."""
 
+import importlib
 import json
 import re
 import shlex
@@ -196,6 +197,16 @@ def test_bash_completes_commands_flags_and_files(tmp_path: Path) -> None:
     assert "--target_risk" in completed("renyi", "evaluate", "--t")
     assert completed("renyi", "dpo", "--config", "my") == ["my.yaml"]
     assert completed("renyi", "info", "my") == ["my.yaml"]
+
+
+def test_every_command_but_the_harness_says_what_it_reads() -> None:
+    """A command without a function `parser`, or an entry in METHODS, would be completed without its flags."""
+    silent = [
+        name
+        for name in COMMANDS
+        if name not in METHODS and not hasattr(importlib.import_module(f"renyi.cli.{name}"), "parser")
+    ]
+    assert silent == ["lm_eval"]
 
 
 def test_there_is_no_other_shell() -> None:

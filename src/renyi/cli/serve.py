@@ -88,7 +88,8 @@ def _settings(args: argparse.Namespace, default: Any) -> Any:
     )
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parser() -> StrictParser:
+    """What the command reads."""
     parser = StrictParser(prog="renyi serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_ensemble_flags(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 127.0.0.1, this machine only")
@@ -101,7 +102,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     limits = parser.add_argument_group("limits")
     for name, (_, about) in _NUMBERS.items():
         limits.add_argument(f"--{name}", metavar="N", help=about)
-    args = parse_strictly(parser, argv)
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    args = parse_strictly(parser(), argv)
     for name, (kind, _) in _NUMBERS.items():
         if getattr(args, name) is not None:
             value = converted(getattr(args, name), kind, None, f"--{name}")
