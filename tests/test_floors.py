@@ -15,7 +15,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src"
 MODEL_LIBRARIES = {"transformers", "trl", "peft", "datasets", "accelerate"}
 # Modules that import torch at most, and of the libraries for arrays what they compute with.
-LIGHT = ("renyi", "renyi.errors", "renyi.objectives", "renyi.measures", "renyi.evaluation.metrics")
+PLUGIN = ("renyi.vllm.mixing", "renyi.vllm.admission", "renyi.vllm.records")
+LIGHT = ("renyi", "renyi.errors", "renyi.objectives", "renyi.measures", *PLUGIN, "renyi.evaluation.metrics")
 
 
 def private_uses(module: str, code: str) -> Iterator[str]:

@@ -2,6 +2,9 @@
 
 Models are the mixture, by the folder's name or --model_name, and each member: member_0, member_1, …. It needs the extra
 renyi[serve]. Without a key it listens on this machine only.
+
+With --engine vllm the members run in one or several `vllm serve`, and nothing of the base is loaded here.
+docs/serving.md says how vLLM is started. VLLM_API_KEY of the environment is the key of its API.
 """
 
 import argparse
@@ -11,7 +14,7 @@ from typing import Any
 
 from renyi.cli.console import quiet_progress_bars, stream
 from renyi.cli.parser import StrictParser, converted, parse_strictly
-from renyi.cli.reading import add_ensemble_flags, load_ensemble
+from renyi.cli.reading import add_ensemble_flags, load_ensemble, naming_flags
 from renyi.errors import ConfigError
 
 # Flags with a number, their type, and what they are.
@@ -46,11 +49,11 @@ def run(argv: Sequence[str]) -> int:
         settings = _settings(args, ServerSettings())
         settings.check()
         quiet_progress_bars()
-        loaded = load_ensemble(args)
+        served = _vllm_engine(args, settings) if args.engine == "vllm" else load_ensemble(args)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     err.print(f"serving {args.ensemble} on http://{host}:{settings.port}; Ctrl+C ends it", soft_wrap=True, markup=False)
     try:
-        serve(loaded, settings)
+        serve(served, settings)
     except (OSError, SystemExit) as error:
         if isinstance(error, SystemExit) and not error.code:
             return 0
@@ -58,6 +61,18 @@ def run(argv: Sequence[str]) -> int:
             f"{host}:{settings.port} cannot be listened on", where="--port", hint="Give another."
         ) from error
     return 0
+
+
+def _vllm_engine(args: argparse.Namespace, settings: Any) -> Any:
+    """The engine whose members run in vLLM."""
+    from renyi.serve.replica import address_of
+    from renyi.serve.vllm import VllmEngine
+
+    with naming_flags(args):
+        replicas = [address_of(url) for url in args.vllm_url]
+    limits = settings.engine
+    key = os.environ.get("VLLM_API_KEY")
+    return VllmEngine(args.ensemble, replicas, args.base, key, limits.running + limits.waiting)
 
 
 def _settings(args: argparse.Namespace, default: Any) -> Any:
@@ -99,6 +114,13 @@ def parser() -> StrictParser:
     parser.add_argument("--open", action="store_true", help="listen beyond this machine without a key")
     parser.add_argument("--model_name", metavar="NAME", help="the mixture's name; by default the folder's")
     parser.add_argument("--log_text", action="store_true", help="log prompts and answers, too")
+    parser.add_argument("--engine", choices=("ours", "vllm"), default="ours", help="what runs the members; ours")
+    parser.add_argument(
+        "--vllm_url",
+        nargs="+",
+        metavar="URL",
+        help="with --engine vllm: http://HOST:PORT of each vLLM, with ,URL of its records if they are not at HOST:8001",
+    )
     limits = parser.add_argument_group("limits")
     for name, (_, about) in _NUMBERS.items():
         limits.add_argument(f"--{name}", metavar="N", help=about)
@@ -114,6 +136,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
             if value < least or (name == "port" and value > 65535):
                 raise ConfigError(f"is {value}", where=f"--{name}", hint=f"Give a number from {least}.")
             setattr(args, name, value)
+    if (args.engine == "vllm") != bool(args.vllm_url):
+        raise ConfigError("goes with --engine vllm, and it with --vllm_url", where="--vllm_url")
     if args.api_key and not all(args.api_key):
         raise ConfigError("is empty", where="--api_key", hint="Give a key, or leave it out.")
     return args

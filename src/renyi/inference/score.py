@@ -5,11 +5,12 @@ Tokens, labels and joint forward are the same as in training, so a score is what
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from renyi.data import Limits, Preparation, count_cut, prepare, told_cut
@@ -142,8 +143,22 @@ def _score_batch(ensemble: LoraEnsemble, rows: list[int], columns: dict[str, lis
             hint="Its training diverged, or the base is loaded in a precision too low for it.",
         )
     tokens_B = (labels[:, 1:] != IGNORED).sum(dim=1)
-    log_weights = ensemble.weights.cpu().log()
-    order = tokens_B, ensemble.alpha, log_weights, ensemble.routing_quantity
+    return scores_of(rows, ell_MB, tokens_B, ensemble.alpha, ensemble.weights.cpu(), ensemble.routing_quantity)
+
+
+def scores_of(
+    rows: Sequence[int], ell_MB: Tensor, tokens_B: Tensor, alpha: float, weights: Tensor, routing_quantity: str
+) -> list[Score]:
+    """The scores of B rows with known log-likelihoods.
+
+    Args:
+        rows: the rows' indices, [B].
+        ell_MB: log p_m(y | x), nats.
+        tokens_B: trained tokens of each row.
+        alpha, weights [M], routing_quantity: of the ensemble.
+    """
+    log_weights = weights.log()
+    order = tokens_B, alpha, log_weights, routing_quantity
     return [
         Score(*values)
         for values in zip(

@@ -8,8 +8,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from renyi.errors import ConfigError
+from renyi.inference.abstention import Abstention
 from renyi.layout import member_name
 from renyi.runs.load import Loaded
 from renyi.serve.answers import AnswerLimits, Answers
@@ -17,6 +19,7 @@ from renyi.serve.app import create_app
 from renyi.serve.batching import EngineLimits, OurEngine
 from renyi.serve.engine import Engine
 from renyi.serve.gate import GateSettings
+from renyi.serve.vllm import VllmEngine
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,16 @@ def is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def answers_of(loaded: Loaded, engine: Engine, settings: ServerSettings) -> Answers:
+class Folder(Protocol):
+    """What is served: an ensemble's folder, and the threshold that it keeps. `Loaded` and `VllmEngine` are such."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def abstention(self) -> Abstention | None: ...
+
+
+def answers_of(loaded: Folder, engine: Engine, settings: ServerSettings) -> Answers:
     """What answers: an engine, with the names of its models and the folder's threshold."""
     names = [member_name(member) for member in range(engine.num_members)]
     model = settings.model or Path(loaded.folder).resolve().name or "ensemble"
@@ -81,8 +93,12 @@ def gate_of(settings: ServerSettings) -> GateSettings:
     return GateSettings(settings.keys, hosts, settings.body_bytes)
 
 
-def serve(loaded: Loaded, settings: ServerSettings) -> None:
+def serve(served: Loaded | VllmEngine, settings: ServerSettings) -> None:
     """Serve an ensemble until SIGINT or SIGTERM; answers in progress may then end.
+
+    Args:
+        served: an ensemble to answer with in this process, or the engine whose members run in vLLM.
+        settings: of the server.
 
     Raises:
         ConfigError: the settings do not fit, or the base cannot answer several requests at once.
@@ -91,7 +107,8 @@ def serve(loaded: Loaded, settings: ServerSettings) -> None:
     import uvicorn
 
     settings.check()
-    answers = answers_of(loaded, OurEngine(loaded, settings.engine), settings)
+    engine = OurEngine(served, settings.engine) if isinstance(served, Loaded) else served
+    answers = answers_of(served, engine, settings)
     app = create_app(answers, gate_of(settings), settings.log_text)
     config = uvicorn.Config(
         app,

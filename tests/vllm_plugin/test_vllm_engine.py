@@ -1,0 +1,252 @@
+"""vLLM as the server's engine: our own answers from a stand-in for vLLM, and errors where they would be wrong."""
+
+import asyncio
+
+import pytest
+import torch
+from fake_vllm import FakeVllm
+from openai import OpenAI
+from serving import Live, tiny_folder
+
+from renyi.errors import BusyError, ConfigError, EngineError
+from renyi.serve.engine import EngineRequest
+from renyi.serve.replica import ReplicaAddress, address_of
+from renyi.serve.run import ServerSettings, answers_of
+from renyi.serve.vllm import VllmEngine
+
+NAMES = ["member_0", "member_1", "member_2"]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture
+def fake(loaded):
+    with FakeVllm(loaded.ensemble, NAMES) as running:
+        yield running
+
+
+def engine_of(loaded, *fakes, **more):
+    return VllmEngine(loaded.folder, [address_of(each.address) for each in fakes], **more)
+
+
+async def collected(stream):
+    return [token async for token in stream]
+
+
+async def follow(stream, tokens):
+    async for token in stream:
+        tokens.append(token)
+
+
+def answered(engine, *requests):
+    """Answers, or errors, of requests that are made at once."""
+
+    async def main():
+        await engine.start()
+        try:
+            streams = [engine.submit(request) for request in requests]
+            return await asyncio.gather(*map(collected, streams), return_exceptions=True)
+        finally:
+            await engine.stop()
+
+    return asyncio.run(main())
+
+
+def request(prompt=(5, 6, 7), tokens=6, **more):
+    return EngineRequest(list(prompt), tokens, **{"settings": {"do_sample": False}, **more})
+
+
+@pytest.mark.parametrize("mixture", ["sequence", "token"])
+def test_answers_are_our_own(loaded, fake, mixture):
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [20, 21]]
+    asked = [request(prompt, mixture=mixture, alternatives=2, members=True) for prompt in prompts]
+    answers = answered(engine_of(loaded, fake), *asked)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ours = loaded.ensemble.generate(
+            torch.tensor([prompt]), max_new_tokens=6, mixture=mixture, do_sample=False, eos_token_id=63
+        )
+        assert [token.token for token in answer] == ours.new_tokens[0].tolist()
+        for name in ("log_prob", "total", "aleatoric", "epistemic"):
+            assert [getattr(t, name) for t in answer] == pytest.approx(getattr(ours, name)[0].tolist(), abs=2e-5)
+        weights = torch.tensor([token.weights for token in answer])
+        torch.testing.assert_close(weights, ours.weights[:, 0].T.float(), rtol=0, atol=2e-5)
+        ell = torch.tensor([token.member_log_probs for token in answer]).sum(0)
+        torch.testing.assert_close(ell, ours.member_log_likelihood[:, 0].float(), rtol=0, atol=1e-4)
+        assert all(token.alternatives[0].token == token.token for token in answer)
+        assert all(len(token.member_alternatives) == 3 for token in answer)
+        assert [token.finish for token in answer] == [None] * 5 + ["length"]
+
+
+def test_a_member_answers_alone(loaded, fake):
+    (answer,) = answered(engine_of(loaded, fake), request(member=2))
+    ours = loaded.ensemble.generate(
+        torch.tensor([[5, 6, 7]]), max_new_tokens=6, mixture="member", member=2, do_sample=False, eos_token_id=63
+    )
+    assert [token.token for token in answer] == ours.new_tokens[0].tolist()
+    assert all(token.weights == [1.0] and token.epistemic == 0 for token in answer)
+
+
+def test_an_end_token_ends_and_a_seed_repeats(loaded, fake):
+    sampled = {"settings": {"temperature": 1.5}, "seed": 7}
+    first, second, other = answered(
+        engine_of(loaded, fake), request(**sampled), request(**sampled), request(**{**sampled, "seed": 8})
+    )
+    tokens = [token.token for token in first]
+    assert tokens == [token.token for token in second]
+    assert tokens != [token.token for token in other]
+    (cut,) = answered(engine_of(loaded, fake), request(**sampled, end_tokens=[tokens[2]]))
+    assert [token.token for token in cut] == tokens[: tokens.index(tokens[2]) + 1]
+    assert cut[-1].finish == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("row", r"did not run the members together: a step held members \[0, 1\] of 3"),
+        ("token", "different tokens"),
+        ("end", "ended an answer early"),
+        ("error", "Internal server error"),
+    ],
+)
+def test_a_broken_group_is_an_error_at_once(loaded, fake, fault, message):
+    fake.fault = fault
+    engine = engine_of(loaded, fake)
+
+    async def main():
+        await engine.start()
+        tokens = []
+        with pytest.raises(EngineError, match=message):
+            await follow(engine.submit(request()), tokens)
+        await engine.stop()
+        return tokens
+
+    assert len(asyncio.run(main())) <= 2  # none after the fault
+
+
+def test_cancelling_frees_the_rows(loaded, fake):
+    fake.seconds = 0.05
+    engine = engine_of(loaded, fake)
+
+    async def main():
+        await engine.start()
+        stream = engine.submit(request(tokens=50))
+        await anext(stream)
+        assert engine.load().running == 1
+        stream.cancel()
+        with pytest.raises(StopAsyncIteration):
+            await anext(stream)
+        for _ in range(200):
+            if len(fake.cancelled) == 3 and engine.load().running == 0:
+                break
+            await asyncio.sleep(0.02)
+        assert len(fake.cancelled) == 3
+        assert engine.load().running == engine.load().waiting == 0
+        await engine.stop()
+
+    asyncio.run(main())
+
+
+def test_groups_go_to_replicas_whole(loaded, fake):
+    with FakeVllm(loaded.ensemble, NAMES) as other:
+        answers = answered(engine_of(loaded, fake, other), *(request([5 + i]) for i in range(6)))
+        assert not [answer for answer in answers if isinstance(answer, Exception)]
+        assert fake.begun + other.begun == 6
+        assert min(fake.begun, other.begun) >= 1
+
+
+def test_a_replica_that_is_lost(loaded):
+    with FakeVllm(loaded.ensemble, NAMES) as first, FakeVllm(loaded.ensemble, NAMES) as other:
+        first.seconds = 0.05
+        engine = engine_of(loaded, first)
+
+        async def main():
+            await engine.start()
+            stream = engine.submit(request(tokens=50))
+            await anext(stream)
+            first.records.close()
+            with pytest.raises(EngineError, match="lost"):
+                await collected(stream)
+            await engine.stop()
+
+        asyncio.run(main())
+        answers = answered(engine_of(loaded, other), request())
+        assert len(answers[0]) == 6
+
+
+def test_what_it_refuses(loaded, fake):
+    engine = engine_of(loaded, fake, most=1)
+
+    async def main():
+        await engine.start()
+        with pytest.raises(ConfigError, match="--max-num-batched-tokens"):
+            engine.submit(request([5] * 86))
+        with pytest.raises(ConfigError, match="needs sampling"):
+            engine.submit(request(settings={"do_sample": False, "temperature": 0.5}))
+        assert engine.load().waiting == 0
+        engine.submit(request())
+        with pytest.raises(BusyError):
+            engine.submit(request())
+        await engine.stop()
+        with pytest.raises(EngineError, match="no vLLM is up"):
+            engine.submit(request())
+
+    asyncio.run(main())
+
+
+def test_a_server_that_does_not_fit(loaded, fake):
+    with (
+        FakeVllm(loaded.ensemble, NAMES[:2]) as lacking,
+        FakeVllm(loaded.ensemble, NAMES, rows=2) as small,
+    ):
+        for other, why in ((lacking, "does not serve member_2"), (small, "--max-num-seqs")):
+            with pytest.raises(EngineError, match=why):
+                answered(engine_of(loaded, other))
+    with pytest.raises(EngineError, match="no vLLM can be used"):
+        answered(VllmEngine(loaded.folder, [ReplicaAddress("http://127.0.0.1:9", "http://127.0.0.1:9")]))
+
+
+def test_scores_are_our_own(loaded, fake):
+    rows = [{"prompt": "w1 w2", "completion": " w3 w4"}, {"prompt": "w7", "completion": " w8 w9 w10"}]
+    engine = engine_of(loaded, fake)
+
+    async def main():
+        await engine.start()
+        try:
+            return await engine.score(rows)
+        finally:
+            await engine.stop()
+
+    for found, ours in zip(asyncio.run(main()), loaded.score(rows), strict=True):
+        assert (found.index, found.tokens) == (ours.index, ours.tokens)
+        for name in ("log_likelihood", "responsibilities", "mixture_nll", "jensen_gap"):
+            assert getattr(found, name) == pytest.approx(getattr(ours, name), abs=1e-4)
+
+
+def test_behind_openais_api(loaded, fake):
+    """The whole way: OpenAI's client, the server, this engine."""
+    settings = ServerSettings()
+    engine = engine_of(loaded, fake)
+    server = Live(answers_of(engine, engine, settings), settings)
+    server.start()
+    try:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        answer = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "w1 w2"}], temperature=0, max_tokens=5
+        )
+        expected = loaded.generate([[{"role": "user", "content": "w1 w2"}]], do_sample=False, max_new_tokens=5)[0]
+        assert answer.choices[0].message.content == expected.text
+        uncertainty = answer.choices[0].model_extra["uncertainty"]
+        assert uncertainty["epistemic"]["mean"] == pytest.approx(expected.mean_epistemic, abs=1e-5)
+    finally:
+        server.stop()
+
+
+def test_addresses():
+    assert address_of("http://gpu-0:8000/v1") == ReplicaAddress("http://gpu-0:8000", "http://gpu-0:8001")
+    assert address_of("http://a:1,http://b:2/") == ReplicaAddress("http://a:1", "http://b:2")
+    for wrong in ("gpu-0:8000", "http://", "http://a,http://b,http://c"):
+        with pytest.raises(ConfigError, match="no address"):
+            address_of(wrong)
