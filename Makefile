@@ -9,7 +9,7 @@ WORKERS ?= 2
 # worksteal gives each worker one stretch of files, so that a module's fixtures are made once. A worker that is done takes
 # tests from the other.
 
-.PHONY: help setup docs dist demo test lint format slow bench studies clean
+.PHONY: help setup docs dist demo test lint format slow vllm bench studies clean
 
 help:
 	@echo "make demo    train the three ensembles of the demo and look at runs/demo/demo.png (minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test    lint, type-check and test"
 	@echo "make lint    ruff, import-linter and mypy alone"
 	@echo "make slow    the tests that take minutes: real data, three seeds of the demo"
+	@echo "make vllm    the tests against a real vLLM, VLLM_PYTHON=… (minutes)"
 	@echo "make bench   what training and decoding cost, beside their peers (minutes)"
 	@echo "make studies the longer experiments of the docs (hours)"
 
@@ -64,6 +65,13 @@ format: $(READY)
 
 slow: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow
+
+# vLLM needs an environment of its own; docs/serving.md says how to make one.
+VLLM_PYTHON ?= build/vllm/bin/python
+
+vllm: $(READY)
+	@$(VLLM_PYTHON) -c "import vllm" 2>/dev/null || { echo "$(VLLM_PYTHON) has no vLLM. Make an environment for it as docs/serving.md says, and name its Python: make vllm VLLM_PYTHON=…"; exit 1; }
+	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) $(BIN)/python -m pytest -m slow tests/vllm_plugin -v -s
 
 # Time and memory, in minutes. On a GPU, run each file by hand with --gpu.
 bench: $(READY)

@@ -19,7 +19,7 @@ from renyi.ensemble import LoraEnsemble
 from renyi.vllm.admission import Admission, Need, Room
 from renyi.vllm.groups import membership_of
 from renyi.vllm.mixing import Mixing
-from renyi.vllm.records import Broadcaster
+from renyi.vllm.records import FORMAT, Broadcaster
 
 
 class FakeVllm:
@@ -38,7 +38,7 @@ class FakeVllm:
         self.begun = 0
         self.seconds = 0.0
         self._ensemble, self._names = ensemble, names
-        facts = {"rows": rows, "step_tokens": 256, "positions": 64, "adapters": len(names)}
+        facts = {"format": FORMAT, "rows": rows, "step_tokens": 256, "positions": 64, "adapters": len(names)}
         self.records = Broadcaster("127.0.0.1", 0, None, facts)
         self._admission = Admission(Room(rows, 256, 1000, len(names)))
         self._queues: dict[str, asyncio.Queue[Any]] = {}

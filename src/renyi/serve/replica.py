@@ -17,7 +17,7 @@ import httpx
 from renyi.errors import ConfigError, EngineError
 from renyi.vllm.groups import Membership
 from renyi.vllm.mixing import Record
-from renyi.vllm.records import DEFAULT_PORT
+from renyi.vllm.records import DEFAULT_PORT, FORMAT
 
 logger = logging.getLogger(__name__)
 _SILENCE = 20.0  # seconds without a sign of life after which a replica counts as down
@@ -122,6 +122,8 @@ class Replica:
             lines = response.aiter_lines()
             async with asyncio.timeout(_SILENCE):
                 self.facts = json.loads(await anext(lines))
+            if self.facts.get("format") != FORMAT:
+                raise EngineError("its renyi.vllm is of another release than this server; install the same")
             if self.facts["rows"] < len(self._members) or self.facts["adapters"] < len(self._members):
                 raise EngineError(
                     f"it holds {self.facts['rows']} rows and {self.facts['adapters']} adapters, and there are "

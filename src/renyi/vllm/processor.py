@@ -12,11 +12,10 @@ from vllm import SamplingParams
 from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
-from renyi import __version__
 from renyi.errors import ConfigError
 from renyi.vllm.groups import membership_of
 from renyi.vllm.mixing import Mixing
-from renyi.vllm.records import DEFAULT_HOST, DEFAULT_PORT, Broadcaster
+from renyi.vllm.records import DEFAULT_HOST, DEFAULT_PORT, FORMAT, Broadcaster
 
 logger = logging.getLogger("vllm.renyi")
 SCHEDULER = "renyi.vllm.scheduler.WholeGroups"
@@ -75,7 +74,7 @@ class MixtureProcessor(LogitsProcessor):
         if get_tp_group().rank_in_group == 0 and get_pp_group().is_last_rank:  # one of the workers tells
             scheduler, lora = vllm_config.scheduler_config, vllm_config.lora_config
             facts = {
-                "renyi_version": __version__,
+                "format": FORMAT,
                 "rows": scheduler.max_num_seqs,
                 "step_tokens": scheduler.max_num_batched_tokens,
                 "positions": vllm_config.model_config.max_model_len,

@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 from renyi.errors import EngineError
 from renyi.vllm.mixing import Record
 
+FORMAT = 1  # of the lines; client and plugin may be of different releases
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8001
 _KEPT = 100_000  # records that a reader may lag behind
 _SECONDS = 5.0  # between signs of life
