@@ -10,6 +10,7 @@ from torch import Tensor
 
 from renyi.measures import (
     TokenUncertainty,
+    draw_uncertainty,
     log_likelihood_spread,
     responsibility_entropy,
     token_uncertainty,
@@ -236,3 +237,37 @@ def test_log_likelihood_spread_by_hand():
     assert spread[1].item() == 0.0
     weights = torch.tensor([0.5, 0.5, 0.0])
     assert log_likelihood_spread(log_likelihood, 4, weights.log())[0].item() == pytest.approx(0.5)
+
+
+# Members that are distributions
+
+
+@given(st.data())
+@properties
+def test_total_uncertainty_has_three_parts_that_sum_to_it(data):
+    """The parts from their definitions: entropies of draws, of each member's mixture, and of the mixture."""
+    log_probs, log_weights = data.draw(ensembles())
+    draws = data.draw(st.integers(1, 3))
+    log_probs = log_probs.repeat_interleave(draws, dim=0).roll(1, dims=0)
+    log_weights = log_weights.repeat_interleave(draws)
+    parts, found = draw_uncertainty(log_probs, log_weights, draws), token_uncertainty(log_probs, log_weights)
+    w, p = log_weights.softmax(0).unflatten(0, (-1, draws)), log_probs.exp().unflatten(0, (-1, draws))
+    of_member = (w[..., None] * p).sum(1) / w.sum(1)[:, None]
+    entropy_of_members = (w.sum(1) * torch.special.entr(of_member).sum(-1)).sum()
+    torch.testing.assert_close(parts.within_members, entropy_of_members - found.aleatoric, rtol=0, atol=1e-10)
+    torch.testing.assert_close(parts.between_members, found.total - entropy_of_members, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.aleatoric + sum(parts), found.total, rtol=0, atol=1e-10)
+
+
+def test_draws_that_agree_leave_all_disagreement_between_members_and_the_other_way_round():
+    one, other = (torch.tensor(row, dtype=torch.float64).log() for row in ([0.9, 0.1], [0.2, 0.8]))
+    between = draw_uncertainty(torch.stack([one, one, other, other]), None, 2)
+    assert between.within_members == 0
+    assert between.between_members > 0.1
+    within = draw_uncertainty(torch.stack([one, other, one, other]), None, 2)
+    assert within.between_members.abs() < 1e-15
+    torch.testing.assert_close(within.within_members, between.between_members)
+    unheard = torch.tensor([0.0, 0.0, -torch.inf, -torch.inf])  # a member of weight 0
+    assert draw_uncertainty(torch.stack([one, one, one, other]), unheard, 2) == (0, 0)
+    with pytest.raises(ValueError, match="not 3 draws"):
+        draw_uncertainty(torch.stack([one, other]), None, 3)

@@ -5,11 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from tiny import lora, padded_batch, scatter_members, tiny_model
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from renyi import LoraEnsemble
+from renyi.errors import ConfigError
 from renyi.members import Noise, kind_of
 from renyi.members.kind import MemberLayer
 from renyi.objectives import renyi_loss
@@ -226,3 +228,81 @@ def test_without_spread_draws_are_the_mean():
     mean = ensemble.log_likelihood(*batch)
     ensemble.redraw(1)
     torch.testing.assert_close(ensemble.log_likelihood(*batch), mean, rtol=1e-6, atol=1e-6)
+
+
+# Draws and means as ordinary ensembles
+
+
+def test_draws_are_an_ordinary_ensemble_that_peft_agrees_with(tmp_path):
+    """Its members are PEFT adapters: the joint forward is the loop over them, and the weights are π/S."""
+    ensemble, (ids, mask) = gaussian_ensemble(2), padded_batch()
+    ensemble.weights.copy_(torch.tensor([0.7, 0.3]))
+    drawn = ensemble.draw(3, seed=5)
+    assert (drawn.num_members, drawn.num_draws, drawn.stack.kind) == (6, 3, "point")
+    torch.testing.assert_close(drawn.weights, torch.tensor([0.7, 0.7, 0.7, 0.3, 0.3, 0.3]) / 3)
+    ell = drawn.log_likelihood(ids, mask)
+    drawn.save(tmp_path / "drawn")
+    for member in range(6):
+        alone = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "drawn" / f"member_{member}"))
+        with torch.no_grad():
+            logits = alone(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+        expected = logits[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].mul(mask[:, 1:]).sum(-1)
+        torch.testing.assert_close(ell[member], expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ensemble.draw(3, seed=5).log_likelihood(ids, mask), ell)
+    assert not torch.equal(ensemble.draw(3, seed=6).log_likelihood(ids, mask), ell)
+    loaded = LoraEnsemble.load(tmp_path / "drawn", base=tiny_model())
+    assert loaded.num_draws == 3
+    torch.testing.assert_close(loaded.log_likelihood(ids, mask), ell)
+
+
+def test_the_mean_is_an_ensemble_of_points_and_the_base_is_shared():
+    ensemble, batch = gaussian_ensemble(2), padded_batch()
+    mean = ensemble.mean()
+    torch.testing.assert_close(mean.log_likelihood(*batch), ensemble.log_likelihood(*batch))
+    base, other = ensemble.base.model, mean.base.model
+    assert base is not other
+    assert base.embed_tokens.weight is other.embed_tokens.weight
+    with torch.no_grad():
+        ensemble.stack.parameters()[0].add_(1.0)  # members are copies
+    assert not torch.allclose(mean.log_likelihood(*batch), ensemble.log_likelihood(*batch), atol=1e-3)
+    with ensemble.using([1]), torch.no_grad():
+        assert mean.log_likelihood(*batch).shape == (2, 3)  # the selection is not shared
+    with pytest.raises(ConfigError, match="nothing to draw"):
+        mean.draw(2)
+    with pytest.raises(ConfigError, match="is 0"):
+        ensemble.draw(0)
+
+
+def test_the_mean_of_many_draws_approaches_the_mean_and_their_variance_the_spread():
+    ensemble = gaussian_ensemble(1, std=0.05)
+    drawn = ensemble.draw(2000, seed=1).stack.matrices()
+    for name, (A, B) in ensemble.stack.matrices().items():
+        samples = drawn[name][0].double()
+        assert (samples.mean(0) - A[0]).abs().max() < 5 * 0.05 / 2000**0.5
+        assert ((samples - A[0]).square().mean() / 0.05**2 - 1).abs() < 0.02
+        assert torch.equal(drawn[name][1], B.expand_as(drawn[name][1]))
+
+
+def test_a_folder_keeps_the_distribution_beside_adapters_of_the_mean(tmp_path):
+    ensemble, batch = gaussian_ensemble(2), padded_batch()
+    with torch.no_grad():
+        for layer in ensemble.stack.layers.values():
+            layer.members.log_std.add_(torch.randn_like(layer.members.log_std))
+    ensemble.save(tmp_path)
+    loaded = LoraEnsemble.load(tmp_path, base=tiny_model())
+    torch.testing.assert_close(loaded.draw(2, 3).log_likelihood(*batch), ensemble.draw(2, 3).log_likelihood(*batch))
+    mean = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "member_1"))
+    A = dict(mean.named_parameters())["base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"]
+    assert torch.equal(A, ensemble.adapter(1)["model.layers.0.self_attn.q_proj"][0])
+
+
+def test_uncertainty_of_generated_tokens_has_three_parts():
+    ensemble, (ids, mask) = gaussian_ensemble(2, std=0.5), padded_batch("left")
+    found = ensemble.draw(3, 1).generate(ids, mask, max_new_tokens=4)
+    assert found.within_members.amax() > 1e-4
+    assert found.between_members.amax() > 1e-4
+    torch.testing.assert_close(found.aleatoric + found.within_members + found.between_members, found.total)
+    torch.testing.assert_close(found.within_members + found.between_members, found.epistemic)
+    plain = ensemble.generate(ids, mask, max_new_tokens=4)
+    assert (plain.within_members == 0).all()
+    assert torch.equal(plain.between_members, plain.epistemic)

@@ -28,7 +28,7 @@ from rich.text import Text
 
 from renyi.cli.console import emit_json, quiet_progress_bars, stream
 from renyi.cli.parser import StrictParser, converted, parse_strictly
-from renyi.cli.reading import add_reading_flags, check_output, progress_bar, write_lines
+from renyi.cli.reading import add_draw_flags, add_reading_flags, check_output, draws_of, progress_bar, write_lines
 from renyi.cli.tables import rendered, titled
 from renyi.errors import ConfigError
 from renyi.evaluation.files import load_files
@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     """Evaluate an ensemble on a dataset."""
     args, task, given = _parse(argv)
     out, err = stream(), stream(stderr=True)
-    with _flags_named({*given, *_known(task), "split", "device"}):
+    with _flags_named({*given, *_known(task), "split", "device", "draws"}):
         with err.status("loading"):
             quiet_progress_bars()
             files = load_files(args.data, args.split, args.dataset_config)
@@ -49,6 +49,7 @@ def run(argv: Sequence[str]) -> int:
             args.ensemble,
             lambda name: load_model(name, args.base, args.device),
             lambda what, total: progress_bar(err, what, total),
+            *draws_of(args),
         )
         found = evaluate(task, files, models, **given)
     page = found.write(args.report) if args.report else None
@@ -85,6 +86,7 @@ def parser(tasks: Sequence[Task] | None = None) -> StrictParser:
     parser.add_argument("--report", metavar="DIR", help="write evaluation.json, figures and report.html here")
     for task in tasks:
         _add_flags(parser, task)
+    add_draw_flags(parser)
     return parser
 
 

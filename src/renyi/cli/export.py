@@ -14,6 +14,7 @@ from rich.text import Text
 
 from renyi.cli.console import emit_json, quiet_progress_bars, stream
 from renyi.cli.parser import StrictParser, parse_strictly
+from renyi.cli.reading import add_draw_flags, draws_of, naming_flags
 from renyi.errors import ConfigError
 from renyi.text import plural
 
@@ -57,6 +58,7 @@ def parser() -> StrictParser:
     parser.add_argument(
         "--pad_rank", action="store_true", help="pad adapters with zeros to a rank that vLLM knows; changes no update"
     )
+    add_draw_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -67,6 +69,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"there is no {args.format!r}", where="--format", hint=f"Use one of: {', '.join(FORMATS)}.")
     if args.output is None and args.format != "vllm":
         raise ConfigError("is missing", where="--output", hint=f"{args.format} needs a folder to write to.")
+    if args.draws is not None and args.output is None:
+        raise ConfigError("needs a folder to write draws to", where="--draws", hint="Give --output DIR.")
     if args.pad_rank and (args.format == "merged" or args.output is None):
         why = "merged members have no rank" if args.format == "merged" else "padded adapters need --output DIR"
         raise ConfigError("cannot be used here", where="--pad_rank", hint=f"Leave it out: {why}.")
@@ -82,8 +86,14 @@ def _member(text: str) -> int:
 
 
 def _export(args: argparse.Namespace) -> "Export":
-    from renyi.runs.export import export_adapters, export_merged, vllm_command
+    from renyi.runs.export import drawn, export_adapters, export_merged, vllm_command
 
+    draws, seed = draws_of(args)
+    if draws is not None:
+        with naming_flags(args), drawn(args.ensemble, draws, seed, args.base) as folder:
+            if args.format == "merged":
+                return export_merged(folder, args.output, args.member, args.base, args.ensemble)
+            return export_adapters(folder, args.output, args.member, args.base, args.pad_rank, args.ensemble)
     if args.format == "merged":
         return export_merged(args.ensemble, args.output, args.member, args.base)
     if args.format == "vllm" and not args.pad_rank:

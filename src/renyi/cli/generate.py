@@ -21,6 +21,7 @@ from rich.text import Text
 from renyi.cli.console import quiet_progress_bars, say, stream
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import (
+    add_draw_flags,
     add_ensemble_flags,
     check_output,
     load_ensemble,
@@ -123,9 +124,12 @@ def parser() -> StrictParser:
     members = parser.add_argument_group("members")
     members.add_argument("--mixture", help="of sequences, which is exact, of each token, or member; sequence")
     members.add_argument("--members", action="store_true", help="every member's own answer, side by side")
+    add_draw_flags(parser, "of the sampling, and of the draws")
     members.add_argument("--member", metavar="M", help="the answer of one member, counted from 0")
     decoding = parser.add_argument_group("decoding, by default as the base's generation config says")
     for name, (_, text) in _SETTINGS.items():
+        if name == "seed":  # added above
+            continue
         decoding.add_argument(f"--{name}", help=text, metavar="VALUE")
     decoding.add_argument("--stop", action="append", metavar="TEXT", help="end an answer with this; repeat for more")
     return parser
@@ -236,12 +240,18 @@ def _told(out: Console, answer: "Answer", args: argparse.Namespace, abstention: 
         out.print(
             Text(
                 f"{plural(len(answer.token_ids), 'token')} · epistemic mean {answer.mean_epistemic:.3f}, "
-                f"max {answer.max_epistemic:.3f} nats · {answer.effective_members:.1f} of "
+                f"max {answer.max_epistemic:.3f} nats{_parts(answer)} · {answer.effective_members:.1f} of "
                 f"{len(answer.member_log_likelihood)} members explain it\n",
                 "dim",
             ),
             soft_wrap=True,
         )
+
+
+def _parts(answer: "Answer") -> str:
+    """Where the epistemic uncertainty lies, if members are draws."""
+    within, between = answer.mean_within_members, answer.mean_between_members
+    return "" if within is None else f" (within members {within:.3f}, between {between:.3f})"
 
 
 def _not_sure(abstention: "Abstention", answer: "Answer") -> str:
@@ -280,7 +290,7 @@ def _line(
     """The JSON object of a prompt, with the fields of its answer, or of every member's answer."""
 
     def fields(answer: "Answer") -> dict[str, Any]:
-        found = answer._asdict()
+        found = {name: value for name, value in answer._asdict().items() if value is not None}
         if abstention:
             found["above_threshold"] = abstention.is_above(answer)
             if found["above_threshold"] and args.withhold:

@@ -53,6 +53,10 @@ def _as_json(d: "Description") -> dict[str, object]:
         "weights": manifest.weights,
         "alpha": manifest.alpha,
         "routing_quantity": manifest.routing_quantity,
+        "member_kind": manifest.member_kind,
+        "num_draws": manifest.num_draws,
+        "divergence": manifest.divergence,
+        "std": d.stds,
         "renyi_version": manifest.renyi_version,
         "lora_r": d.rank,
         "lora_alpha": d.lora_alpha,
@@ -75,6 +79,7 @@ def _facts(d: "Description") -> RenderableType:
         {
             "base": manifest.base_model,
             "members": f"{len(manifest.members)} × LoRA rank {d.rank}, {scaling}",
+            **_distribution(d),
             "targets": f"{', '.join(d.targets)} ({d.layers} layers)",
             "parameters": f"{number_text(d.parameters)} a member",
             "on disk": bytes_text(d.bytes),
@@ -82,6 +87,24 @@ def _facts(d: "Description") -> RenderableType:
             "written by": f"renyi {manifest.renyi_version}",
         },
     )
+
+
+def _distribution(d: "Description") -> dict[str, str]:
+    """What a member is if it is not a point, how wide it is, and its divergence from the prior."""
+    manifest, found = d.manifest, {}
+    if manifest.member_kind != "point":
+        found["kind"] = manifest.member_kind
+    if manifest.num_draws > 1:
+        found["kind"] = f"{manifest.num_draws} draws of each of {len(manifest.members) // manifest.num_draws} members"
+    if d.stds:
+        by_target: dict[str, list[float]] = {}
+        for layer, values in d.stds.items():
+            by_target.setdefault(layer.rpartition(".")[2], []).extend(values)
+        means = {target: sum(values) / len(values) for target, values in by_target.items()}
+        found["std of A"] = ", ".join(f"{target} {mean:.3g}" for target, mean in sorted(means.items()))
+    if manifest.divergence is not None:
+        found["KL from prior"] = f"{', '.join(f'{x:,.0f}' for x in manifest.divergence)} nats a member"
+    return found
 
 
 def _members(d: "Description") -> RenderableType:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from renyi.cli.parser import StrictParser
+from renyi.cli.parser import StrictParser, converted
 from renyi.errors import ConfigError, SaveError
 from renyi.text import printable
 
@@ -29,6 +29,22 @@ def add_ensemble_flags(parser: StrictParser) -> None:
     parser.add_argument("ensemble", metavar="ENSEMBLE", help="folder of an ensemble or of a PEFT adapter, or a hub id")
     parser.add_argument("--base", help="base model, if it is no longer where the ensemble says")
     parser.add_argument("--device", help="cuda, cpu, …; by default cuda if there is one")
+
+
+def add_draw_flags(parser: StrictParser, seed_help: str = "of the draws; 0") -> None:
+    """Add the flags that replace members by draws of them; `--seed` only if it is not there yet."""
+    parser.add_argument("--draws", metavar="S", help="use S draws of each member that is a distribution; not its mean")
+    if "--seed" not in parser._option_string_actions:
+        parser.add_argument("--seed", metavar="N", help=seed_help)
+
+
+def draws_of(args: Any) -> tuple[int | None, int]:
+    """What `--draws` and `--seed` say: the number of draws of each member (None for the means), and their seed."""
+    draws = getattr(args, "draws", None)
+    if draws is None:
+        return None, 0
+    seed = getattr(args, "seed", None)
+    return converted(draws, int, None, "--draws"), 0 if seed is None else converted(seed, int, None, "--seed")
 
 
 def add_reading_flags(parser: StrictParser, output_help: str, json_help: str, several: bool = False) -> None:
@@ -72,8 +88,10 @@ def load_ensemble(args: Any) -> "Loaded":
     """What ENSEMBLE, `--base` and `--device` name."""
     from renyi import load
 
+    draws, seed = draws_of(args)
     with naming_flags(args):
-        return load(args.ensemble, base=args.base, device=args.device)
+        loaded = load(args.ensemble, base=args.base, device=args.device)
+        return loaded if draws is None else loaded.draw(draws, seed)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from renyi.cli.console import emit_json, quiet_progress_bars, stream
 from renyi.cli.members import members_table
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import (
+    add_draw_flags,
     add_reading_flags,
     check_output,
     load_ensemble,
@@ -88,6 +89,7 @@ def parser() -> StrictParser:
     for name, (_, text) in _PREPARATION.items():
         kept.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS)
     parser.add_argument("--choice_by", help="score the options of questions: letter, text or text_normalised")
+    add_draw_flags(parser)
     return parser
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from renyi.errors import EnsembleFormatError
-from renyi.measures import TokenUncertainty, token_uncertainty
+from renyi.measures import DrawUncertainty, TokenUncertainty, draw_uncertainty, token_uncertainty
 from renyi.objectives import running_log_weights
 
 
@@ -44,6 +44,7 @@ class Step(NamedTuple):
         log_weights: [K, B] float64, the running weights after these tokens.
         uncertainty: of the mixture about the next token, [B].
         log_p: [K, B, V] float32, the members' distributions.
+        parts: what of the epistemic uncertainty lies within and between members, [B]; None unless they are draws.
     """
 
     tokens: Tensor
@@ -51,6 +52,7 @@ class Step(NamedTuple):
     log_weights: Tensor
     uncertainty: TokenUncertainty
     log_p: Tensor
+    parts: DrawUncertainty | None
 
 
 def step(
@@ -61,6 +63,7 @@ def step(
     by_token: bool = False,
     unfinished_B: Tensor | None = None,
     pad: Tensor | None = None,
+    num_draws: int = 1,
 ) -> Step:
     """Mix the members' distributions, choose a token, and count it in the running weights.
 
@@ -72,6 +75,7 @@ def step(
         by_token: whether the weights stay as they are.
         unfinished_B: False for rows that have ended, which get the token `pad`. None if no row has.
         pad: a scalar.
+        num_draws: how many members, one after another, are draws of one.
 
     Raises:
         EnsembleFormatError: a member's logits are NaN.
@@ -89,7 +93,8 @@ def step(
         after_KB = running_log_weights(log_w_KB, log_p_KB)
         if unfinished_B is not None:
             after_KB = torch.where(unfinished_B, after_KB, log_w_KB)
-    return Step(token_B, log_p_KB, after_KB, token_uncertainty(log_p_KBV, log_w_KB), log_p_KBV)
+    parts = draw_uncertainty(log_p_KBV, log_w_KB, num_draws) if num_draws > 1 else None
+    return Step(token_B, log_p_KB, after_KB, token_uncertainty(log_p_KBV, log_w_KB), log_p_KBV, parts)
 
 
 def mixture_log_probs(log_p_KBV: Tensor, log_w_KB: Tensor) -> Tensor:

@@ -85,6 +85,9 @@ class Generation(NamedTuple):
         disagreement: [B] float64, the mean variation ratio: the weight of the members whose most likely token is not
             the majority's, from 0 to 1 − 1/K.
         effective_members: [B] float64, exp of the entropy of the posterior over members given the answer, 1 to K.
+        within_members: [B, N] float64, the part of the epistemic uncertainty within members that are distributions; 0
+            unless the K members are draws.
+        between_members: [B, N] float64, the part between members.
     """
 
     sequences: Tensor
@@ -100,6 +103,8 @@ class Generation(NamedTuple):
     max_epistemic: Tensor
     disagreement: Tensor
     effective_members: Tensor
+    within_members: Tensor
+    between_members: Tensor
 
     @property
     def new_tokens(self) -> Tensor:
@@ -120,6 +125,7 @@ def decode(
     on_token: OnToken | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     generation_config: GenerationConfig | None = None,
+    num_draws: int = 1,
     **settings: Any,
 ) -> Generation:
     """Continue B prompts under the mixture of the members that `base`'s rows belong to.
@@ -127,6 +133,7 @@ def decode(
     Args:
         base: in evaluation mode, with M members in its joint layers.
         weights: mixture weights of these members, [M], summing to one.
+        num_draws: how many members, one after another, are draws of one.
 
     Other arguments and errors are those of `LoraEnsemble.generate`.
     """
@@ -139,13 +146,14 @@ def decode(
     by_member = mixture == "member"
     if by_member:  # each member has rows of its own, which are a mixture of one member
         input_ids, attention_mask = (x.repeat(len(weights), 1) for x in (input_ids, attention_mask))
-        log_weights = log_weights.new_zeros(1)
+        log_weights, num_draws = log_weights.new_zeros(1), 1
     if streamer is not None and len(input_ids) > 1:
         raise ConfigError(
             f"takes one answer, not {len(input_ids)}", where="streamer", hint="Give one prompt and no streamer to more."
         )
     prepared = _prepare(base, input_ids, attention_mask, generation_config, tokenizer, settings)
-    steps = _loop(base, log_weights, prepared, mixture == "token", _generator(seed, base), streamer, on_token)
+    by_token, generator = mixture == "token", _generator(seed, base)
+    steps = _loop(base, log_weights, prepared, by_token, generator, streamer, on_token, num_draws)
     generation = _summarise(steps, log_weights)
     return _by_member(generation, len(weights)) if by_member else generation
 
@@ -182,6 +190,7 @@ class _Steps(NamedTuple):
     log_probs: list[Tensor]
     log_weights: list[Tensor]
     uncertainty: list[TokenUncertainty]
+    within_members: list[Tensor]  # empty unless members are draws
 
 
 def _loop(
@@ -192,6 +201,7 @@ def _loop(
     generator: torch.Generator | None,
     streamer: BaseStreamer | None,
     on_token: OnToken | None,
+    num_draws: int,
 ) -> _Steps:
     """The decoding loop of transformers, but with the members' distributions mixed before a token is chosen."""
     ids_BT, processors, criteria, config, _ = prepared
@@ -200,17 +210,19 @@ def _loop(
     pad = config._pad_token_tensor if config._pad_token_tensor is not None else ids_BT.new_zeros(())
     log_w_KB = log_weights[:, None].expand(num_members, batch)
     unfinished_B = torch.ones_like(ids_BT[:, 0], dtype=torch.bool)
-    steps = _Steps(ids_BT, [], [], [], [])
+    steps = _Steps(ids_BT, [], [], [], [], [])
     if streamer is not None:
         streamer.put(ids_BT.cpu())
     choice = TokenChoice(processors, config.do_sample, generator)
     while True:
         logits_KBV = forward(ids_BT).view(num_members, batch, -1)
-        now = step(logits_KBV, log_w_KB, ids_BT, choice, by_token, unfinished_B, pad)
+        now = step(logits_KBV, log_w_KB, ids_BT, choice, by_token, unfinished_B, pad, num_draws)
         steps.mask.append(unfinished_B)
         steps.log_probs.append(now.log_probs)
         steps.log_weights.append(log_w_KB)
         steps.uncertainty.append(now.uncertainty)
+        if now.parts is not None:
+            steps.within_members.append(now.parts.within_members)
         log_w_KB = now.log_weights
 
         ids_BT = torch.cat([ids_BT, now.tokens[:, None]], dim=-1)
@@ -271,6 +283,9 @@ def _summarise(steps: _Steps, log_weights: Tensor) -> Generation:
     uncertainty = TokenUncertainty(
         *(torch.stack(values, -1).masked_fill(~mask_BN, 0.0) for values in zip(*steps.uncertainty, strict=True))
     )
+    within = torch.zeros_like(uncertainty.epistemic)
+    if steps.within_members:
+        within = torch.stack(steps.within_members, -1).masked_fill(~mask_BN, 0.0)
     tokens_B = mask_BN.sum(-1)
     log_prob_BN = (log_w_KBN + log_p_KBN).logsumexp(0).masked_fill(~mask_BN, 0.0)
     ell_KB = log_p_KBN.masked_fill(~mask_BN, 0.0).sum(-1)
@@ -288,6 +303,8 @@ def _summarise(steps: _Steps, log_weights: Tensor) -> Generation:
         max_epistemic=uncertainty.epistemic.amax(-1),
         disagreement=uncertainty.variation_ratio.sum(-1) / tokens_B,
         effective_members=effective_members(running_log_weights(log_weights[:, None].expand_as(ell_KB), ell_KB).exp()),
+        within_members=within,
+        between_members=uncertainty.epistemic - within,
     )
 
 

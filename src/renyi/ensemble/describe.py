@@ -12,6 +12,7 @@ from torch import Tensor
 
 from renyi.ensemble.storage import Manifest, read_ensemble, resolve_folder
 from renyi.errors import EnsembleFormatError
+from renyi.members import MemberLayer, kind_of
 from renyi.members.adapters import Adapter, layer_scaling, read_adapter
 
 
@@ -31,6 +32,8 @@ class Description(NamedTuple):
         norms: ‖update_m‖_F, [M].
         distances: ‖update_m − update_n‖_F, [M, M].
         cosines: ⟨update_m, update_n⟩ / (‖update_m‖·‖update_n‖), [M, M]; 0 where an update is 0.
+        stds: mean standard deviation of the entries of A, by layer, [M] each; empty for members without spread. Of
+            members that are distributions, norms and distances are those of the means.
     """
 
     folder: Path
@@ -45,6 +48,7 @@ class Description(NamedTuple):
     norms: Tensor
     distances: Tensor
     cosines: Tensor
+    stds: dict[str, list[float]]
 
 
 def describe(path: str | Path) -> Description:
@@ -75,7 +79,20 @@ def describe(path: str | Path) -> Description:
         norms=norms,
         distances=square_distances.clamp(min=0).sqrt().fill_diagonal_(0),
         cosines=torch.where(products > 0, gram / products.clamp(min=1e-300), 0.0),
+        stds=_stds(kind_of(manifest.member_kind), members),
     )
+
+
+def _stds(kind: type[MemberLayer], members: Sequence[Adapter]) -> dict[str, list[float]]:
+    """Each layer's standard deviations [M], from the files alone."""
+    found: dict[str, list[float]] = {}
+    for name in members[0].weights if kind.spreads else ():
+        for adapter in members:
+            A, B = adapter.weights[name]
+            layer = kind.drawn(A[None].float(), B[None].float())
+            layer.read(0, A, B, adapter.kept.get(name, {}))
+            found.setdefault(name, []).append(float(layer.std().mean()))  # type: ignore[union-attr]
+    return found
 
 
 def update_gram(members: Sequence[Adapter]) -> Tensor:

@@ -26,7 +26,7 @@ from renyi.ensemble.mesh import MemberMesh
 from renyi.ensemble.modes import evaluate, evaluating
 from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.layout import member_name
-from renyi.members import MemberSelection, MemberStack, adapters, kind_of
+from renyi.members import MemberLayer, MemberSelection, MemberStack, Noise, adapters, kind_of
 
 
 class Snapshot(NamedTuple):
@@ -48,6 +48,8 @@ class LoraEnsemble(TrainableModel, JointModel):
         weights: mixture weights [M], float32, summing to one.
         alpha: Rényi order of the training.
         routing_quantity: what responsibilities were computed from, "sequence" or "length_normalised".
+        num_draws: how many members, one after another, are draws of one member; 1 unless `draw` made this ensemble.
+        prior: the members' divergence from their prior, nats [M]; a trainer sets it, and `save` records its value.
         folder: the folder that the ensemble was loaded from. It also says how training prepared its rows. None for an
             ensemble from `from_base`, or from a list of adapters.
         mesh: the processes that members are split over; None if this process holds all members. On a mesh, a forward
@@ -68,6 +70,8 @@ class LoraEnsemble(TrainableModel, JointModel):
         self.peft_config = peft_config
         self.alpha = 1.0
         self.routing_quantity = "sequence"
+        self.num_draws = 1
+        self.prior: Callable[[], Tensor] | None = None
         self.folder: Path | None = None
 
     @classmethod
@@ -189,7 +193,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         if manifest:
             ensemble.weights.copy_(torch.tensor(manifest.weights))
             ensemble.alpha, ensemble.routing_quantity = manifest.alpha, manifest.routing_quantity
-            ensemble.folder = folder
+            ensemble.num_draws, ensemble.folder = manifest.num_draws, folder
         return ensemble
 
     def save(self, path: str | Path) -> None:
@@ -199,6 +203,8 @@ class LoraEnsemble(TrainableModel, JointModel):
             SaveError: a file could not be written. The earlier content of the folder is not changed.
         """
         written = self.stack.adapters(self.peft_config, self._whole)
+        with torch.no_grad():
+            divergence = None if self.prior is None else self._whole(self.prior()).tolist()
         if self.mesh is not None and not self.mesh.is_first:
             return
         manifest = storage.Manifest(
@@ -208,6 +214,8 @@ class LoraEnsemble(TrainableModel, JointModel):
             alpha=self.alpha,
             routing_quantity=self.routing_quantity,
             member_kind=self.stack.kind,
+            num_draws=self.num_draws,
+            divergence=divergence,
             renyi_version=__version__,
         )
         storage.write_folder(Path(path), manifest, lambda m, folder: adapters.write_adapter(folder, written(m)))
@@ -367,6 +375,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         except EnsembleFormatError:
             self.stack.keep(list(range(many)))
             raise
+        self.num_draws = 1
         self.weights = torch.cat([self.weights * many / (many + 1), self.weights.new_tensor([1 / (many + 1)])])
 
     def drop_member(self, member: int) -> None:
@@ -375,7 +384,54 @@ class LoraEnsemble(TrainableModel, JointModel):
             raise ConfigError(f"cannot drop member {member} of {self.num_members}")
         kept = [m for m in range(self.num_members) if m != member]
         self.stack.keep(kept)
+        self.num_draws = 1
         self.weights = self.weights[kept] / self.weights[kept].sum()
+
+    def draw(self, num_draws: int, seed: int = 0) -> "LoraEnsemble":
+        """An ordinary ensemble of points: S draws of each member, one member after another, with weights π_m/S.
+
+        It shares the frozen tensors of the base with this ensemble, and nothing else. Its uncertainty has three parts;
+        see `renyi.measures.draw_uncertainty`.
+
+        Args:
+            num_draws: S ≥ 1.
+            seed: of the draws; the same seed gives the same draws.
+
+        Raises:
+            ConfigError: the members are points, or they are split over processes.
+        """
+        if not self.stack.is_random:
+            what = f"the members are {self.stack.kind}: there is nothing to draw"
+            raise ConfigError(what, where="draws", hint="Leave it out; other kinds are distributions.")
+        if num_draws < 1:
+            raise ConfigError(f"is {num_draws}", where="draws", hint="Give at least 1.")
+        drawn = self._of_points(lambda layer: layer.matrices(Noise(seed, num_draws)), num_draws)
+        drawn.num_draws = num_draws
+        return drawn
+
+    def mean(self) -> "LoraEnsemble":
+        """An ordinary ensemble of M points: the means of the members. Like `draw`, it shares the frozen base."""
+        return self._of_points(lambda layer: layer.mean(), 1)
+
+    def _of_points(
+        self, matrices: Callable[[MemberLayer], tuple[Tensor, Tensor]], points_per_member: int
+    ) -> "LoraEnsemble":
+        if self.mesh is not None:
+            raise ConfigError("needs all members in one process", where="draws", hint="Save the ensemble and load it.")
+        shared = {id(t): t for t in (*self.base.parameters(), *self.base.buffers())}
+        for layer in self.stack.layers.values():  # what stands for what in the copy
+            with torch.no_grad():
+                point = kind_of("point").drawn(*(x.detach().clone() for x in matrices(layer.members)))
+            point.number = layer.members.number
+            shared[id(layer.members)] = point  # type: ignore[assignment]
+        selection = MemberSelection()
+        shared[id(self._selection)] = selection  # type: ignore[assignment]
+        base = copy.deepcopy(self.base, shared)
+        points = LoraEnsemble(base, copy.copy(self.peft_config), selection, self.num_members * points_per_member)
+        points.weights = self.weights.repeat_interleave(points_per_member) / points_per_member
+        points.alpha, points.routing_quantity, points.folder = self.alpha, self.routing_quantity, self.folder
+        evaluate(points)
+        return points
 
     def merged(self, member: int) -> PreTrainedModel:
         """One member as a plain transformers model. PEFT merges the member's update into a copy of the base."""
@@ -433,6 +489,7 @@ class LoraEnsemble(TrainableModel, JointModel):
                 raise ConfigError(f"there is no member {member} of {self.num_members}", where="member")
             with self.using([member]):  # a mixture of one member is that member
                 return self.generate(input_ids, attention_mask, **how)
+        how["num_draws"] = self.num_draws if self._selection.members is None else 1
         with self.inference():
             return decode(self.base, self._active_weights(), input_ids, attention_mask, mixture=mixture, **how)
 

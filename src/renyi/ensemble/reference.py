@@ -104,6 +104,9 @@ def read_preference(folder: str | Path, ensemble: LoraEnsemble) -> KeptPreferenc
             f"cannot be read ({error})", where=str(file), hint="Copy it again from where the ensemble was trained."
         ) from error
     start = None if against == "base" else ensemble.read_snapshot(folder / against)
+    if start and ensemble.num_draws > 1:  # draws have the reference of the member that they are drawn from
+        repeated = [tuple(x.repeat_interleave(ensemble.num_draws, dim=0) for x in pair) for pair in start.layers]
+        start = Snapshot(start.weights.repeat_interleave(ensemble.num_draws) / ensemble.num_draws, repeated)  # type: ignore[arg-type]
     if start and len(start.weights) != ensemble.num_members:
         raise EnsembleFormatError(
             f"holds {len(start.weights)} members, not {ensemble.num_members}",

@@ -42,6 +42,8 @@ class Manifest:
         alpha: Rényi order of the training, and of responsibilities.
         routing_quantity: what responsibilities are computed from, "sequence" or "length_normalised".
         member_kind: the kind of the members; see `renyi.members`.
+        num_draws: how many members, one after another, are draws of one member that is a distribution.
+        divergence: KL divergence of each member from its prior at the end of training, nats; None without a prior.
         renyi_version: the version of renyi that wrote the folder.
         format_version: the version of this layout.
     """
@@ -52,6 +54,8 @@ class Manifest:
     alpha: float
     routing_quantity: str = "sequence"
     member_kind: str = "point"
+    num_draws: int = 1
+    divergence: list[float] | None = None
     renyi_version: str = ""
     format_version: int = FORMAT_VERSION
 
@@ -183,6 +187,9 @@ def _check_fields(manifest: Manifest) -> None:
         raise ValueError("members and weights do not match, or the weights do not sum to one")
     if abs(sum(manifest.weights) - 1) > 1e-5:
         manifest.weights = [weight / sum(manifest.weights) for weight in manifest.weights]
+    draws = manifest.num_draws
+    if not isinstance(draws, int) or draws < 1 or len(manifest.members) % draws:
+        raise ValueError(f"num_draws is {draws}, which does not divide the number of members")
     if not 0 <= manifest.alpha <= 1:
         raise ValueError(f"alpha is {manifest.alpha}, not between 0 and 1")
 

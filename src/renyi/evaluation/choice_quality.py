@@ -15,7 +15,7 @@ from renyi.evaluation import bootstrap, metrics
 from renyi.evaluation.bootstrap import RESAMPLES, Estimate, Statistic, intervals
 from renyi.evaluation.member_groups import Specialisation, rows_by_group, specialisation
 from renyi.evaluation.metrics import Array, ReliabilityBin
-from renyi.measures import token_uncertainty
+from renyi.measures import draw_uncertainty, token_uncertainty
 from renyi.objectives import renyi_loss
 
 COVERAGE = 0.8
@@ -29,12 +29,14 @@ class Opinion(NamedTuple):
         weights: mixture weights [M].
         log_likelihood: log p_m(option | prompt) [M, N, C], nats, if the perplexity of answers is wanted.
         tokens: of each option, [N, C], with `log_likelihood`.
+        num_draws: how many members, one after another, are draws of one.
     """
 
     log_probs: Tensor
     weights: Tensor
     log_likelihood: Tensor | None = None
     tokens: Tensor | None = None
+    num_draws: int = 1
 
     def mixture(self) -> Array:
         """Probabilities Σ_m π_m p_m, float64 [N, C]."""
@@ -51,7 +53,10 @@ class Opinion(NamedTuple):
         `max_probability` is 1 − max p, so that it rises with doubt like the others. `perplexity` is that of the chosen
         option: exp of the mixture's NLL per token.
         """
-        found = token_uncertainty(self.log_probs, self.weights.detach().cpu().double().log())._asdict()
+        log_weights = self.weights.detach().cpu().double().log()
+        found = token_uncertainty(self.log_probs, log_weights)._asdict()
+        if self.num_draws > 1:
+            found |= draw_uncertainty(self.log_probs, log_weights, self.num_draws)._asdict()
         scores = {"max_probability": 1 - self.mixture().max(axis=1), "total": found["total"].numpy()}
         if self.log_likelihood is not None and self.tokens is not None:
             taken = torch.from_numpy(self.mixture().argmax(axis=1))[:, None]
@@ -69,6 +74,7 @@ class Opinion(NamedTuple):
             self.weights,
             None if self.log_likelihood is None else self.log_likelihood[:, picked],
             None if self.tokens is None else self.tokens[picked],
+            self.num_draws,
         )
 
 

@@ -126,17 +126,31 @@ class Models:
         model: an ensemble with its tokenizer, or a folder or hub id to load one from.
         load: loads what `baseline` (and `model`, if it is a name) names.
         progress: told how many questions or rows are done.
+        draws: draws of each member to take in place of the members of `model`, if it is a name; None for the means.
+        seed: of the draws.
     """
 
     def __init__(
-        self, model: Model | str | Path, load: Callable[[str], Model] = load_model, progress: Progress = no_progress
+        self,
+        model: Model | str | Path,
+        load: Callable[[str], Model] = load_model,
+        progress: Progress = no_progress,
+        draws: int | None = None,
+        seed: int = 0,
     ):
-        self._given, self.load, self.progress = model, load, progress
+        self._given, self.load, self.progress, self._draws, self._seed = model, load, progress, draws, seed
 
     @cached_property
     def model(self) -> Model:
         """The ensemble that is evaluated."""
-        return self.load(str(self._given)) if isinstance(self._given, str | Path) else self._given
+        if not isinstance(self._given, str | Path):
+            return self._given
+        found = self.load(str(self._given))
+        if self._draws is None:
+            return found
+        from renyi.inference.model import LoadedModel
+
+        return LoadedModel(Path(found.folder or "."), found.ensemble.draw(self._draws, self._seed), found.tokenizer)
 
     @cached_property
     def folder(self) -> Path | None:
@@ -150,7 +164,7 @@ class Models:
     @cached_property
     def weights(self) -> list[float]:
         """The ensemble's mixture weights [M]. If it has a folder, it is not loaded for that."""
-        if self.folder is None or not isinstance(self._given, str | Path):
+        if self.folder is None or not isinstance(self._given, str | Path) or self._draws is not None:
             return [float(weight) for weight in self.model.ensemble.weights]
         from renyi.ensemble.storage import read_ensemble
 

@@ -47,6 +47,10 @@ class Answer(NamedTuple):
         max_epistemic: the greatest of one token, nats.
         disagreement: mean over tokens of the weight of members whose likeliest token was not that of most.
         effective_members: how many members explain the answer, 1 to K.
+        within_members: [N], the part of `epistemic` that lies within members that are distributions, nats; None unless
+            the K members are draws of such members. The total is aleatoric + within + between.
+        between_members: [N], the part of `epistemic` that lies between members; None likewise.
+        mean_within_members, mean_between_members: means over the tokens, nats; None likewise.
     """
 
     text: str
@@ -63,6 +67,10 @@ class Answer(NamedTuple):
     max_epistemic: float
     disagreement: float
     effective_members: float
+    within_members: list[float] | None = None
+    between_members: list[float] | None = None
+    mean_within_members: float | None = None
+    mean_between_members: float | None = None
 
 
 def generate(
@@ -131,7 +139,8 @@ def generate(
             max_new_tokens=min(max_new_tokens, room),
             **settings,
         )
-        answers += _answers(generation, tokenizer, spoken.pieces() if spoken else None)
+        pieces = spoken.pieces() if spoken else None
+        answers += _answers(generation, tokenizer, pieces, has_draws=ensemble.num_draws > 1)
         progress(len(answers))
     _warn_of_cut(rows, answers, positions, ends)
     return answers
@@ -270,17 +279,23 @@ def _left_padded(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return input_ids, torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
 
 
-def _answers(generation: Generation, tokenizer: PreTrainedTokenizerBase, pieces: list[str] | None) -> list[Any]:
+def _answers(
+    generation: Generation, tokenizer: PreTrainedTokenizerBase, pieces: list[str] | None, has_draws: bool
+) -> list[Any]:
     """An `Answer` for each row, or a list of them if every member has its own rows. `pieces` are of a single answer."""
     on_cpu = Generation(*(value.cpu() for value in generation))
     if on_cpu.mask.dim() == 2:
-        return [_answer(on_cpu, (row,), tokenizer, pieces) for row in range(len(on_cpu.mask))]
+        return [_answer(on_cpu, (row,), tokenizer, pieces, has_draws) for row in range(len(on_cpu.mask))]
     members, batch, _ = on_cpu.mask.shape
     return [[_answer(on_cpu, (m, row), tokenizer) for m in range(members)] for row in range(batch)]
 
 
 def _answer(
-    generation: Generation, at: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, pieces: list[str] | None = None
+    generation: Generation,
+    at: tuple[int, ...],
+    tokenizer: PreTrainedTokenizerBase,
+    pieces: list[str] | None = None,
+    has_draws: bool = False,
 ) -> Answer:
     tokens = int(generation.mask[at].sum())
     ids = generation.new_tokens[at][:tokens].tolist()
@@ -289,7 +304,7 @@ def _answer(
         decoder = Pieces(tokenizer)
         pieces = [decoder.add(token) for token in ids]
         pieces[-1] += decoder.finish()
-    return Answer(
+    answer = Answer(
         text="".join(pieces),
         token_ids=ids,
         tokens=pieces,
@@ -304,4 +319,13 @@ def _answer(
         max_epistemic=float(generation.max_epistemic[at]),
         disagreement=float(generation.disagreement[at]),
         effective_members=float(generation.effective_members[at]),
+    )
+    if not has_draws:
+        return answer
+    within, between = (x[at][:tokens] for x in (generation.within_members, generation.between_members))
+    return answer._replace(
+        within_members=within.tolist(),
+        between_members=between.tolist(),
+        mean_within_members=float(within.mean()),
+        mean_between_members=float(between.mean()),
     )

@@ -18,7 +18,9 @@ from renyi.measures.stability import (
     stability_within,
 )
 from renyi.measures.uncertainty import (
+    DrawUncertainty,
     TokenUncertainty,
+    draw_uncertainty,
     log_likelihood_spread,
     responsibility_entropy,
     token_uncertainty,
@@ -27,11 +29,13 @@ from renyi.measures.uncertainty import (
 __all__ = [
     "CriticalDirections",
     "CrossFitted",
+    "DrawUncertainty",
     "Stability",
     "TokenUncertainty",
     "critical_alpha",
     "critical_directions",
     "cross_fitted",
+    "draw_uncertainty",
     "gradient_basis",
     "log_likelihood_spread",
     "random_basis",

@@ -82,6 +82,47 @@ def token_uncertainty(log_probs: Tensor, log_weights: Tensor | None = None) -> T
     )
 
 
+class DrawUncertainty(NamedTuple):
+    """What `draw_uncertainty` returns: float64, nats, shape [...]."""
+
+    within_members: Tensor
+    between_members: Tensor
+
+
+def draw_uncertainty(log_probs: Tensor, log_weights: Tensor | None = None, num_draws: int = 1) -> DrawUncertainty:
+    """Split the epistemic uncertainty of `token_uncertainty` where members are distributions and rows their draws.
+
+    A member's p_m is the mixture of its draws p_ms, with weights w_ms that sum to w_m.
+
+    - within_members: Σ_ms w_ms KL(p_ms ‖ p_m), the mutual information of draw and token inside a member, averaged over
+      members. It is what a member does not know by itself. It is 0 without draws.
+    - between_members: Σ_m w_m KL(p_m ‖ p̄), what the members disagree about.
+
+    They sum to epistemic. So the total uncertainty is aleatoric + within + between.
+
+    Args:
+        log_probs: log p_ms in nats, [M·S, ..., V], the S draws of a member one after another.
+        log_weights: log w up to a constant, [M·S] or [M·S, ...]; None is uniform.
+        num_draws: S.
+
+    Raises:
+        ValueError: log_weights does not match, or S does not divide the number of rows.
+    """
+    if num_draws < 1 or len(log_probs) % num_draws:
+        raise ValueError(f"{len(log_probs)} rows are not {num_draws} draws of each member")
+    epistemic = token_uncertainty(log_probs, log_weights).epistemic
+    if num_draws == 1:
+        return DrawUncertainty(torch.zeros_like(epistemic), epistemic)
+    w = responsibilities(log_probs.new_zeros(log_probs.shape[:-1], dtype=torch.float64), 1.0, log_weights)
+    within = torch.zeros_like(epistemic)
+    for log_p_S, w_S in zip(log_probs.split(num_draws), w.split(num_draws), strict=True):
+        weight = w_S.sum(0)
+        inside = torch.where(weight > 0, w_S, 1.0).log()  # the draws of a member that does not count may be anything
+        within = within + weight * token_uncertainty(log_p_S, inside).epistemic
+    within = torch.minimum(within, epistemic)
+    return DrawUncertainty(within, epistemic - within)
+
+
 def responsibility_entropy(log_likelihood: Tensor, log_weights: Tensor | None = None) -> Tensor:
     """Entropy of the posterior over members given each text, softmax over m of log w_m + ℓ_m.
 

@@ -51,12 +51,30 @@ class Export(NamedTuple):
     unfit: str | None = None
 
 
+@contextmanager
+def drawn(ensemble: str | Path, draws: int, seed: int = 0, base: str | None = None) -> Iterator[Path]:
+    """A folder of an ensemble of points: `draws` draws of each member. It is there as long as the context lasts.
+
+    Raises:
+        ConfigError: the members are points.
+        EnsembleFormatError: the ensemble is damaged.
+    """
+    folder = resolve_folder(ensemble).resolve()
+    with tempfile.TemporaryDirectory() as scratch:
+        loaded = LoraEnsemble.load(folder, base=base)
+        loaded.draw(draws, seed).save(scratch)
+        if _has_tokenizer(folder):
+            load_tokenizer_of(folder, loaded.base_model_name).save_pretrained(scratch)
+        yield Path(scratch)
+
+
 def export_adapters(
     ensemble: str | Path,
     output: str | Path,
     members: Sequence[int] | None = None,
     base: str | None = None,
     pad_rank: bool = False,
+    origin: str | Path | None = None,
 ) -> Export:
     """Write members as ordinary PEFT adapter folders, and `serve.sh`, which serves them with vLLM.
 
@@ -66,6 +84,7 @@ def export_adapters(
         members: numbers of the members to export; all by default.
         base: the base that adapters name, if it is no longer where the ensemble says.
         pad_rank: widen A and B with zeros to the next of `VLLM_RANKS`; see `padded`.
+        origin: the ensemble to name in the export, if `ensemble` is a folder from `drawn`.
 
     Raises:
         ConfigError: there is no such member, `output` holds something else, or a rank is too large to be padded.
@@ -78,7 +97,7 @@ def export_adapters(
         adapters = [padded(adapter, vllm_rank(_rank(adapter))) for adapter in adapters]
     target = Path(output).resolve()
     command, unfit = None, _unfit_for_vllm(adapters)
-    with _written(target, "adapters", source) as staging:
+    with _written(target, "adapters", source, origin) as staging:
         for folder, adapter in zip(source.folders, adapters, strict=True):
             config = copy.deepcopy(adapter.config)
             config.base_model_name_or_path = source.base
@@ -97,7 +116,11 @@ def export_adapters(
 
 
 def export_merged(
-    ensemble: str | Path, output: str | Path, members: Sequence[int] | None = None, base: str | None = None
+    ensemble: str | Path,
+    output: str | Path,
+    members: Sequence[int] | None = None,
+    base: str | None = None,
+    origin: str | Path | None = None,
 ) -> Export:
     """Write members as plain transformers models with their tokenizer, updates merged into copies of the base.
 
@@ -110,7 +133,7 @@ def export_merged(
     """
     source = _read(ensemble, members, base)
     target = Path(output).resolve()
-    with _written(target, "merged", source) as staging:
+    with _written(target, "merged", source, origin) as staging:
         loaded = LoraEnsemble.load(source.folder, base=source.base)
         if getattr(loaded.base, "is_quantized", False):
             raise ConfigError(
@@ -262,7 +285,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 @contextmanager
-def _written(output: Path, form: str, source: _Source) -> Iterator[Path]:
+def _written(output: Path, form: str, source: _Source, origin: str | Path | None = None) -> Iterator[Path]:
     """A temporary folder to write to. At the end it becomes `output`; if anything fails it is removed."""
     _check_replaceable(output)
     try:
@@ -276,7 +299,7 @@ def _written(output: Path, form: str, source: _Source) -> Iterator[Path]:
         yield staging
         facts = {
             "format": form,
-            "ensemble": str(source.folder),
+            "ensemble": str(source.folder if origin is None else resolve_folder(origin).resolve()),
             "base_model": source.base,
             "members": [folder.name for folder in source.folders],
             "weights": source.weights,

@@ -87,6 +87,10 @@ class Loaded:
         """The threshold above which to abstain; None if none was found yet."""
         return read_abstention(self.folder)
 
+    def draw(self, num_draws: int, seed: int = 0) -> "Loaded":
+        """The same with draws of every member in place of the members; see `LoraEnsemble.draw`."""
+        return Loaded(self.folder, self.ensemble.draw(num_draws, seed), self.tokenizer)
+
     def rows(self, rows: Any, *, split: str | None = None, dataset_config: str | None = None) -> Dataset:
         """Rows as a dataset, as `renyi.data.read_rows` reads them."""
         return data.read_rows(rows, split, dataset_config)
@@ -186,7 +190,8 @@ class Loaded:
             questions = data.read_questions(self.rows(questions), name)
         scores = score_choices(self.ensemble, questions, self.tokenizer, by, progress=progress)
         weights = self.ensemble.weights.cpu()
-        opinion = Opinion(choice_log_probs(scores, by), weights, scores.log_likelihood, scores.tokens)
+        log_probs, draws = choice_log_probs(scores, by), self.ensemble.num_draws
+        opinion = Opinion(log_probs, weights, scores.log_likelihood, scores.tokens, draws)
         mixture, uncertainty = opinion.mixture(), opinion.uncertainty()
         return [
             Choice(

@@ -148,6 +148,7 @@ class EnsembleTrainer(RoutedSteps):
         prior = None
         if args.prior_std is not None:
             prior = Prior(self.model.stack.prior(args.prior_std), self.loss_units())
+            self.model.prior = prior.divergence
         self.objective = Objective(self.model, args, prior, learned_weights)
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -206,7 +206,8 @@ def _opinion(
     with models.progress(what, len(questions)) as progress:
         scores = score_choices(model.ensemble, questions, model.tokenizer, settings.choice_by, progress=progress)
     log_probs, weights = choice_log_probs(scores, settings.choice_by), model.ensemble.weights.cpu()
-    return Opinion(log_probs, weights, scores.log_likelihood, scores.tokens), scores.cut
+    num_draws = model.ensemble.num_draws
+    return Opinion(log_probs, weights, scores.log_likelihood, scores.tokens, num_draws), scores.cut
 
 
 # ---- Abstention ------------------------------------------------------------------------------------------------------
