@@ -19,6 +19,7 @@ help:
 	@echo "make lint    ruff, import-linter and mypy alone"
 	@echo "make slow    the tests that take minutes: real data, three seeds of the demo"
 	@echo "make vllm    the tests against a real vLLM, VLLM_PYTHON=… (minutes)"
+	@echo "make mutants change one thing at a time in the library, and show what no test notices (hours; SAMPLE=20: minutes)"
 	@echo "make bench   what training and decoding cost, beside their peers (minutes)"
 	@echo "make studies the longer experiments of the docs (hours)"
 
@@ -72,6 +73,11 @@ VLLM_PYTHON ?= build/vllm/bin/python
 vllm: $(READY)
 	@$(VLLM_PYTHON) -c "import vllm" 2>/dev/null || { echo "$(VLLM_PYTHON) has no vLLM. Make an environment for it as docs/serving.md says, and name its Python: make vllm VLLM_PYTHON=…"; exit 1; }
 	OMP_NUM_THREADS=1 VLLM_PYTHON=$(abspath $(VLLM_PYTHON)) $(BIN)/python -m pytest -m slow tests/vllm_plugin -v -s
+
+# Mutation testing; CONTRIBUTING.md explains it. ARGS has more arguments of tests/mutants.py.
+mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
+	$(BIN)/python tests/mutants.py --workers $(WORKERS) $(if $(SAMPLE),--sample $(SAMPLE)) $(ARGS)
 
 # Time and memory, in minutes. On a GPU, run each file by hand with --gpu.
 bench: $(READY)

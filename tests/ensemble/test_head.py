@@ -13,6 +13,7 @@ from transformers import (
     LlamaForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    PreTrainedConfig,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
     xLSTMConfig,
@@ -195,6 +196,44 @@ def test_the_head_on_the_backbone_gives_the_models_probabilities(kind):
     torch.testing.assert_close(scores.log_probs, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("model_type", "entries", "expected"),
+    [
+        ("cohere", {"logit_scale": 0.5}, LogitTransform(0.5)),
+        ("grok", {"output_multiplier": 0.25}, LogitTransform(0.25)),
+        ("falcon_h1", {"lm_head_multiplier": 3}, LogitTransform(3.0)),
+        ("granite", {"logits_scaling": 8}, LogitTransform(0.125)),
+        ("hyperclovax", {"logits_scaling": 8}, LogitTransform(8.0)),
+        ("cohere", {"logit_scale": 0.5, "logits_scaling": 8}, LogitTransform(0.5)),
+        ("recurrent_gemma", {"logits_soft_cap": 30}, LogitTransform(1.0, 30.0)),
+        ("xlstm", {"output_logit_soft_cap": 20}, LogitTransform(1.0, 20.0)),
+        ("gemma2", {"final_logit_softcapping": 30.0, "logit_scale": 2.0}, LogitTransform(2.0, 30.0)),
+    ],
+)
+def test_each_name_of_a_factor_a_divisor_or_a_cap_is_read(model_type, entries, expected):
+    config = type("Config", (PreTrainedConfig,), {"model_type": model_type})()
+    for name, value in entries.items():
+        setattr(config, name, value)
+    found = LogitTransform.from_config(config)
+    assert found == expected
+    assert type(found.scale) is float
+
+
+def test_a_config_of_text_and_images_is_read_where_it_describes_the_text():
+    of_text = type("Text", (PreTrainedConfig,), {"model_type": "gemma2", "final_logit_softcapping": 30.0})()
+    whole = type("Whole", (PreTrainedConfig,), {"get_text_config": lambda self: of_text})()
+    assert LogitTransform.from_config(whole) == LogitTransform(1.0, 30.0)
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.4), LogitTransform(0.5, 3.0)])
+def test_the_slope_is_the_derivative_of_the_transform(transform):
+    logits = torch.linspace(-9.0, 9.0, 7, dtype=torch.float64, requires_grad=True)
+    transformed = transform(logits)
+    (expected,) = torch.autograd.grad(transformed.sum(), logits)
+    found = torch.as_tensor(transform.slope(transformed.detach()), dtype=torch.float64)
+    torch.testing.assert_close(found.expand(7), expected)
+
+
 class _Changed(LlamaForCausalLM):
     """A Llama that does something to its logits which no config declares."""
 
@@ -221,6 +260,20 @@ def test_logits_that_no_config_declares_are_refused(change, size, dtype):
     model = tiny_model(initializer_range=size).to(dtype)
     check_head(model)
     model.__class__, model.change = _Changed, CHANGES[change]
+    with pytest.raises(ConfigError, match="does something to its hidden states or logits"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("width", [7, VOCABULARY])
+def test_a_head_is_checked_in_parts_of_its_vocabulary(monkeypatch, width):
+    """Large vocabularies are multiplied part by part; the last part is smaller here."""
+    monkeypatch.setattr(head, "BLOCK", (8192, width))
+    model = KNOWN["biased"]()
+    nn.init.normal_(model.lm_head.bias)
+    check_head(model)
+    model = tiny_model()
+    check_head(model)
+    model.__class__, model.change = _Changed, CHANGES["biased"]
     with pytest.raises(ConfigError, match="does something to its hidden states or logits"):
         check_head(model)
 

@@ -102,6 +102,12 @@ def test_losses_add_up_with_their_weights():
     torch.testing.assert_close(both, 0.8 * alone[0] + 0.3 * alone[1])
 
 
+def test_another_number_of_weights_than_of_losses_is_refused():
+    for weights in ((0.8,), (0.8, 0.3, 0.1)):
+        with pytest.raises(ValueError, match="argument 2"):
+            preference_log_likelihood(ratios(), PreferenceLoss(loss_type=("sigmoid", "hinge"), loss_weights=weights))
+
+
 @pytest.mark.parametrize(
     ("divergence", "f", "slope"),
     [
@@ -126,22 +132,95 @@ def test_the_alpha_divergence_tends_to_the_reverse_kl():
     torch.testing.assert_close(preference_margin(ratios(), at), preference_margin(ratios()))
 
 
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "expected"),
+    [
+        ("sigmoid", {}, -math.log(sigmoid(0.8))),
+        ("hinge", {}, 1 - 0.8),
+        ("ipo", {}, (3 / 4 + 1 / 2 - 1 / (2 * 0.2)) ** 2),
+        ("sigmoid_norm", {}, -math.log(sigmoid(0.2 * (3 / 4 + 1 / 2)))),
+        (
+            "exo_pair",
+            {"label_smoothing": 0.1},
+            sigmoid(0.8) * math.log(sigmoid(0.8) / 0.9) + sigmoid(-0.8) * math.log(sigmoid(-0.8) / 0.1),
+        ),
+        ("nca_pair", {}, -math.log(sigmoid(0.6)) - math.log(sigmoid(-0.6)) / 2 - math.log(sigmoid(0.2)) / 2),
+        ("robust", {"label_smoothing": 0.1}, (-0.9 * math.log(sigmoid(0.8)) + 0.1 * math.log(sigmoid(-0.8))) / 0.8),
+        ("bco_pair", {}, -math.log(sigmoid(0.6)) - math.log(sigmoid(0.2))),
+        ("sppo_hard", {}, (3 - 2.5) ** 2 + (-1 + 2.5) ** 2),
+        ("apo_zero", {}, 1 - sigmoid(0.6) + sigmoid(-0.2)),
+        ("apo_down", {}, sigmoid(0.6) + 1 - sigmoid(0.8)),
+        (
+            "discopop",
+            {"discopop_tau": 0.5},
+            -math.log(sigmoid(0.8)) * sigmoid(-1.6) + math.exp(-0.8) * sigmoid(1.6),
+        ),
+    ],
+)
+def test_every_loss_by_hand(name, settings, expected):
+    """β = 0.2, log-ratios 3 of 4 tokens and −1 of 2 tokens: β times them is 0.6 and −0.2, and the margin is 0.8."""
+    of_pair = LogRatios(
+        *(torch.tensor([[x]], dtype=torch.float64) for x in (3.0, -1.0)), torch.tensor([4]), torch.tensor([2])
+    )
+    loss = PreferenceLoss(beta=0.2, loss_type=(name,), **settings)
+    assert preference_log_likelihood(of_pair, loss).item() == pytest.approx(-expected, rel=1e-12)
+
+
+def test_a_hinge_pays_nothing_beyond_a_margin_of_one():
+    at = LogRatios(torch.tensor([[5.0, 5.1, 4.9]]), torch.zeros(1, 3))
+    found = preference_log_likelihood(at, PreferenceLoss(beta=0.2, loss_type=("hinge",)))
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, -0.02]]))
+
+
+def test_a_completion_without_tokens_counts_as_one_token():
+    none = LogRatios(*(torch.full((1, 1), x) for x in (3.0, -1.0)), torch.tensor([0]), torch.tensor([0]))
+    one = none._replace(chosen_tokens=torch.tensor([1]), rejected_tokens=torch.tensor([1]))
+    for name in ("ipo", "sigmoid_norm"):
+        loss = PreferenceLoss(loss_type=(name,))
+        assert torch.equal(preference_log_likelihood(none, loss), preference_log_likelihood(one, loss))
+
+
+@pytest.mark.parametrize("lost", ["chosen_tokens", "rejected_tokens"])
+def test_one_length_is_not_enough(lost):
+    with pytest.raises(ValueError, match="ipo, hinge normalises by length"):
+        preference_log_likelihood(ratios()._replace(**{lost: None}), PreferenceLoss(loss_type=("ipo", "hinge")))
+
+
+def test_an_alpha_divergence_stays_finite_far_out():
+    """Its score is e^((c − 1) ratio), which overflows; it is kept at e^80, with its sign."""
+    far = torch.tensor([[1e4]])
+    loss = PreferenceLoss(beta=1.0, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=2.0)
+    margin = preference_margin(LogRatios(far, torch.zeros(1, 1)), loss).item()
+    assert margin == pytest.approx(math.exp(80), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", COUPLED_LOSSES)
 def test_losses_that_couple_pairs_are_refused(name):
-    with pytest.raises(ValueError, match="couples"):
+    with pytest.raises(ValueError, match=f"loss_type '{name}' couples pairs: {COUPLED_LOSSES[name]}"):
         preference_log_likelihood(ratios(), PreferenceLoss(loss_type=(name,)))
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="unknown loss_type"):
+    with pytest.raises(ValueError, match="unknown loss_type 'sigmod'; one of sigmoid, hinge, ipo"):
         preference_log_likelihood(ratios(), PreferenceLoss(loss_type=("sigmod",)))
-    with pytest.raises(ValueError, match="unknown f_divergence_type"):
+    with pytest.raises(ValueError, match="unknown f_divergence_type 'kl'; one of reverse_kl, forward_kl"):
         preference_log_likelihood(ratios(), PreferenceLoss(f_divergence_type="kl"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_raised(dtype):
-    assert preference_log_likelihood(ratios(dtype=dtype)).dtype is torch.float32
+@pytest.mark.parametrize("name", ["sigmoid", "bco_pair"])
+def test_half_precision_is_raised_before_anything_is_rounded(dtype, name):
+    """Of both completions: "bco_pair" never takes the one from the other."""
+    half, loss = ratios(dtype=dtype), PreferenceLoss(loss_type=(name,))
+    raised = half._replace(chosen=half.chosen.float(), rejected=half.rejected.float())
+    found = preference_log_likelihood(half, loss)
+    assert found.dtype is torch.float32
+    assert torch.equal(found, preference_log_likelihood(raised, loss))
+    assert torch.equal(preference_margin(half, loss), preference_margin(raised, loss))
 
 
 @given(margin=st.floats(-1e4, 1e4))
@@ -184,3 +263,12 @@ def test_completions_are_summed_and_tails_discounted():
     torch.testing.assert_close(discounted, torch.tensor([[-3.0 - 0.5 * 12.0, -2.0]]))
     torch.testing.assert_close(completion_log_prob(token_log_probs, mask, 1.0), torch.tensor([[-15.0, -2.0]]))
     torch.testing.assert_close(completion_log_prob(token_log_probs, mask, 0.0), torch.tensor([[-3.0, -2.0]]))
+
+
+def test_the_shorter_completion_is_each_pairs_own():
+    """Two pairs of lengths 3 and 1, 2 and 4, for two members: chosen rows first."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+    token_log_probs = -mask * torch.tensor([[[1.0]], [[2.0]]])
+    found = completion_log_prob(token_log_probs, mask, ld_alpha=0.1)
+    lengths = torch.tensor([1 + 2 * 0.1, 2.0, 1.0, 2 + 2 * 0.1])
+    torch.testing.assert_close(found, -lengths * torch.tensor([[1.0], [2.0]]))
