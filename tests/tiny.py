@@ -37,6 +37,8 @@ from renyi import (
     PowerFlowTrainer,
     RenyiDPOConfig,
     RenyiDPOTrainer,
+    RenyiKTOConfig,
+    RenyiKTOTrainer,
     RenyiSFTConfig,
     RenyiSFTTrainer,
 )
@@ -226,6 +228,30 @@ def dpo_trainer_of(output_dir: str | Path, dataset: Any = None, **settings: Any)
         tiny_model() if model is None else model,
         RenyiDPOConfig(str(output_dir), **quiet({"beta": 0.3, **settings})),
         pair_rows() if dataset is None else dataset,
+        **{"processing_class": tiny_tokenizer(), **given},
+    )
+
+
+def thumb_rows(number: int = 32, seed: int = 0) -> Dataset:
+    """Plain rows of thumbs, of the prompts and completions of `pair_rows`; up and down in no order."""
+    draws = torch.rand(number, generator=torch.Generator().manual_seed(seed + 1)) < 0.5
+    pairs = zip(pair_rows(number, seed), draws.tolist(), strict=True)
+    return Dataset.from_list(
+        [{"prompt": p["prompt"], "completion": p["chosen" if up else "rejected"], "label": up} for p, up in pairs]
+    )
+
+
+def kto_trainer_of(output_dir: str | Path, dataset: Any = None, **settings: Any) -> RenyiKTOTrainer:
+    """As `trainer_of`, on thumbs."""
+    known = ("model", "peft_config", "eval_dataset", "processing_class", "callbacks")
+    given = {name: settings.pop(name) for name in known if name in settings}
+    model = given.pop("model", None)
+    if not isinstance(model, LoraEnsemble):
+        given.setdefault("peft_config", lora())
+    return RenyiKTOTrainer(
+        tiny_model() if model is None else model,
+        RenyiKTOConfig(str(output_dir), **quiet({"beta": 0.3, **settings})),
+        thumb_rows() if dataset is None else dataset,
         **{"processing_class": tiny_tokenizer(), **given},
     )
 

@@ -5,6 +5,7 @@
     OUT/member_0/adapter_model.safetensors
     OUT/member_0/distribution.safetensors    a member's other tensors beside its mean, if it is a distribution
     OUT/preference.json, OUT/reference/      the loss and the reference of margins, after training on preferences
+    OUT/thumbs.json                          the same after training on thumbs, with the members' reference points
     OUT/abstention.json                      the uncertainty above which answers are not trusted, if it was searched for
 
 Other packages add more files. The code that writes such a file also names it. Read next: `ensemble/storage.py`, which
@@ -18,6 +19,7 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 DISTRIBUTION_FILE = "distribution.safetensors"
 PREFERENCE_FILE = "preference.json"
+THUMBS_FILE = "thumbs.json"
 REFERENCE_FOLDER = "reference"
 ABSTENTION_FILE = "abstention.json"
 

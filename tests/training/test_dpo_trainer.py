@@ -110,10 +110,11 @@ def test_precomputed_references_are_those_of_training(tmp_path):
     settings = {"num_members": 2, "ld_alpha": 0.5, "model": tiny_ensemble(2), **PARTING}
     trainer = dpo_trainer_of(tmp_path, precompute_ref_log_probs=True, **settings)
     batch = batch_of(trainer, 7)
-    torch.testing.assert_close(
-        trainer._reference_log_probs(batch), trainer.reference.log_probs(batch, 0.5), rtol=1e-5, atol=1e-5
-    )
-    assert trainer._reference_log_probs(batch).shape == (2, 14)
+    known, computed = trainer.known_log_probs(batch), trainer.reference_log_probs(batch)
+    assert sorted(known) == ["ref_chosen_logps", "ref_rejected_logps"]
+    for name, known_SB in known.items():
+        assert known_SB.shape == (2, 7)
+        torch.testing.assert_close(known_SB, computed[name], rtol=1e-5, atol=1e-5)
 
 
 def test_a_second_run_over_the_same_pairs_reads_the_first_ones_references(tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ GROUPS = {
     "Train": {
         "sft": "train an α-Rényi LoRA ensemble on a dataset",
         "dpo": "train an α-Rényi LoRA ensemble on preference pairs (DPO)",
+        "kto": "train an α-Rényi LoRA ensemble on thumbs up and down (KTO)",
         "powerflow": "tune toward a power of the base distribution, without labels or rewards",
         "sweep": "alpha × members on a held-out split: a table, a figure, and which to take",
     },

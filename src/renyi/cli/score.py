@@ -1,7 +1,8 @@
 """`renyi score`: log-likelihoods and responsibilities of every member on every example, one JSON line each.
 
 Rows are prepared as they were for the ensemble's training; flags are needed only to prepare them otherwise. With
---choice_by, rows are multiple-choice questions, and a line has the likelihood of every option under every member.
+--choice_by, rows are multiple-choice questions, and a line has the likelihood of every option under every member. For
+an ensemble trained on thumbs, rows with a `label` get rewards and probabilities of thumbs up.
 """
 
 import argparse
@@ -52,6 +53,8 @@ def run(argv: Sequence[str]) -> int:
         loaded = load_ensemble(args)
     if args.choice_by is not None:
         return _score_questions(args, loaded, rows, err)
+    if loaded.thumbs is not None and "label" in rows.column_names:
+        return _score_thumbs(args, loaded, rows, err)
     with err.status("preparing"), naming_flags(args):
         prepared = loaded.prepare(rows, name=args.data, **args.preparation)
     with progress_bar(err, "scoring", len(prepared)) as progress:
@@ -65,6 +68,29 @@ def run(argv: Sequence[str]) -> int:
         emit_json(summary, stderr=args.output is None)
         return 0
     err.print(members_table(members, "What the members make of it", _in_short(summary)))
+    if args.output:
+        err.print(f"\n{plural(len(scores), 'line')} in {args.output}", soft_wrap=True)
+    return 0
+
+
+def _score_thumbs(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset", err: Console) -> int:
+    """Write a line for each thumb, and say how many the mixture predicts."""
+    from renyi.data import read_label
+    from renyi.inference import summarise_members
+
+    with progress_bar(err, "scoring", len(rows)) as progress, naming_flags(args):
+        scores = loaded.score_thumbs(rows, name=args.data, progress=progress, **args.preparation)
+    write_lines((s._asdict() for s in scores), args.output)
+    labels = [read_label({"label": label}, args.data) for label in rows["label"]]
+    right = sum((s.approval > 0.5) == up for s, up in zip(scores, labels, strict=True)) / len(scores)
+    members, alpha = summarise_members(scores, loaded.ensemble.weights), loaded.ensemble.alpha
+    if args.json:
+        found = {"examples": len(scores), "alpha": alpha, "accuracy": right, "members": [m._asdict() for m in members]}
+        emit_json(found, stderr=args.output is None)
+        return 0
+    said = f"{plural(len(scores), 'thumb')}, of which the mixture predicts {right:.1%} · α {alpha:g}"
+    loss = "NLL: the loss of a thumb"
+    err.print(members_table(members, "What the members make of it", said, example="thumb", nll=loss))
     if args.output:
         err.print(f"\n{plural(len(scores), 'line')} in {args.output}", soft_wrap=True)
     return 0

@@ -4,7 +4,8 @@ Training, scoring, generation and every display use this package, so a row and a
 error names the bad row and says what is wrong with it.
 
 Read in this order: `splits.py` (with `files.py`), `rows.py` (with `messages.py`), `tokenizers.py`, `rendering.py`,
-`prepare.py`. The other kinds of rows are in `pairs.py` and `prepare_pairs.py`, `prompts.py`, and `questions.py`.
+`prepare.py`. The other kinds of rows are in `pairs.py` and `prepare_pairs.py`, `thumbs.py`, `prompts.py`, and
+`questions.py`.
 """
 
 from renyi.data.files import exact_dataset
@@ -29,6 +30,15 @@ from renyi.data.read import read_rows
 from renyi.data.rendering import chat_tokens, end_tokens, text_tokens, training_template
 from renyi.data.rows import FILE_COLUMN, ROW_COLUMN, Form, check_rows, number_rows
 from renyi.data.splits import choose_split, load_splits
+from renyi.data.thumbs import (
+    ThumbCounts,
+    ThumbPreparation,
+    check_both_kinds,
+    count_cut_thumbs,
+    count_thumbs,
+    prepare_thumbs,
+    read_label,
+)
 from renyi.data.tokenizers import (
     check_fits,
     load_chat_template,
@@ -52,7 +62,10 @@ __all__ = [
     "PromptPreparation",
     "Question",
     "RowPreparation",
+    "ThumbCounts",
+    "ThumbPreparation",
     "chat_tokens",
+    "check_both_kinds",
     "check_fits",
     "check_pairs",
     "check_prompts",
@@ -60,7 +73,9 @@ __all__ = [
     "choose_split",
     "count_cut",
     "count_cut_pairs",
+    "count_cut_thumbs",
     "count_pairs",
+    "count_thumbs",
     "count_tokens",
     "end_tokens",
     "exact_dataset",
@@ -71,8 +86,10 @@ __all__ = [
     "number_rows",
     "prepare",
     "prepare_pairs",
+    "prepare_thumbs",
     "prompt_tokens",
     "prompts_of",
+    "read_label",
     "read_messages",
     "read_pair",
     "read_prompts",

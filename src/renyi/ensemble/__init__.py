@@ -10,18 +10,29 @@ from renyi.ensemble.ensemble import LoraEnsemble
 from renyi.ensemble.member_rows import JointOutput, example_log_likelihood
 from renyi.ensemble.modes import evaluating
 from renyi.ensemble.pool import BaseScore
-from renyi.ensemble.reference import Reference, completion_labels, read_preference, write_preference
+from renyi.ensemble.reference import (
+    KeptThumbs,
+    Reference,
+    completion_labels,
+    read_preference,
+    read_thumbs,
+    write_preference,
+    write_thumbs,
+)
 
 __all__ = [
     "MIXTURES",
     "BaseScore",
     "Generation",
     "JointOutput",
+    "KeptThumbs",
     "LoraEnsemble",
     "Reference",
     "completion_labels",
     "evaluating",
     "example_log_likelihood",
     "read_preference",
+    "read_thumbs",
     "write_preference",
+    "write_thumbs",
 ]

@@ -5,11 +5,11 @@ training.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,10 @@ from torch import Tensor
 from renyi.ensemble.ensemble import LoraEnsemble, Snapshot
 from renyi.errors import EnsembleFormatError
 from renyi.labels import IGNORED
-from renyi.layout import PREFERENCE_FILE, REFERENCE_FOLDER
-from renyi.objectives import PreferenceLoss, completion_log_prob
+from renyi.layout import PREFERENCE_FILE, REFERENCE_FOLDER, THUMBS_FILE
+from renyi.objectives import PreferenceLoss, ThumbLoss, completion_log_prob
+
+Loss = TypeVar("Loss", PreferenceLoss, ThumbLoss)
 
 
 class Reference:
@@ -38,6 +40,7 @@ class Reference:
 
         Args:
             pairs: a batch from TRL: `input_ids`, `attention_mask` and `completion_mask` [2B, T], chosen rows first.
+                Without `ld_alpha` it may also be [B, T], of single completions.
             ld_alpha: as in `completion_log_prob`.
         """
         acting = self.ensemble.using(()) if self.start is None else self.ensemble.acting_as(self.start)
@@ -72,16 +75,39 @@ class KeptPreference(NamedTuple):
     reference: Reference
 
 
+class KeptThumbs(NamedTuple):
+    """The same for an ensemble that was tuned on thumbs.
+
+    Attributes:
+        loss: the loss and its settings.
+        reference: what log-ratios are measured against.
+        reference_point: z of each member at the end of training, nats, [M].
+    """
+
+    loss: ThumbLoss
+    reference: Reference
+    reference_point: Tensor
+
+
 def write_preference(folder: str | Path, loss: PreferenceLoss, reference: Reference) -> None:
     """Write the loss's settings into an ensemble's folder, and the members' start if that is the reference."""
-    folder = Path(folder)
+    _write(Path(folder), PREFERENCE_FILE, asdict(loss), reference)
+
+
+def write_thumbs(folder: str | Path, kept: KeptThumbs) -> None:
+    """The same for an ensemble that was tuned on thumbs, with the members' reference points."""
+    settings = {**asdict(kept.loss), "reference_point": kept.reference_point.tolist()}
+    _write(Path(folder), THUMBS_FILE, settings, kept.reference)
+
+
+def _write(folder: Path, file: str, settings: Mapping[str, Any], reference: Reference) -> None:
     if reference.start is not None:
         with reference.ensemble.acting_as(reference.start):
             reference.ensemble.save(folder / REFERENCE_FOLDER)
     if reference.ensemble.mesh is not None and not reference.ensemble.mesh.is_first:
         return
-    kept = {"reference": "base" if reference.start is None else REFERENCE_FOLDER, **asdict(loss)}
-    (folder / PREFERENCE_FILE).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    kept = {"reference": "base" if reference.start is None else REFERENCE_FOLDER, **settings}
+    (folder / file).write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def read_preference(folder: str | Path, ensemble: LoraEnsemble) -> KeptPreference:
@@ -91,14 +117,41 @@ def read_preference(folder: str | Path, ensemble: LoraEnsemble) -> KeptPreferenc
         EnsembleFormatError: the file or the reference is damaged.
     """
     folder = Path(folder)
-    file = folder / PREFERENCE_FILE
-    if not file.is_file():
+    if not (folder / PREFERENCE_FILE).is_file():
         return KeptPreference(PreferenceLoss(), Reference(ensemble))
+    return KeptPreference(*_read(folder, PREFERENCE_FILE, lambda kept: PreferenceLoss(**kept), ensemble))
+
+
+def read_thumbs(folder: str | Path, ensemble: LoraEnsemble) -> KeptThumbs | None:
+    """Read what training on thumbs kept; None if the ensemble was not trained on thumbs.
+
+    Raises:
+        EnsembleFormatError: the file or the reference is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / THUMBS_FILE).is_file():
+        return None
+    point: list[float] = []
+
+    def loss_of(kept: dict[str, Any]) -> ThumbLoss:
+        point.extend(float(x) for x in kept.pop("reference_point"))
+        return ThumbLoss(**kept)
+
+    loss, reference = _read(folder, THUMBS_FILE, loss_of, ensemble)
+    if len(point) != ensemble.num_members:
+        raise _other_members(len(point), ensemble.num_members, folder / THUMBS_FILE)
+    return KeptThumbs(loss, reference, torch.tensor(point))
+
+
+def _read(
+    folder: Path, name: str, loss_of: Callable[[dict[str, Any]], Loss], ensemble: LoraEnsemble
+) -> tuple[Loss, Reference]:
+    """The loss and the reference that a file of an ensemble's folder names."""
+    file = folder / name
     try:
         kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         against = kept.pop("reference")
-        settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()}
-        loss = PreferenceLoss(**settings)
+        loss = loss_of({name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()})
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise EnsembleFormatError(
             f"cannot be read ({error})", where=str(file), hint="Copy it again from where the ensemble was trained."
@@ -108,9 +161,13 @@ def read_preference(folder: str | Path, ensemble: LoraEnsemble) -> KeptPreferenc
         repeated = [tuple(x.repeat_interleave(ensemble.num_draws, dim=0) for x in pair) for pair in start.layers]
         start = Snapshot(start.weights.repeat_interleave(ensemble.num_draws) / ensemble.num_draws, repeated)  # type: ignore[arg-type]
     if start and len(start.weights) != ensemble.num_members:
-        raise EnsembleFormatError(
-            f"holds {len(start.weights)} members, not {ensemble.num_members}",
-            where=str(folder / against),
-            hint="It keeps the members as they were when training began; copy both from the same run.",
-        )
-    return KeptPreference(loss, Reference(ensemble, start))
+        raise _other_members(len(start.weights), ensemble.num_members, folder / against)
+    return loss, Reference(ensemble, start)
+
+
+def _other_members(there: int, members: int, where: Path) -> EnsembleFormatError:
+    return EnsembleFormatError(
+        f"holds {there} members, not {members}",
+        where=str(where),
+        hint="It keeps the members as they were when training began; copy both from the same run.",
+    )

@@ -7,6 +7,7 @@ from renyi.inference.generate import Answer, Prompt, generate
 from renyi.inference.members import MemberSummary, summarise_members
 from renyi.inference.pair_scores import PairScore, score_pairs
 from renyi.inference.score import Score, score
+from renyi.inference.thumb_scores import ThumbScore, score_thumbs
 from renyi.measures import TokenUncertainty, token_uncertainty
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "PairScore",
     "Prompt",
     "Score",
+    "ThumbScore",
     "TokenUncertainty",
     "choice_log_probs",
     "choice_prompt",
@@ -27,6 +29,7 @@ __all__ = [
     "score_choices",
     "score_continuations",
     "score_pairs",
+    "score_thumbs",
     "summarise_members",
     "token_uncertainty",
 ]

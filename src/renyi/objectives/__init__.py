@@ -36,6 +36,7 @@ from renyi.objectives.preference import (
     preference_log_likelihood,
     preference_margin,
 )
+from renyi.objectives.thumbs import THUMB_LOSSES, ThumbLoss, reference_point, thumb_log_likelihood, thumb_logit
 
 __all__ = [
     "BALANCES",
@@ -43,10 +44,12 @@ __all__ = [
     "F_DIVERGENCES",
     "PAIR_LOSSES",
     "QUANTITIES",
+    "THUMB_LOSSES",
     "ImportanceWeight",
     "LogRatios",
     "PowerTarget",
     "PreferenceLoss",
+    "ThumbLoss",
     "completion_log_prob",
     "critical_alpha",
     "effective_members",
@@ -59,10 +62,13 @@ __all__ = [
     "power_target",
     "preference_log_likelihood",
     "preference_margin",
+    "reference_point",
     "renyi_loss",
     "responsibilities",
     "routed_units",
     "running_log_weights",
+    "thumb_log_likelihood",
+    "thumb_logit",
     "trajectory_balance",
     "trajectory_residual",
 ]

@@ -15,18 +15,26 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from renyi import data
-from renyi.data import PairPreparation, Preparation, Question
-from renyi.ensemble import LoraEnsemble, read_preference
+from renyi.data import PairPreparation, Preparation, Question, ThumbPreparation
+from renyi.ensemble import KeptThumbs, LoraEnsemble, read_preference, read_thumbs
 from renyi.ensemble.reference import KeptPreference
-from renyi.errors import ConfigError
+from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.evaluation import Evaluated, Opinion, evaluate
-from renyi.inference import Score, choice_log_probs, generate, score, score_choices
+from renyi.inference import (
+    Score,
+    ThumbScore,
+    choice_log_probs,
+    generate,
+    score,
+    score_choices,
+    score_thumbs,
+)
 from renyi.inference.abstention import FIND_ONE, Abstention, read_abstention
 from renyi.inference.choices import ChoiceBy
 from renyi.inference.generate import MAX_NEW_TOKENS, OnPiece, PromptRow, as_chat
 from renyi.inference.model import load_model
 from renyi.inference.score import prepared_for
-from renyi.layout import ABSTENTION_FILE
+from renyi.layout import ABSTENTION_FILE, THUMBS_FILE
 
 Progress = Callable[[int], object]
 
@@ -82,6 +90,11 @@ class Loaded:
         """The loss of training on preferences, and the reference that margins are measured against."""
         return read_preference(self.folder, self.ensemble)
 
+    @cached_property
+    def thumbs(self) -> KeptThumbs | None:
+        """The loss, reference and reference points of training on thumbs; None if it was not trained on thumbs."""
+        return read_thumbs(self.folder, self.ensemble)
+
     @property
     def abstention(self) -> Abstention | None:
         """The threshold above which to abstain; None if none was found yet."""
@@ -126,6 +139,36 @@ class Loaded:
         is_prepared = isinstance(rows, Dataset) and {"input_ids", "labels"}.issubset(rows.column_names)
         prepared = rows if is_prepared else self.prepare(rows, **departures)
         return score(self.ensemble, prepared, progress=progress)
+
+    def score_thumbs(
+        self, rows: Any, *, name: str = "dataset", progress: Progress = _ignore, **departures: Any
+    ) -> list[ThumbScore]:
+        """Rewards, probabilities of thumbs up and log-likelihoods of thumbs, for an ensemble trained on thumbs.
+
+        Args:
+            rows: of `prompt`, `completion` and `label`: a path, a hub id, a list of dictionaries, or a dataset.
+            name: what to call them in errors, if they have no name.
+            progress: called after each batch with the number of rows done.
+            departures: `max_length`, to take instead of training's.
+
+        Raises:
+            DataError: a row is malformed, or no token of its completion is left after the cut.
+            EnsembleFormatError: the ensemble was not trained on thumbs, or a member gives no finite reward.
+        """
+        if self.thumbs is None:
+            raise EnsembleFormatError(
+                f"was not trained on thumbs: it has no {THUMBS_FILE}",
+                where=str(self.folder),
+                hint="Train it by `renyi kto`.",
+            )
+        unknown = sorted(set(departures) - {"max_length"})
+        if unknown:
+            raise ConfigError("is no setting of thumbs", where=unknown[0], hint="Leave it out.")
+        name = str(rows) if isinstance(rows, str | Path) else name
+        preparation = replace(ThumbPreparation.read(self.folder), **departures)
+        limits = data.Limits.of(self.ensemble.base)
+        prepared = preparation.prepare(self.rows(rows), self.tokenizer, name, limits)
+        return score_thumbs(self.ensemble, prepared, self.thumbs, preparation, progress=progress)
 
     def generate(
         self,

@@ -75,8 +75,8 @@ class TokenizerArguments:
 
 
 @dataclass
-class PolicyTokenizerArguments(TokenizerArguments):
-    """The same for TRL's GRPOConfig, which has no setting for padding either."""
+class PaddedTokenizerArguments(TokenizerArguments):
+    """The same for TRL's GRPOConfig and KTOConfig, which have no setting for padding either."""
 
     pad_token: str | None = field(default=None, metadata={"help": "Token to pad with, where the tokenizer has none."})
 
@@ -106,8 +106,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "sft": Method(training.RenyiSFTTrainer, training.RenyiSFTConfig),
         "dpo": Method(training.RenyiDPOTrainer, training.RenyiDPOConfig, tokenizer=TokenizerArguments),
+        "kto": Method(training.RenyiKTOTrainer, training.RenyiKTOConfig, tokenizer=PaddedTokenizerArguments),
         "powerflow": Method(
-            training.PowerFlowTrainer, training.PowerFlowConfig, PolicyConfig, PolicyTokenizerArguments
+            training.PowerFlowTrainer, training.PowerFlowConfig, PolicyConfig, PaddedTokenizerArguments
         ),
     }
 )

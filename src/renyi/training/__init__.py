@@ -1,6 +1,7 @@
 """Trainers of an ensemble, and their configs. Read next: `sft.py`, the shortest trainer."""
 
 from renyi.training.dpo import RenyiDPOConfig, RenyiDPOTrainer
+from renyi.training.kto import RenyiKTOConfig, RenyiKTOTrainer
 from renyi.training.powerflow import PowerFlowConfig, PowerFlowTrainer
 from renyi.training.sft import RenyiSFTConfig, RenyiSFTTrainer
 
@@ -9,6 +10,8 @@ __all__ = [
     "PowerFlowTrainer",
     "RenyiDPOConfig",
     "RenyiDPOTrainer",
+    "RenyiKTOConfig",
+    "RenyiKTOTrainer",
     "RenyiSFTConfig",
     "RenyiSFTTrainer",
 ]

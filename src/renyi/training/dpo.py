@@ -9,19 +9,17 @@ Read next: `trainer.py` (what every ensemble trainer changes), `renyi.objectives
 
 import math
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
 from renyi import data
-from renyi.ensemble import JointOutput, LoraEnsemble, Reference, completion_labels, write_preference
+from renyi.ensemble import JointOutput, LoraEnsemble, completion_labels, write_preference
 from renyi.errors import ConfigError
 from renyi.objectives import (
     COUPLED_LOSSES,
@@ -34,34 +32,21 @@ from renyi.objectives import (
 )
 from renyi.routing import Sums, routing_sums, share_of
 from renyi.training.card import Method
-from renyi.training.config import EnsembleConfig, require
-from renyi.training.reference import with_reference
+from renyi.training.config import require
+from renyi.training.referenced import ReferencedConfig, ReferencedTrainer
 from renyi.training.report import ACCURACY
-from renyi.training.start import as_ensemble
 from renyi.training.statistics import mean_of_members
-from renyi.training.trainer import EnsembleTrainer
 
 
 @dataclass
-class RenyiDPOConfig(EnsembleConfig, DPOConfig):
-    """TRL's DPOConfig plus what an ensemble needs, see `EnsembleConfig`.
+class RenyiDPOConfig(ReferencedConfig, DPOConfig):
+    """TRL's DPOConfig plus what an ensemble needs, see `EnsembleConfig` and `ReferencedConfig`.
 
     `learning_rate` defaults to 1e-5, ten times TRL's, because only adapters are trained. Every `loss_type` of a single
     pair works, alone or weighted; those that couple the pairs of a batch are refused.
-
-    Args:
-        reference: what margins are measured against: "start", each member as it was when training began (for fresh
-            members that is the base, computed once for all), or "base", the frozen base without adapters.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
-    reference: str = field(
-        default="start",
-        metadata={
-            "help": "What margins are measured against: each member as training began, or the base.",
-            "choices": ["start", "base"],
-        },
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +58,6 @@ class RenyiDPOConfig(EnsembleConfig, DPOConfig):
                     hint=f"Give one or several of {', '.join(PAIR_LOSSES)}.",
                 )
             require("loss_type", name, name in PAIR_LOSSES, f"one or several of {', '.join(PAIR_LOSSES)}")
-        require("beta", self.beta, 0 < self.beta < math.inf, "a number above 0")
         divergence, order = self.f_divergence_type, self.f_alpha_divergence_coef
         require("f_divergence_type", divergence, divergence in F_DIVERGENCES, f"one of {', '.join(F_DIVERGENCES)}")
         require("f_alpha_divergence_coef", order, math.isfinite(order), "a finite number")
@@ -84,9 +68,7 @@ class RenyiDPOConfig(EnsembleConfig, DPOConfig):
         require("label_smoothing", smoothing, 0 <= smoothing < 0.5, "a share below 0.5")
         require("label_smoothing", smoothing, not smoothing or bool(smooths), "it to the losses robust and exo_pair")
         require("label_smoothing", smoothing, smoothing > 0 or "exo_pair" not in smooths, "1e-3 for exo_pair")
-        require("reference", self.reference, self.reference in ("start", "base"), "'start' or 'base'")
         require("use_weighting", True, not self.use_weighting, "false: WPO's weights are not built")
-        require("sync_ref_model", True, not self.sync_ref_model, "false: the reference is the frozen base")
 
     @property
     def preference_loss(self) -> PreferenceLoss:
@@ -102,7 +84,7 @@ class RenyiDPOConfig(EnsembleConfig, DPOConfig):
         )
 
 
-class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
+class RenyiDPOTrainer(ReferencedTrainer, DPOTrainer):
     """TRL's DPOTrainer for an ensemble of LoRA adapters coupled by the α-Rényi loss.
 
     Minimises the mean over pairs of `−(1/α) log Σ_m π_m exp(α ℓ_m)` with ℓ_m = log σ(Δ_m), the Bradley–Terry
@@ -139,39 +121,12 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         model: str | PreTrainedModel | LoraEnsemble,
         args: RenyiDPOConfig,
         train_dataset: Dataset | IterableDataset,
-        peft_config: PeftConfig | None = None,
-        quantization_config: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        if kwargs.get("ref_model") is not None:
-            raise ConfigError("a second model is never needed", where="ref_model", hint="Set `reference` instead.")
-        if args.precompute_ref_log_probs and isinstance(train_dataset, IterableDataset):
-            raise ConfigError(
-                "needs the whole dataset, and it is streamed",
-                where="precompute_ref_log_probs",
-                hint="Load the dataset whole, or compute the reference as training goes.",
-            )
-        ensemble = as_ensemble(model, args, peft_config, quantization_config)
-        apart = args.reference == "start" and not ensemble.is_fresh
-        if args.precompute_ref_log_probs and ensemble.mesh and (apart or args.shard_base):
-            raise ConfigError(
-                "needs all members and the whole base in every process, which are split here",
-                where="precompute_ref_log_probs",
-                hint="Leave it out: the reference is then computed as training goes.",
-            )
-        kwargs["ref_model"] = _NoSecondModel(ensemble)
-        super().__init__(ensemble, args, train_dataset, callbacks=callbacks, **kwargs)
+        super().__init__(model, args, train_dataset, **kwargs)
         if kwargs.get("data_collator") is None:  # then TRL's collator is used, and it cuts rows
             collator: Any = self.data_collator
             collator.max_length = self.preparation.within(self.limits).max_length
-        _ = self.reference  # made now, before a checkpoint is resumed or a step is taken
-
-    @cached_property
-    def reference(self) -> Reference:
-        """The reference that log-ratios are measured against."""
-        keeps_start = self.args.reference == "start" and not self.model.is_fresh
-        return Reference(self.model, self.model.snapshot() if keeps_start else None)
 
     def compute_loss(
         self,
@@ -182,7 +137,8 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
     ) -> Tensor:
         """The α-Rényi loss of a TRL batch of pairs, the chosen rows before the rejected: its mean over pairs."""
         mask = inputs["completion_mask"]
-        reference_S2B = self._reference_log_probs(inputs)
+        known = self.known_log_probs(inputs)
+        reference_S2B = torch.cat([known["ref_chosen_logps"], known["ref_rejected_logps"]], dim=1)
         alpha = self.current_alpha
         rows = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         routed = self.joint_forward(model, {**rows, "labels": completion_labels(inputs)}, alpha)
@@ -199,13 +155,6 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         pair_sums = self.pair_sums(loss, routed, r_MB)
         self._watch_pairs(inputs, output, logps_M2B.detach(), ratios, ell_MB.detach(), r_MB, pair_sums)
         return loss
-
-    def _reference_log_probs(self, inputs: dict[str, Any]) -> Tensor:
-        """[S, 2B], taken from the batch if they were computed before training."""
-        if "ref_chosen_logps" in inputs:
-            both = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-            return both.view(len(both), -1).T
-        return self.reference.log_probs(inputs, self.args.ld_alpha)
 
     def _watch_pairs(
         self,
@@ -250,20 +199,10 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         self.watch(routing_sums(ell_MB, r_MB, self.model.drawn_weights.log(), pairs, draws) | sums, inputs)
 
     def method_card(self) -> Method:
-        against = "the base" if self.reference.start is None else "each member's start (folder `reference`)"
-        loss = f"{' + '.join(self.args.loss_type)}, beta {self.args.beta:g}, against {against}"
+        loss = f"{' + '.join(self.args.loss_type)}, beta {self.args.beta:g}, against {self.against}"
         card = super().method_card()
         measures = {**card.measures, "accuracy of the mixture's preference": ACCURACY}
         return card._replace(settings={"preference loss": loss}, measures=measures)
-
-    def loss_units(self) -> int:
-        if not isinstance(self.train_dataset, Dataset):
-            raise ConfigError(
-                "the number of pairs of a streamed dataset is unknown",
-                where="prior_std",
-                hint="Load the dataset whole, or train without a prior.",
-            )
-        return len(self.train_dataset)
 
     def _prepare_dataset(  # type: ignore[override]
         self, dataset: Any, processing_class: Any, args: RenyiDPOConfig, dataset_name: str
@@ -276,9 +215,9 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
         self.cut_rows[dataset_name] = data.count_cut_pairs(prepared, settings)
         return prepared
 
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        """As in TRL, but kept on disk by content. TRL uses the dataset's own cache, which another run does not find."""
-        return with_reference(dataset, self.reference, self.data_collator, self.args, self.accelerator, batch_size)
+    def reference_log_probs(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        chosen_SB, rejected_SB = self.reference.log_probs(inputs, self.args.ld_alpha).chunk(2, dim=1)
+        return {"ref_chosen_logps": chosen_SB, "ref_rejected_logps": rejected_SB}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -287,11 +226,3 @@ class RenyiDPOTrainer(EnsembleTrainer, DPOTrainer):
             self.preparation.write(folder)
         if self.args.should_save or self.model.mesh:
             write_preference(folder, self.args.preference_loss, self.reference)
-
-
-class _NoSecondModel(nn.Module):
-    """Given to TRL so that it does not load the base again. The ensemble without its members is the reference."""
-
-    def __init__(self, ensemble: LoraEnsemble):
-        super().__init__()
-        self.config = ensemble.config

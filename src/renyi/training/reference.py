@@ -1,12 +1,12 @@
 """Reference log-probabilities that are computed before training and kept on disk by content.
 
-The file's name is a hash of everything that decides them: the base's weights, the tokens, where pairs are cut. So
-another run over the same pairs finds the file, and a run that differs in anything does not. Read next: `dpo.py`.
+The file's name is a hash of everything that decides them: the base's weights, the tokens, where rows are cut. So
+another run over the same rows finds the file, and a run that differs in anything does not. Read next: `referenced.py`.
 """
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -25,35 +25,42 @@ from renyi.ensemble import Reference
 
 logger = logging.getLogger(__name__)
 
-_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+LogProbs = Callable[[dict[str, Any]], Mapping[str, Tensor]]  # of a batch: log-probabilities [S, B] by column
 
 
 def with_reference(
-    dataset: Dataset, reference: Reference, collate: Any, args: Any, accelerator: Accelerator, batch_size: int
+    dataset: Dataset,
+    reference: Reference,
+    compute: LogProbs,
+    collate: Any,
+    settings: Sequence[Any],
+    accelerator: Accelerator,
+    batch_size: int,
 ) -> Dataset:
-    """Add columns `ref_chosen_logps` and `ref_rejected_logps` to prepared pairs: a number, or a list of M.
+    """Add the columns that `compute` gives to prepared rows: a number each, or a list of M.
 
-    Every process computes its share of the pairs; the first writes the file.
+    Every process computes its share of the rows; the first writes the file.
 
     Args:
-        dataset: prepared pairs.
-        reference: what to compute them under.
-        collate: makes a batch of pairs.
-        args: the trainer's config: where pairs are cut, and the precision of the forward.
+        dataset: prepared rows, with columns of token ids that end with `ids`.
+        reference: what log-probabilities are computed under.
+        compute: computes them for a batch.
+        collate: makes a batch of rows.
+        settings: what decides the result besides tokens and reference: where rows are cut, the precision.
         accelerator: of the trainer.
-        batch_size: pairs computed together.
+        batch_size: rows computed together.
     """
-    file = cache_folder() / f"{_content(dataset, reference, args)}.safetensors"
+    file = cache_folder() / f"{_content(dataset, reference, settings)}.safetensors"
     accelerator.wait_for_everyone()  # all have looked for the same file before one writes it
     if file.is_file():
         found = load_file(file)
     else:
-        found = _computed(dataset, reference, collate, args.ld_alpha, accelerator, batch_size)
+        found = _computed(dataset, reference, compute, collate, accelerator, batch_size)
         if accelerator.is_main_process:
             _keep(found, file)
     accelerator.wait_for_everyone()
     columns = {column: (x[:, 0] if x.shape[1] == 1 else x).tolist() for column, x in found.items()}
-    return concatenate_datasets([dataset, Dataset.from_dict({c: columns[c] for c in _COLUMNS})], axis=1)
+    return concatenate_datasets([dataset, Dataset.from_dict({c: columns[c] for c in sorted(columns)})], axis=1)
 
 
 def cache_folder() -> Path:
@@ -74,43 +81,43 @@ def _keep(found: dict[str, Tensor], file: Path) -> None:
         logger.warning("The reference log-probabilities are not kept for another run: %s", error)
 
 
-def _content(dataset: Dataset, reference: Reference, args: Any) -> str:
-    settings = [args.max_length, args.truncation_mode, args.ld_alpha, bool(args.bf16), bool(args.fp16)]
+def _content(dataset: Dataset, reference: Reference, settings: Sequence[Any]) -> str:
     digest = blake2b(digest_size=16)
-    digest.update(json.dumps([reference.fingerprint(), settings]).encode())
-    for rows in dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).iter(batch_size=1000):
+    digest.update(json.dumps([reference.fingerprint(), list(settings)]).encode())
+    for rows in _ids(dataset).iter(batch_size=1000):
         digest.update(json.dumps(rows).encode())
     return digest.hexdigest()
 
 
+def _ids(dataset: Dataset) -> Dataset:
+    """Only the columns of token ids."""
+    return dataset.select_columns(sorted(c for c in dataset.column_names if c.endswith("ids")))
+
+
 def _computed(
-    dataset: Dataset,
-    reference: Reference,
-    collate: Any,
-    ld_alpha: float | None,
-    state: Accelerator,
-    batch_size: int,
+    dataset: Dataset, reference: Reference, compute: LogProbs, collate: Any, state: Accelerator, batch_size: int
 ) -> dict[str, Tensor]:
-    """Reference log-probabilities [N, S] of both completions, in the dataset's order."""
+    """Reference log-probabilities [N, S] by column, in the dataset's order."""
     model = reference.ensemble
-    found: list[tuple[int, list[float], list[float]]] = []
+    found: list[tuple[int, dict[str, list[float]]]] = []
     training = model.training
     model.eval()
     mine = range(state.process_index, len(dataset), state.num_processes)
     for rows in _batches(dataset, mine, batch_size):
         batch = {name: x.to(state.device) for name, x in collate(list(dataset.select(rows))).items()}
         with state.autocast():
-            logps_S2B = reference.log_probs(batch, ld_alpha)
-        found += zip(rows, *(half_SB.T.tolist() for half_SB in logps_S2B.chunk(2, dim=1)), strict=True)
+            logps = {column: x_SB.T.tolist() for column, x_SB in compute(batch).items()}
+        found += [(row, {column: x[i] for column, x in logps.items()}) for i, row in enumerate(rows)]
     model.train(training)
     # Processes that hold different members compute the same rows.
-    everyones = sorted({row[0]: row for row in (gather_object(found) if state.num_processes > 1 else found)}.values())
-    return {column: torch.tensor([row[1 + i] for row in everyones]) for i, column in enumerate(_COLUMNS)}
+    everyones = dict(gather_object(found) if state.num_processes > 1 else found)
+    ordered = [everyones[row] for row in sorted(everyones)]
+    return {column: torch.tensor([logps[column] for logps in ordered]) for column in ordered[0]}
 
 
 def _batches(dataset: Dataset, rows: Iterable[int], size: int) -> Iterator[list[int]]:
     """Batches of rows of similar length, so that little is spent on padding."""
-    columns = dataset.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    columns = _ids(dataset)
     lengths = {i: sum(map(len, columns[i].values())) for i in rows}
     ordered = sorted(lengths, key=lengths.__getitem__)
     for start in range(0, len(ordered), size):

@@ -32,8 +32,9 @@ class RunningMeans:
         self.sums = self.sums + added
 
     def means(self, sums: Tensor) -> dict[str, float]:
-        """The means by name, from the `sums` of all processes."""
-        return dict(zip(self.names, (sums[0] / sums[1].clamp(min=1e-12)).tolist(), strict=True))
+        """The means by name, from the `sums` of all processes. A mean over nothing is left out."""
+        totals, counts = sums.tolist()
+        return {name: x / n for name, x, n in zip(self.names, totals, counts, strict=True) if n > 0}
 
     def state(self, sums: Tensor) -> dict[str, list[float]]:
         return dict(zip(self.names, sums.T.tolist(), strict=True))

@@ -74,6 +74,20 @@ class PreferenceWorld:
         pairs = self.pairs(num_pairs, seed, held_out)
         return Dataset.from_list([{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs])
 
+    def thumbs(self, num_thumbs: int, seed: int = 0, held_out: bool = False) -> Dataset:
+        """One answer of each pair with the thumb that its annotator gives it, by turns up and down.
+
+        Rows of `prompt`, `completion` and `label`, as TRL's KTOTrainer takes them, and `group` and `contested` of the pair,
+        which training does not read.
+        """
+        rows = []
+        for number, pair in enumerate(self.pairs(num_thumbs, seed, held_out)):
+            up = number % 2 == 0
+            of_pair = {"group": pair.group, "contested": pair.contested}
+            answer = pair.chosen if up else pair.rejected
+            rows.append({"prompt": pair.prompt, "completion": answer, "label": up, **of_pair})
+        return Dataset.from_list(rows)
+
 
 class Pair(NamedTuple):
     """A question with the preferred and the other answer. `group` says who chose, and is never in the messages.

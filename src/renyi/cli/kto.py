@@ -1,0 +1,108 @@
+"""`renyi kto`: train an ensemble on thumbs up and down, from settings in a YAML file and flags.
+
+This file has only what differs from other training commands. Read next: `training.py`, what they share.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from renyi.cli.command import TrainingCommand
+from renyi.cli.members import members_table
+from renyi.cli.training import run_training
+from renyi.text import number_text, plural
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from renyi.runs.build import Run
+
+
+def run(argv: Sequence[str]) -> int:
+    return run_training(KTO(), argv)
+
+
+class KTO(TrainingCommand):
+    method = "kto"
+    trl_config = "KTOConfig"
+    keys: ClassVar = {
+        "Thumbs": "beta loss_type desirable_weight undesirable_weight reference precompute_ref_log_probs",
+        "Data": "max_length dataset_train_split dataset_test_split test_split_size chat_template_path pad_token "
+        "eos_token",
+    }
+    first_keys = "beta"
+    example = "thumb"
+    row = "row"
+
+    def plan(self, ready: "Run") -> dict[str, str]:
+        trainer: Any = ready.trainer
+        args = trainer.args
+        weights = (
+            ""
+            if args.desirable_weight == args.undesirable_weight == 1
+            else (f", weights {args.desirable_weight:g} up and {args.undesirable_weight:g} down")
+        )
+        computed = ", precomputed" if args.precompute_ref_log_probs else ""
+        return {"thumbs": f"{args.loss_type}, beta {args.beta:g}{weights}, against {trainer.against}{computed}"}
+
+    def sizes(self, ready: "Run", prepared: "Dataset") -> str:
+        from renyi.data import count_thumbs
+
+        preparation: Any = ready.preparation
+        counts = count_thumbs(prepared, preparation)
+        return (
+            f"{plural(counts.thumbs, 'thumb')}, {number_text(counts.up)} of them up · "
+            f"{plural(counts.tokens, 'token')}, {number_text(counts.trained)} of them trained"
+        )
+
+    def first(self, ready: "Run", prepared: "Dataset", coloured: bool) -> RenderableType:
+        from renyi.cli.tokens import example_panel, shown, spans
+
+        row, longest = prepared[0], ready.trainer.preparation.within(ready.trainer.limits).max_length  # type: ignore[attr-defined]
+        ids = [*row["prompt_ids"], *row["completion_ids"]][:longest]
+        is_trained = [i >= max(len(row["prompt_ids"]), 1) for i in range(len(ids))]
+        pieces = spans(ready.tokenizer, ids, is_trained)
+        colour, thumb = ("green", "up") if row["label"] else ("red", "down")
+        text = Text().join(shown(piece, colour if trained else None, coloured) for piece, trained in pieces)
+        how = f"in {colour}" if coloured else "between « »"
+        what = f"thumbs {thumb}: {sum(is_trained)} of {len(ids)} tokens are trained, {how}"
+        return example_panel(text, "first row", what)
+
+    def learned(self, ready: "Run", prepared: "Dataset", of: str) -> RenderableType:
+        from renyi.cli.tokens import one_line
+        from renyi.inference import score_thumbs, summarise_members
+
+        trainer: Any = ready.trainer
+        scores = score_thumbs(ready.ensemble, prepared, trainer.kept, trainer.preparation)
+        right = sum((s.approval > 0.5) == up for s, up in zip(scores, prepared["label"], strict=True)) / len(scores)
+
+        def snippet(example: int | None) -> str:
+            if example is None:
+                return "–"
+            return f"{'+' if prepared[example]['label'] else '−'} " + one_line(
+                ready.tokenizer, prepared[example]["completion_ids"]
+            )
+
+        members = summarise_members(scores, ready.ensemble.weights)
+        return members_table(
+            members,
+            "What each member learned",
+            f"from {of}; the mixture predicts {right:.1%} of them",
+            [snippet(m.clearest) for m in members],
+            example="thumb",
+            nll="NLL: the loss of a thumb",
+        )
+
+    def files(self, ready: "Run") -> dict[str, str]:
+        from renyi.layout import REFERENCE_FOLDER, THUMBS_FILE
+
+        trainer: Any = ready.trainer
+        files = {THUMBS_FILE: "the loss, what rewards are measured against, and the reference points"}
+        if trainer.reference.start is not None:
+            files[REFERENCE_FOLDER] = "the members as they were when training began"
+        return files
+
+    def next(self, folder: str, dataset_name: str) -> Sequence[str]:
+        return f"renyi score {folder} {dataset_name} --output scores.jsonl", f"renyi info {folder}"

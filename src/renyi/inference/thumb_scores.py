@@ -1,0 +1,138 @@
+"""What each member makes of single completions: the reward, the probability of thumbs up, and how likely a thumb is.
+
+Tokens, reference and joint forward are the same as in training. The reference points are those of the end of training,
+so that a score is a function of its row alone. Read next: `renyi.objectives.thumbs` (the formulas).
+"""
+
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+
+from renyi.data import Limits, ThumbPreparation, count_cut_thumbs, told_cut
+from renyi.ensemble import KeptThumbs, LoraEnsemble, completion_labels, evaluating
+from renyi.errors import EnsembleFormatError
+from renyi.inference.batches import batches_by_length
+from renyi.measures import token_uncertainty
+from renyi.objectives import example_responsibilities, renyi_loss, thumb_log_likelihood, thumb_logit
+
+logger = logging.getLogger(__name__)
+
+
+class ThumbScore(NamedTuple):
+    """What an ensemble of M members says about one completion and its thumb.
+
+    Attributes:
+        index: row of the dataset, counted from 0.
+        tokens: of the completion.
+        reward: each member's implied reward, β times the log-ratio to the reference, [M].
+        reward_mean: the weighted mean of the members' rewards.
+        reward_std: their weighted standard deviation.
+        approval: the mixture's probability Σ_m π_m σ(t_m) of thumbs up.
+        log_likelihood: of the thumb under each member in the loss of training, ℓ_m = −loss_m, [M].
+        responsibilities: share of the row that each member would learn from at the ensemble's alpha, [M].
+        mixture_nll: −log Σ_m π_m exp(ℓ_m), in the unit of the loss.
+        total: entropy of the mixture's probability of thumbs up, nats.
+        epistemic: its part that is the members' disagreement (mutual information), nats.
+    """
+
+    index: int  # type: ignore[assignment]
+    tokens: int
+    reward: list[float]
+    reward_mean: float
+    reward_std: float
+    approval: float
+    log_likelihood: list[float]
+    responsibilities: list[float]
+    mixture_nll: float
+    total: float
+    epistemic: float
+
+
+def score_thumbs(
+    ensemble: LoraEnsemble,
+    thumbs: Dataset,
+    kept: KeptThumbs,
+    preparation: ThumbPreparation,
+    *,
+    tokens_per_batch: int = 16_384,
+    progress: Callable[[int], object] = lambda done: None,
+) -> list[ThumbScore]:
+    """Score every row of a prepared dataset of thumbs under every member.
+
+    Args:
+        ensemble: M members.
+        thumbs: with columns `prompt_ids`, `completion_ids` and `label`, as `prepare_thumbs` makes them.
+        kept: the loss, the reference and the reference points of training.
+        preparation: where rows are cut; at the positions of the base at the latest. A warning counts those cut.
+        tokens_per_batch: limit on members × rows × length in one forward. A longer single row is scored alone.
+        progress: called after each batch with the number of rows done.
+
+    Returns:
+        One score a row, in the dataset's order.
+
+    Raises:
+        EnsembleFormatError: a member gives no finite reward.
+    """
+    limits, asked = Limits.of(ensemble.base), preparation.max_length
+    preparation = preparation.within(limits)
+    told = told_cut(count_cut_thumbs(thumbs, preparation), asked, limits)
+    if told:
+        logger.warning("%s", told)
+    collate = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=preparation.max_length)
+    thumbs = thumbs.select_columns(["prompt_ids", "completion_ids", "label"])
+    lengths = [
+        len(p) + len(c) for b in thumbs.iter(1000) for p, c in zip(b["prompt_ids"], b["completion_ids"], strict=True)
+    ]
+    scores: list[ThumbScore] = []
+    with evaluating(ensemble), torch.inference_mode():
+        for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
+            batch = {name: x.to(ensemble.device) for name, x in collate(list(thumbs.select(rows))).items()}
+            scores += _score_batch(ensemble, rows, batch, kept)
+            progress(len(scores))
+    return sorted(scores)
+
+
+def _score_batch(
+    ensemble: LoraEnsemble, rows: list[int], batch: dict[str, Tensor], kept: KeptThumbs
+) -> list[ThumbScore]:
+    output = ensemble(batch["input_ids"], batch["attention_mask"], completion_labels(batch))
+    logps_MB = ensemble.gathered(output.log_probs.sum(dim=-1))
+    ratio_MB = (logps_MB - kept.reference.log_probs(batch)).double().cpu()
+    if not ratio_MB.isfinite().all():
+        bad = int((~ratio_MB.isfinite()).any(dim=0).nonzero()[0])
+        raise EnsembleFormatError(
+            "a member's reward is no finite number",
+            where=f"row {rows[bad] + 1}",
+            hint="Its training diverged, or the base is loaded in a precision too low for it.",
+        )
+    weights_M, loss = ensemble.weights.double().cpu(), kept.loss
+    logit_MB = thumb_logit(ratio_MB, kept.reference_point.double(), loss)
+    ell_MB = thumb_log_likelihood(logit_MB, batch["label"].bool().cpu(), loss)
+    log_up_MB2 = logsigmoid(torch.stack([logit_MB, -logit_MB], dim=-1))
+    uncertainty = token_uncertainty(log_up_MB2, weights_M.log())
+    reward_MB, tokens_B = loss.beta * ratio_MB, output.label_mask.sum(dim=1).cpu()
+    mean_B = weights_M @ reward_MB
+    order = tokens_B, ensemble.alpha, weights_M.log(), ensemble.routing_quantity
+    return [
+        ThumbScore(*values)
+        for values in zip(
+            rows,
+            tokens_B.tolist(),
+            reward_MB.T.tolist(),
+            mean_B.tolist(),
+            (weights_M @ (reward_MB - mean_B).square()).sqrt().tolist(),
+            (weights_M @ torch.sigmoid(logit_MB)).tolist(),
+            ell_MB.T.tolist(),
+            example_responsibilities(ell_MB, *order).T.tolist(),
+            renyi_loss(ell_MB, 1.0, weights_M.log()).tolist(),
+            uncertainty.total.tolist(),
+            uncertainty.epistemic.tolist(),
+            strict=True,
+        )
+    ]
