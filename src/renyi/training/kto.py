@@ -172,7 +172,9 @@ class RenyiKTOTrainer(ReferencedTrainer, KTOTrainer):
             logps_MB = self.model.gathered(output.log_probs.sum(dim=-1))
             known = inputs.get("ref_KL_logps")
             reference_SB = self.reference.log_probs(mismatched) if known is None else known.view(len(known), -1).T
-        mean_1M = (logps_MB - reference_SB).mean(dim=1)[None]
+            if len(reference_SB) > 1:
+                reference_SB = reference_SB.repeat_interleave(self.model.draws, dim=0)
+        mean_1M = (logps_MB - reference_SB).mean(dim=1).view(1, -1, self.model.draws).mean(dim=2)
         everyones_PM = self.accelerator.gather_for_metrics(mean_1M)
         return rest | {POINT: reference_point(everyones_PM.T).tolist()}
 

@@ -77,8 +77,8 @@ class PreferenceWorld:
     def thumbs(self, num_thumbs: int, seed: int = 0, held_out: bool = False) -> Dataset:
         """One answer of each pair with the thumb that its annotator gives it, by turns up and down.
 
-        Rows of `prompt`, `completion` and `label`, as TRL's KTOTrainer takes them, and `group` and `contested` of the pair,
-        which training does not read.
+        Rows of `prompt`, `completion` and `label`, as TRL's KTOTrainer takes them, and `group` and `contested` of the
+        pair, which training does not read.
         """
         rows = []
         for number, pair in enumerate(self.pairs(num_thumbs, seed, held_out)):
