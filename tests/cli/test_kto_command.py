@@ -103,6 +103,7 @@ def test_scores_are_those_of_training_and_thumbs_are_learned(tuned: tuple[Path, 
     assert loaded.score_thumbs(rows)[3].reward == pytest.approx(lines[3]["reward"])
 
 
+@pytest.mark.slow  # three runs in all, one of them in a process of its own
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(
     settings: Settings, thumbs_file: Path, tmp_path: Path
 ) -> None:
@@ -140,20 +141,22 @@ def test_a_reference_is_computed_ahead_once(
     assert all(torch.allclose(one[n], never[n], atol=1e-4) for n in one)
 
 
-def test_parts_of_a_batch_share_its_reference_points(tmp_path: Path) -> None:
+def test_parts_of_a_batch_share_its_reference_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tiny import kto_trainer_of, logged, scatter_members, tiny_ensemble
 
+    # Without the bound at 0 every batch has reference points of its own.
+    monkeypatch.setattr("renyi.training.kto.reference_point", lambda ratio: ratio.detach().mean(dim=1))
     runs = []
     for budget in (None, 40):
         model = scatter_members(tiny_ensemble(2), std=0.3)
         trainer: RenyiKTOTrainer = kto_trainer_of(
-            tmp_path / str(budget), model=model, num_members=2, alpha=0.8, max_steps=8, learning_rate=3e-2,
+            tmp_path / str(budget), model=model, num_members=2, alpha=0.8, max_steps=4, learning_rate=3e-2,
             alpha_hold_ratio=0.0, alpha_ramp_ratio=0.0, token_budget=budget, reference="base",
         )  # fmt: skip
         trainer.train()
         runs.append(trainer)
     whole, parted = runs
-    assert max(logged(whole, "kl")) > 0.01
+    assert min(map(abs, logged(whole, "kl/0"))) > 0.01
     for name in ("loss", "kl/0", "kl/1", "grad_norm"):
         assert logged(parted, name) == pytest.approx(logged(whole, name), rel=5e-3, abs=1e-4), name
 
