@@ -261,6 +261,8 @@ def _show_files(out: Console, command: TrainingCommand, ready: Run) -> None:
         table.add_row(f"  {name}", Text(what, "dim"))
     out.print(headed("Saved in", folder), soft_wrap=True)
     out.print(table)
+    if ready.trainer.args.push_to_hub:
+        out.print(f"\nPushed to {ready.trainer.hub_model_id}", soft_wrap=True)
     out.print(headed("Next"))
     for line in (f"renyi report {folder}", *command.next(folder, ready.settings.values["dataset_name"])):
         out.print(f"  {line}", soft_wrap=True)

@@ -44,7 +44,7 @@ Each `member_*` folder is an ordinary PEFT adapter:
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{folder}/member_0")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), {first_member})
 ```
 """
 
@@ -88,8 +88,12 @@ def write_model_card(
     dataset_name: str | None,
     method: Method,
     tags: list[str],
+    hub_id: str | None = None,
 ) -> None:
-    """Write `README.md` into `folder` from an ensemble, its trainer's arguments and what was logged."""
+    """Write `README.md` into `folder` from an ensemble, its trainer's arguments and what was logged.
+
+    `hub_id` is the repository that the folder is pushed to, if it is: then the card says how to load it from there.
+    """
     base = ensemble.base_model_name or "a base model made in memory"
     local = Path(base).is_dir()
     front = {"library_name": "peft", "tags": sorted(set(tags))}
@@ -123,7 +127,8 @@ def write_model_card(
         base=base,
         base_link=base if local else f"https://huggingface.co/{base}",
         introduction=method.introduction,
-        folder=folder.name,
+        folder=hub_id or folder.name,
+        first_member=f'"{hub_id}", subfolder="member_0"' if hub_id else f'"{folder.name}/member_0"',
         measured=method.measured,
         settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         measures="\n".join(

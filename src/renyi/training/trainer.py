@@ -39,6 +39,7 @@ from renyi.training import card
 from renyi.training.checkpoints import find_checkpoints, saved, state_at_end, written_whole
 from renyi.training.clipping import clip_by_member
 from renyi.training.config import AUTO
+from renyi.training.hub import push_checkpoint, pushed, refused_by_the_hub, without_token
 from renyi.training.log import TrainingLog
 from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
 from renyi.training.objective import Objective, Prior
@@ -305,9 +306,11 @@ class EnsembleTrainer(RoutedSteps):
             return
         folder = Path(output_dir or self.output_dir)
         with saved(folder):
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, True)  # it would push before the card is written
             self.create_model_card(folder=output_dir)
             self.draw(folder / FIGURE_FILE)
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.output_dir)
@@ -317,7 +320,32 @@ class EnsembleTrainer(RoutedSteps):
             return
         if self.processing_class is not None:
             self.processing_class.save_pretrained(str(folder))
-        torch.save(self.args, folder / "training_args.bin")
+        torch.save(without_token(self.args), folder / "training_args.bin")
+
+    # ---- The hub -----------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As in transformers, before anything is trained.
+
+        Raises:
+            ConfigError: there is no token, or it may not write there.
+        """
+        with refused_by_the_hub():
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            SaveError: it could not be pushed; the output folder is complete.
+        """
+        with pushed(self.args.hub_model_id or self.output_dir.name, self.output_dir):
+            return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the ensemble of a checkpoint. transformers would push the one adapter that it expects there."""
+        if self.is_world_process_zero():
+            push_checkpoint(self.args, self.hub_model_id, Path(checkpoint_folder))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.model.mesh is None:
@@ -441,6 +469,7 @@ class EnsembleTrainer(RoutedSteps):
                 dataset_name=dataset_name,
                 method=self.method_card(),
                 tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+                hub_id=self.hub_model_id,
             )
 
 
