@@ -30,8 +30,8 @@ class DPO(TrainingCommand):
     method = "dpo"
     trl_config = "DPOConfig"
     keys: ClassVar = {
-        "Preference": "beta loss_type loss_weights label_smoothing f_divergence_type ld_alpha reference "
-        "precompute_ref_log_probs",
+        "Preference": "beta loss_type loss_weights label_smoothing f_divergence_type ld_alpha tie_strength "
+        "reference precompute_ref_log_probs",
         "Data": "max_length dataset_train_split dataset_test_split test_split_size chat_template_path pad_token "
         "eos_token",
     }
@@ -116,6 +116,7 @@ def _loss(args: Any) -> str:
     parts += [f"label_smoothing {args.label_smoothing:g}"] if args.label_smoothing else []
     parts += [args.f_divergence_type] if args.f_divergence_type != "reverse_kl" else []
     parts += [f"ld_alpha {args.ld_alpha:g}"] if args.ld_alpha is not None else []
+    parts += [f"tie_strength {args.tie_strength:.3g}"] if args.tie_strength else []
     return ", ".join(parts)
 
 

@@ -29,6 +29,7 @@ from renyi.text import plural
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from renyi.ensemble import LoraEnsemble
     from renyi.inference import MemberSummary, Score
     from renyi.runs.load import Loaded
 
@@ -59,11 +60,11 @@ def run(argv: Sequence[str]) -> int:
         prepared = loaded.prepare(rows, name=args.data, **args.preparation)
     with progress_bar(err, "scoring", len(prepared)) as progress:
         scores = loaded.score(prepared, progress=progress)
-    write_lines((s._asdict() for s in scores), args.output)
+    write_lines(({k: v for k, v in s._asdict().items() if v is not None} for s in scores), args.output)
 
     ensemble = loaded.ensemble
     members, precision = summarise_members(scores, ensemble.weights), str(ensemble.base.dtype).removeprefix("torch.")
-    summary = _summary(scores, members, ensemble.alpha, precision)
+    summary = _summary(scores, members, ensemble, precision)
     if args.json:
         emit_json(summary, stderr=args.output is None)
         return 0
@@ -133,9 +134,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _summary(
-    scores: "Sequence[Score]", members: "Sequence[MemberSummary]", alpha: float, precision: str
+    scores: "Sequence[Score]", members: "Sequence[MemberSummary]", ensemble: "LoraEnsemble", precision: str
 ) -> dict[str, Any]:
-    tokens = sum(s.tokens for s in scores)
+    from renyi.inference import group_scores
+
+    tokens, alpha = sum(s.tokens for s in scores), ensemble.alpha
+    grouped = [s for s in scores if s.group is not None]
+    groups = group_scores(grouped, [str(s.group) for s in grouped], ensemble) if grouped else []
     return {
         "examples": len(scores),
         "tokens": tokens,
@@ -144,6 +149,7 @@ def _summary(
         "mixture_nll_per_token": sum(s.mixture_nll for s in scores) / tokens,
         "jensen_gap_per_token": sum(s.jensen_gap for s in scores) / tokens,
         "members": [m._asdict() for m in members],
+        **({"groups": [g._asdict() for g in groups]} if groups else {}),
     }
 
 

@@ -50,7 +50,7 @@ def run_training(command: TrainingCommand, argv: Sequence[str]) -> int:
 # The keys that every help page shows, before and after those of the method.
 _BEFORE = {
     "What": "model_name_or_path dataset_name output_dir",
-    "Members": "num_members alpha alpha_hold_ratio alpha_ramp_ratio routing_quantity mixture_weights "
+    "Members": "num_members alpha alpha_hold_ratio alpha_ramp_ratio routing_quantity routing_group mixture_weights "
     "member_kind num_draws prior_std kl_warmup_ratio",
     "LoRA": "lora_r lora_alpha lora_dropout lora_target_modules use_rslora",
 }

@@ -9,6 +9,7 @@ Read in this order: `splits.py` (with `files.py`), `rows.py` (with `messages.py`
 """
 
 from renyi.data.files import exact_dataset
+from renyi.data.groups import GROUP_COLUMN
 from renyi.data.messages import read_messages
 from renyi.data.pairs import check_pairs, read_pair
 from renyi.data.prepare import (
@@ -47,12 +48,15 @@ from renyi.data.tokenizers import (
     settle_padding,
     told_tokenizer,
 )
+from renyi.data.votes import VOTE_COLUMNS, VoteCounts, read_annotations, read_votes
 
 __all__ = [
     "FILE_COLUMN",
+    "GROUP_COLUMN",
     "IGNORED",
     "LETTERS",
     "ROW_COLUMN",
+    "VOTE_COLUMNS",
     "Counts",
     "Form",
     "Limits",
@@ -64,6 +68,7 @@ __all__ = [
     "RowPreparation",
     "ThumbCounts",
     "ThumbPreparation",
+    "VoteCounts",
     "chat_tokens",
     "check_both_kinds",
     "check_fits",
@@ -89,12 +94,14 @@ __all__ = [
     "prepare_thumbs",
     "prompt_tokens",
     "prompts_of",
+    "read_annotations",
     "read_label",
     "read_messages",
     "read_pair",
     "read_prompts",
     "read_questions",
     "read_rows",
+    "read_votes",
     "sample",
     "settle_padding",
     "text_tokens",

@@ -1,10 +1,12 @@
 """The forms of rows of preferences, and the reading of a row as a pair.
 
 A pair is a prompt with a chosen and a rejected completion. They are all text or all messages. Training, scoring and
-display all read pairs by one function, `read_pair`. Read next: `prepare_pairs.py`, which makes the tokens.
+display all read pairs by one function, `read_pair`. A row may also have votes, see `votes.py`. Read next:
+`prepare_pairs.py`, which makes the tokens.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -23,6 +25,14 @@ from renyi.data.rows import (
     numbered_rows,
     read_for_template,
     what_is_there_instead,
+)
+from renyi.data.votes import (
+    ANNOTATIONS,
+    OppositeLabels,
+    check_not_all_ties,
+    read_annotations,
+    read_votes,
+    vote_columns,
 )
 from renyi.errors import DataError
 
@@ -55,8 +65,8 @@ def pair_form(rows: Dataset | IterableDataset, where: str = "dataset") -> Form:
             what = f"unpaired feedback is not supported: {what}"
             hint = f"Give two completions of the same prompt. {_A_PAIR}."
         raise DataError(what, where=where, hint=hint)
-    columns = (*_FORMS[name], *(c for c in FOR_TEMPLATES if c in there))
-    return Form(name, columns, tuple(c for c in there if c not in columns))
+    columns, votes = (*_FORMS[name], *(c for c in FOR_TEMPLATES if c in there)), vote_columns(there, where)
+    return Form(name, columns, tuple(c for c in there if c not in (*columns, *votes)), kept=votes)
 
 
 def _matching(columns: Iterable[str]) -> str | None:
@@ -78,13 +88,20 @@ def check_pairs(rows: Dataset, where: str = "dataset") -> Form:
     exact = are_exact(rows, form.columns)
     roles: dict[str, str] = {}
     is_text = True
-    asked = (*form.columns, *RIVALS)
+    asked = (*form.columns, *form.kept, *RIVALS)
+    votes, labels = [], OppositeLabels()
     for row, at in numbered_rows(rows, asked, where):
-        is_text = isinstance(read_pair(row, form, at, exact)["chosen"], str)
+        pair = read_pair(row, form, at, exact)
+        is_text = isinstance(pair["chosen"], str)
+        votes.append(read_votes(row, form.kept, at))
+        if ANNOTATIONS in form.kept:
+            labels.see(pair, read_annotations(row, at), at)
         if not is_text:
             roles |= {k: v for c in _FORMS[form.name] for k, v in renamed_roles(row[c]).items()}
+    if form.kept:
+        check_not_all_ties((v for v in votes if v), where)
     kind = "" if form.name == _SHARE_GPT else f", {'plain text' if is_text else 'conversational'}"
-    return Form(form.name + kind, form.columns, form.left_out, roles)
+    return replace(form, name=form.name + kind, roles=roles)
 
 
 def read_pair(

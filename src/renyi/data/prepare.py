@@ -18,6 +18,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from renyi.data.files import exact_dataset, new_fingerprint
+from renyi.data.groups import GROUP_COLUMN, check_groups, check_has_group, group_of, with_group
 from renyi.data.messages import is_messages
 from renyi.data.rendering import (
     chat_tokens,
@@ -46,7 +47,7 @@ from renyi.errors import ConfigError, DataError, EnsembleFormatError
 from renyi.labels import IGNORED
 
 PREPARATION_FILE = "preparation.json"
-_VERSION = 2  # version of this computation: prepared datasets on disk from another version are not used
+_VERSION = 3  # version of this computation: prepared datasets on disk from another version are not used
 
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
@@ -138,6 +139,7 @@ class Preparation(RowPreparation):
         dataset_text_field: the column that holds the text of a row of text.
         completion_only_loss: whether only a completion is trained; None means: if rows have completions.
         assistant_only_loss: whether only the assistant's messages are trained.
+        routing_group: the column of the groups whose rows share a responsibility; None if every row has its own.
     """
 
     max_length: int | None = 1024
@@ -145,19 +147,30 @@ class Preparation(RowPreparation):
     dataset_text_field: str = "text"
     completion_only_loss: bool | None = None
     assistant_only_loss: bool = False
+    routing_group: str | None = None
 
     def __post_init__(self) -> None:
         check_cut(self.max_length, self.truncation_mode)
 
     def check(self, rows: Dataset, name: str = "dataset") -> Form:
-        return check_rows(rows, self.dataset_text_field, self.assistant_only_loss, name, self.completion_only_loss)
+        form = check_rows(rows, self.dataset_text_field, self.assistant_only_loss, name, self.completion_only_loss)
+        if self.routing_group is not None:
+            check_groups(rows, self.routing_group, name)
+        return with_group(form, rows, self.routing_group)
 
     def form(self, rows: Any, name: str = "dataset") -> Form:
         form = form_of(rows, self.dataset_text_field, name)
         check_losses(form, self.assistant_only_loss, self.completion_only_loss)
-        return form
+        return with_group(form, rows, self._group_column(form))
+
+    def _group_column(self, form: Form) -> str | None:
+        is_prepared = self.routing_group is not None and WHOLE_LENGTH in form.columns
+        return GROUP_COLUMN if is_prepared else self.routing_group
 
     def readable(self, rows: Any, name: str = "dataset") -> Any:
+        column = self._group_column(self.form(rows, name))
+        if column is not None:
+            check_has_group(rows, column, name)
         return only_columns(rows, self.form(rows, name))
 
     def prepare(
@@ -219,6 +232,8 @@ def prepare(
         gone = [c for c in rows.column_names or [*form.columns, *form.left_out] if c not in keep]
         return rows.map(one, with_indices=True, remove_columns=gone)
     features = {"input_ids": List(Value("int32")), "labels": List(Value("int32")), WHOLE_LENGTH: Value("int32")}
+    if settings.routing_group in form.kept:
+        features[GROUP_COLUMN] = Value("string")
     prepared = rows.map(
         one,
         with_indices=True,
@@ -264,7 +279,9 @@ class _Tokenise:
             ids, labels = ids[kept], labels[kept]
         if lost_is_an_error and not any(label != IGNORED for label in labels[1:]):
             raise DataError("no trained token is left", where=where, hint=_lost_hint(self.settings))
-        return {"input_ids": ids, "labels": labels, WHOLE_LENGTH: whole}
+        made = {"input_ids": ids, "labels": labels, WHOLE_LENGTH: whole}
+        group = self.settings.routing_group
+        return made | {GROUP_COLUMN: group_of(row, group, where)} if group in self.form.kept and group else made
 
     def _tokens(self, read: Mapping[str, Any], where: str) -> tuple[list[int], list[int]]:
         """All tokens of a row, and their labels."""

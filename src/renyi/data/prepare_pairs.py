@@ -15,6 +15,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from renyi.data.files import new_fingerprint
+from renyi.data.groups import GROUP_COLUMN, check_groups, check_has_group, group_of, with_group
 from renyi.data.pairs import PREPARED, check_pairs, pair_form, read_pair
 from renyi.data.prepare import (
     NO_LIMITS,
@@ -28,11 +29,13 @@ from renyi.data.prepare import (
     nothing_left,
 )
 from renyi.data.rendering import chat_text, chat_tokens, check_can_tokenise, for_template, text_tokens
-from renyi.data.rows import Form, are_exact, check_not_empty, columns_of, only_columns, row_name
+from renyi.data.rows import Form, are_exact, check_not_empty, columns_of, numbered_rows, only_columns, row_name
+from renyi.data.votes import ANNOTATIONS, ANNOTATOR, LABELS, VOTE_COLUMNS, Annotation, read_annotations, read_votes
 from renyi.errors import DataError
 
 _SIDES = ("chosen", "rejected")
-_VERSION = 2  # version of this computation: prepared datasets on disk from another version are not used
+_BY = ANNOTATIONS  # the column of tokenised pairs that is turned into rows
+_VERSION = 3  # version of this computation: prepared datasets on disk from another version are not used
 Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
@@ -43,24 +46,42 @@ class PairPreparation(RowPreparation):
     Attributes:
         max_length: number of tokens after which a prompt with its completion is cut; None for the model's limit only.
         truncation_mode: which end is kept, "keep_start" or "keep_end".
+        routing_group: the column of the groups whose rows share a responsibility; None if every row has its own.
+            "annotator" makes a row of each of a pair's annotations.
     """
 
     max_length: int | None = 1024
     truncation_mode: str = "keep_start"
+    routing_group: str | None = None
 
     def __post_init__(self) -> None:
         check_cut(self.max_length, self.truncation_mode)
 
     def check(self, rows: Dataset, name: str = "dataset") -> Form:
-        return check_pairs(rows, name)
+        form = check_pairs(rows, name)
+        if self.routing_group is None:
+            return form
+        if self.by_annotation(form):
+            for row, at in numbered_rows(rows, (ANNOTATIONS,), name):
+                _named(read_annotations(row, at), at)
+        else:
+            check_groups(rows, self.routing_group, name)
+        return with_group(form, rows, self.routing_group)
 
     def form(self, rows: Any, name: str = "dataset") -> Form:
-        return pair_form(rows, name)
+        return with_group(pair_form(rows, name), rows, self.routing_group)
+
+    def by_annotation(self, form: Form) -> bool:
+        """Whether the rows have annotations, and these are grouped by their annotator."""
+        return self.routing_group == ANNOTATOR and ANNOTATIONS in form.kept
 
     def readable(self, rows: Any, name: str = "dataset") -> Any:
         if set(PREPARED) <= set(columns_of(rows)):
             return rows
-        return only_columns(rows, self.form(rows, name))
+        form = self.form(rows, name)
+        if self.routing_group is not None and not self.by_annotation(form):
+            check_has_group(rows, self.routing_group, name)
+        return only_columns(rows, form)
 
     def within(self, limits: Limits) -> Self:
         """The same settings, with `max_length` lowered to the base's positions if these are fewer."""
@@ -104,21 +125,32 @@ def prepare_pairs(
     columns = columns_of(rows)
     if set(PREPARED) <= set(columns):
         return rows
-    form = pair_form(rows, name)
+    form = settings.form(rows, name)
     one = _Tokenise(tokenizer, settings.within(limits), form, are_exact(rows, form.columns), name, limits)
     if not isinstance(rows, Dataset):
-        return rows.map(one, with_indices=True, remove_columns=columns)
+        tokens = rows.map(one, with_indices=True, remove_columns=columns)
+        return tokens.map(_by_annotator, batched=True, remove_columns=[_BY]) if settings.by_annotation(form) else tokens
     prepared = rows.map(
         one,
         with_indices=True,
         fn_kwargs={"version": _VERSION, "is_streamed": False},
         remove_columns=columns,
-        features=Features({column: List(Value("int32")) for column in PREPARED}),
+        features=one.features,
         num_proc=num_proc,
         new_fingerprint=new_fingerprint(rows),
         desc=f"Tokenising {name}",
     )
     _check_left(prepared, rows, settings.within(limits), name)
+    if settings.by_annotation(form):
+        features = Features({c: f for c, f in one.features.items() if c != _BY} | {GROUP_COLUMN: Value("string")})
+        prepared = prepared.map(
+            _by_annotator,
+            batched=True,
+            features=features,
+            remove_columns=[_BY],
+            fn_kwargs={"version": _VERSION},
+            new_fingerprint=new_fingerprint(prepared),
+        )
     return prepared
 
 
@@ -136,10 +168,25 @@ class _Tokenise:
     ):
         self.tokenizer, self.settings, self.form, self.exact = tokenizer, settings, form, exact
         self.name, self.limits = name, limits
+        self.votes = tuple(c for c in form.kept if c != settings.routing_group)
+        self.by_annotation = settings.by_annotation(form)
+        self.grouped = settings.routing_group in form.kept
+
+    @property
+    def features(self) -> Features:
+        """The columns of prepared pairs."""
+        features: dict[str, Any] = {column: List(Value("int32")) for column in PREPARED}
+        if self.by_annotation:
+            features[_BY] = List({ANNOTATOR: Value("string"), "label": Value("string")})
+        if self.votes:
+            features |= {column: Value("int32") for column in VOTE_COLUMNS}
+        if self.grouped:
+            features[GROUP_COLUMN] = Value("string")
+        return Features(features)
 
     def __call__(
         self, row: Mapping[str, Any], index: int, version: int = _VERSION, is_streamed: bool = True
-    ) -> dict[str, list[int]]:
+    ) -> dict[str, Any]:
         where = row_name(row, index, self.name)
         read = read_pair(row, self.form, where, self.exact)
         is_text = isinstance(read["chosen"], str)
@@ -150,9 +197,16 @@ class _Tokenise:
             self._check_prompt(read, prompt[shared:], where)
         for side in sides:
             check_ids(side, self.limits, where, self.tokenizer)
-        made = dict(zip(PREPARED, (prompt[:shared], *(side[shared:] for side in sides)), strict=True))
+        made: dict[str, Any] = dict(zip(PREPARED, (prompt[:shared], *(side[shared:] for side in sides)), strict=True))
         if is_streamed:
             self._check_left(made, where)
+        votes = read_votes(row, self.votes, where)
+        if votes is not None:
+            made |= dict(zip(VOTE_COLUMNS, votes, strict=True))
+        if self.by_annotation:
+            made[_BY] = [a._asdict() for a in _named(read_annotations(row, where), where)]
+        if self.grouped and self.settings.routing_group is not None:
+            made[GROUP_COLUMN] = group_of(row, self.settings.routing_group, where)
         return made
 
     def _text(self, read: Mapping[str, Any], where: str) -> tuple[list[int], list[list[int]]]:
@@ -195,6 +249,25 @@ class _Tokenise:
             raise DataError("no trained token is left", where=where, hint=_lost_hint(self.settings))
         if (tokens[0] == tokens[1]).all() and (trained[0] == trained[1]).all():
             _check_different(made, self.settings, where)
+
+
+def _named(annotations: list[Annotation], where: str) -> list[Annotation]:
+    if any(a.annotator is None for a in annotations):
+        raise DataError(
+            "has an annotation without an annotator",
+            where=f"{where}, column {ANNOTATIONS}",
+            hint="With routing_group: annotator every annotation needs the name of its annotator.",
+        )
+    return annotations
+
+
+def _by_annotator(columns: dict[str, list[Any]], version: int = _VERSION) -> dict[str, list[Any]]:
+    """A row for each annotation of a pair: the pair with this one vote, and the annotator as its group."""
+    rows = [(i, a) for i, annotations in enumerate(columns.pop(_BY)) for a in annotations]
+    made: dict[str, list[Any]] = {c: [columns[c][i] for i, _ in rows] for c in PREPARED}
+    for column, label in zip(VOTE_COLUMNS, LABELS, strict=True):
+        made[column] = [int(a["label"] == label) for _, a in rows]
+    return made | {GROUP_COLUMN: [a[ANNOTATOR] for _, a in rows]}
 
 
 def _lost_hint(settings: PairPreparation) -> str:

@@ -6,7 +6,7 @@ the columns of the dataset's form and ignores all others. Read next: `prepare.py
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from datasets import Dataset, IterableDataset, Json
@@ -52,17 +52,21 @@ class Form:
         columns: the columns that are read; the first ones make the form.
         left_out: columns that are not read.
         roles: roles of messages that are read under another name, each with that name.
+        kept: columns that are read beside the form's: votes, and the column of `routing_group`.
     """
 
     name: str
     columns: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     roles: Mapping[str, str] = field(default_factory=dict)
+    kept: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         parts = [self.name]
         if self.roles:
             parts.append("roles " + ", ".join(f"{role} → {known}" for role, known in self.roles.items()))
+        if self.kept:
+            parts.append(f"with {', '.join(self.kept)}")
         if self.left_out:
             parts.append(f"not read: {', '.join(self.left_out)}")
         return " · ".join(parts)
@@ -137,7 +141,7 @@ def check_rows(
         for column in ("messages", "conversations", "prompt", "completion"):
             if column in form.columns and is_messages(row[column]):
                 roles |= renamed_roles(row[column])
-    return Form(form.name, form.columns, form.left_out, roles)
+    return replace(form, roles=roles)
 
 
 def check_losses(form: Form, assistant_only: bool, completion_only: bool | None) -> None:
@@ -200,7 +204,7 @@ def numbered_rows(rows: Dataset, columns: Iterable[str], where: str) -> Iterator
 def only_columns(rows: Any, form: Form) -> Any:
     """A dataset, streamed or not, with only the columns that make a form or number the rows."""
     there = columns_of(rows)
-    kept = {*form.columns, *RIVALS, *_OURS}
+    kept = {*form.columns, *form.kept, *RIVALS, *_OURS}
     return rows.remove_columns([c for c in there if c not in kept])
 
 

@@ -38,6 +38,7 @@ from renyi.ensemble.modes import evaluating
 from renyi.errors import ConfigError, DataError
 from renyi.labels import IGNORED
 from renyi.measures import gradient_basis, random_basis
+from renyi.objectives import Votes, outcome_log_probs, votes_slope
 
 TOKENS_PER_PASS = 1 << 12  # tokens of all copies together; larger passes were not faster on a CPU
 
@@ -145,6 +146,7 @@ def diagnose_curvature(
     *,
     curvature: Curvature = "fisher",
     margin: Score | None = None,
+    tie_strength: float = 0.0,
     tokens_per_pass: int = TOKENS_PER_PASS,
     seed: int = 0,
 ) -> Projected:
@@ -160,6 +162,7 @@ def diagnose_curvature(
         curvature: "fisher" or "hessian".
         margin: computes the margin Δ of preference pairs; the examples are then pairs with ℓ_i = log σ(Δ_i), see
             `project_pairs`. None for sequences.
+        tie_strength: ν of pairs with votes, see `renyi.objectives.votes`.
         tokens_per_pass: number of tokens of all copies that run at once, for "fisher".
         seed: of the random directions.
 
@@ -169,9 +172,9 @@ def diagnose_curvature(
     if spanning is None:
         basis = random_basis(space.size, num_directions, seed).to(space.origin)
     else:
-        basis = gradient_basis((_gradients(space, batch, margin) for batch in spanning), num_directions)
+        basis = gradient_basis((_gradients(space, batch, margin, tie_strength) for batch in spanning), num_directions)
     if margin is not None:
-        return project_pairs(space, batches, basis, margin)
+        return project_pairs(space, batches, basis, margin, tie_strength)
     return project(space, batches, basis, curvature, tokens_per_pass)
 
 
@@ -203,24 +206,39 @@ def project(
     return Projected(ell_N, g_Nk, V_Nkk, empirical[0] if empirical else None, basis)
 
 
-def project_pairs(space: AdapterSpace, batches: Iterable[Batch], basis: Tensor, margin: Score) -> Projected:
+def project_pairs(
+    space: AdapterSpace, batches: Iterable[Batch], basis: Tensor, margin: Score, tie_strength: float = 0.0
+) -> Projected:
     """Gradients and curvature of preference pairs (Bradley–Terry): ℓ_i = log σ(Δ_i), V_i = σ(Δ_i) σ(−Δ_i) ∇Δ_i ∇Δ_iᵀ.
 
-    A pair has one outcome, so there is no agreement within an example that could raise J. A model that gives each pair
-    its right odds has critical alpha 1, however much annotators differ.
+    A pair with one label has one outcome, so there is no agreement within an example that could raise J. A model that
+    gives each pair its right odds has critical alpha 1, however much annotators differ. Several votes of a pair can
+    agree: see `renyi.objectives.votes` for their ℓ, slope and information.
 
     Args:
         space: the adapter.
         batches: batches of pairs, chosen rows first, with the other entries that `margin` needs.
         basis: U, [P, k].
         margin: from the token log-probabilities of the 2B rows and the batch to Δ [B].
+        tie_strength: ν, for votes. A batch has them as `votes` [B, 3], for chosen, rejected and tie.
     """
-    found = [per_example_gradients(space, batch, margin, rows_per_example=2) for batch in batches]
-    margin_N = torch.cat([values for values, _ in found])
-    slope_Nk = torch.cat([gradients.to(basis) @ basis for _, gradients in found])
-    wrong_N1 = torch.sigmoid(-margin_N)[:, None]
-    V_Nkk = (wrong_N1 * (1 - wrong_N1))[..., None] * slope_Nk[:, :, None] * slope_Nk[:, None]
-    return Projected(F.logsigmoid(margin_N), wrong_N1 * slope_Nk, V_Nkk, None, basis)
+    found = []
+    for batch in batches:
+        margin_B, gradients = per_example_gradients(space, batch, margin, rows_per_example=2)
+        found.append((margin_B, gradients.to(basis) @ basis, torch.stack(_votes(batch, margin_B), dim=-1)))
+    margin_N, direction_Nk, votes_N3 = (torch.cat(parts) for parts in zip(*found, strict=True))
+    slope_N, information_N = votes_slope(margin_N, Votes(*votes_N3.T), tie_strength)
+    V_Nkk = information_N[:, None, None] * direction_Nk[:, :, None] * direction_Nk[:, None]
+    log_p_N3 = outcome_log_probs(margin_N, tie_strength)
+    ell_N = torch.where(votes_N3 > 0, votes_N3 * log_p_N3, 0.0).sum(dim=-1)
+    return Projected(ell_N, slope_N[:, None] * direction_Nk, V_Nkk, None, basis)
+
+
+def _votes(batch: Batch, like: Tensor) -> Votes:
+    """The votes of a batch of pairs; one vote for each chosen completion if it has none."""
+    if "votes" in batch:
+        return Votes(*batch["votes"].to(like).T)
+    return Votes(torch.ones_like(like), torch.zeros_like(like), torch.zeros_like(like))
 
 
 # ---- Products in the whole space -------------------------------------------------------------------------------------
@@ -275,12 +293,12 @@ def hessian_product(
 # ---- One batch -------------------------------------------------------------------------------------------------------
 
 
-def _gradients(space: AdapterSpace, batch: Batch, margin: Score | None) -> Tensor:
+def _gradients(space: AdapterSpace, batch: Batch, margin: Score | None, tie_strength: float = 0.0) -> Tensor:
     """∇ℓ_i of sequences, or of pairs, [E, P]."""
     if margin is None:
         return per_example_gradients(space, batch)[1]
     margins, gradients = per_example_gradients(space, batch, margin, rows_per_example=2)
-    return torch.sigmoid(-margins)[:, None] * gradients
+    return votes_slope(margins, _votes(batch, margins), tie_strength)[0][:, None] * gradients
 
 
 def _project_fisher(space: AdapterSpace, batch: Batch, basis: Tensor, tokens_per_pass: int) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from renyi.inference.choices import ChoiceScores, choice_log_probs, choice_promp
 from renyi.inference.continuation import ContinuationScore, score_continuations
 from renyi.inference.diagnose import Diagnosis, diagnose
 from renyi.inference.generate import Answer, Prompt, generate
+from renyi.inference.group_scores import GroupScore, group_scores
 from renyi.inference.members import MemberSummary, summarise_members
 from renyi.inference.pair_scores import PairScore, score_pairs
 from renyi.inference.score import Score, score
@@ -15,6 +16,7 @@ __all__ = [
     "ChoiceScores",
     "ContinuationScore",
     "Diagnosis",
+    "GroupScore",
     "MemberSummary",
     "PairScore",
     "Prompt",
@@ -25,6 +27,7 @@ __all__ = [
     "choice_prompt",
     "diagnose",
     "generate",
+    "group_scores",
     "score",
     "score_choices",
     "score_continuations",

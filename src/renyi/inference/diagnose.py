@@ -6,7 +6,7 @@ curvature of examples), `renyi.measures.stability` (the figures). `renyi.cli.dia
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,9 +15,9 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from renyi.data import PairPreparation
+from renyi.data import GROUP_COLUMN, VOTE_COLUMNS, PairPreparation
 from renyi.ensemble import LoraEnsemble, Reference, completion_labels
-from renyi.ensemble.curvature import AdapterSpace, Batch, Curvature, Score, diagnose_curvature
+from renyi.ensemble.curvature import AdapterSpace, Batch, Curvature, Projected, Score, diagnose_curvature
 from renyi.errors import ConfigError, DataError, RenyiError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.labels import IGNORED
@@ -57,6 +57,9 @@ class Diagnosis(NamedTuple):
             contradict each other lie far from zero on opposite sides.
         log_likelihood: of each example under the member, nats, [N]; for a pair, of its label.
         directions: leading directions in the adapter's parameters, [P, k], with vᵀVv = 1.
+        groups: the names of the measured groups, if rows share a responsibility (`routing_group`). The figures are then
+            of groups, whose ℓ is the sum over their rows; `examples` and their `loadings` are still rows.
+        group_loadings: of each group on the leading direction, in units of the root mean square.
     """
 
     critical_alpha: float
@@ -72,6 +75,8 @@ class Diagnosis(NamedTuple):
     loadings: list[float]
     log_likelihood: list[float]
     directions: Tensor
+    groups: list[str] | None = None
+    group_loadings: list[float] | None = None
 
     @property
     def contradicted(self) -> bool:
@@ -108,7 +113,9 @@ def diagnose(
 ) -> Diagnosis:
     """Diagnose one member on a dataset.
 
-    Half of the chosen examples span the directions. The other half is measured along them.
+    Half of the chosen examples span the directions. The other half is measured along them. Rows with a column
+    `renyi.data.GROUP_COLUMN` are measured in groups: a group's ℓ is the sum over its rows, and its critical alpha is
+    lower, the more rows agree. Then whole groups are drawn, until there are as many rows as asked for.
 
     Args:
         ensemble: its member `member` was fitted to data like these rows.
@@ -131,12 +138,14 @@ def diagnose(
     """
     if num_directions < 1 or max_examples < 4:
         raise ConfigError("is too few", where="num_directions" if num_directions < 1 else "max_examples")
-    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:max_examples].tolist()
-    measured, spanning = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
-    if len(measured) < FEWEST_MEASURED:
+    of_rows = list(map(str, rows[GROUP_COLUMN])) if GROUP_COLUMN in rows.column_names else None
+    measured, spanning, number = _drawn(of_rows or list(range(len(rows))), max_examples, seed)
+    if number < FEWEST_MEASURED:
+        kind = "rows" if of_rows is None else "groups"
         raise DataError(
-            f"{len(drawn)} rows are too few: half of them are measured, and fewer than {FEWEST_MEASURED} say nothing",
-            hint=f"Give at least {2 * FEWEST_MEASURED} rows.",
+            f"{len(set(of_rows)) if of_rows else len(rows)} {kind} are too few: half of them are measured, and fewer "
+            f"than {FEWEST_MEASURED} say nothing",
+            hint=f"Give at least {2 * FEWEST_MEASURED} {kind}.",
         )
     if getattr(ensemble.base, "is_quantized", False):
         raise ConfigError(
@@ -175,9 +184,20 @@ def diagnose(
             k,
             curvature=curvature,
             margin=margin,
+            tie_strength=0.0 if pairs is None else pairs.loss.tie_strength,
             tokens_per_pass=tokens_per_batch,
             seed=seed,
         )
+    names, of_each = None, projected.log_likelihood.tolist()
+    by_row_Nk = projected.gradients.double()
+    if of_rows is not None:
+        if quantity != "sequence":
+            raise ConfigError(
+                "divides by tokens, and a group's log-likelihood is a sum",
+                where="routing_quantity",
+                hint="Write sequence, or prepare the rows without routing_group.",
+            )
+        names, projected, tokens = _summed(projected, [of_rows[i] for i in order], tokens)
     # Both estimate V at a fitted, calibrated point. The Fisher matrix is too small if predictions are too sure. The
     # second moment of tokens is too small if answers are almost certain. So the greater critical alpha is used.
     estimates = [projected.curvature] if projected.empirical is None else [projected.curvature, projected.empirical]
@@ -194,6 +214,10 @@ def diagnose(
     # Eigenvalues are too great if examples are few. All are corrected by the factor of the leading one.
     shrink = min(1.0, found.plug_in / found.critical_alpha) if found.critical_alpha > 0 else 1.0
     apart = sum(1 for value in found.eigenvalues.tolist() if value * shrink > 1 / alpha) if found.high < 1 else 0
+    loadings = found.loadings
+    if names is not None:  # of rows, on the leading direction that the groups' figures are of
+        of_rows_N = by_row_Nk @ spectrum.directions[:, 0]
+        loadings = of_rows_N / of_rows_N.square().mean().sqrt().clamp(min=1e-300)
     return Diagnosis(
         critical_alpha=found.critical_alpha,
         low=found.low,
@@ -205,10 +229,57 @@ def diagnose(
         alpha=alpha,
         members=1 + apart,
         examples=order,
-        loadings=found.loadings.tolist(),
-        log_likelihood=projected.log_likelihood.tolist(),
+        loadings=loadings.tolist(),
+        log_likelihood=of_each,
         directions=directions,
+        groups=names,
+        group_loadings=None if names is None else found.loadings.tolist(),
     )
+
+
+def _drawn(of_rows: Sequence[Any], most: int, seed: int) -> tuple[list[int], list[int], int]:
+    """Rows to measure and rows that span directions, in whole groups, and how many groups are measured.
+
+    Groups are drawn at random. Of large ones, enough are taken for a measurement even if their rows are more than asked
+    for.
+    """
+    rows_of: dict[Any, list[int]] = {}
+    for row, group in enumerate(of_rows):
+        rows_of.setdefault(group, []).append(row)
+    groups = list(rows_of.values())
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn: list[list[int]] = []
+    rows = 0
+    for i in order:
+        if rows + len(groups[i]) > most and (len(drawn) >= 2 * FEWEST_MEASURED or len(groups) == len(of_rows)):
+            break
+        drawn.append(groups[i])
+        rows += len(groups[i])
+    half = len(drawn) // 2
+    measured, spanning = drawn[:half], drawn[half:]
+    return [row for group in measured for row in group], [row for group in spanning for row in group], half
+
+
+def _summed(
+    projected: Projected, groups: Sequence[str], tokens: Sequence[int]
+) -> tuple[list[str], Projected, list[int]]:
+    """The names of groups, what was projected summed over the rows of each, and their tokens."""
+    names = sorted(set(groups))
+    number = {name: i for i, name in enumerate(names)}
+    group_N = torch.tensor([number[group] for group in groups], device=projected.gradients.device)
+
+    def summed(values: Tensor) -> Tensor:
+        return values.new_zeros(len(names), *values.shape[1:]).index_add(0, group_N, values)
+
+    empirical = None if projected.empirical is None else summed(projected.empirical)
+    sums = Projected(
+        summed(projected.log_likelihood),
+        summed(projected.gradients),
+        summed(projected.curvature),
+        empirical,
+        projected.basis,
+    )
+    return names, sums, summed(torch.tensor(tokens, device=group_N.device)).tolist()
 
 
 def recommended_alpha(critical_alpha: float) -> float:
@@ -309,6 +380,9 @@ def _pair_batches(pairs: Pairs) -> _Batches:
             batch = {k: v.to(ensemble.device) for k, v in collate([columns[i] for i in chosen]).items()}
             batch["labels"] = completion_labels(batch)
             batch["reference"] = reference.log_probs(batch, loss.ld_alpha)
+            if VOTE_COLUMNS[0] in rows.column_names:
+                at = rows.select([numbers[i] for i in chosen])
+                batch["votes"] = torch.tensor([at[column] for column in VOTE_COLUMNS], device=ensemble.device).T
             yield [numbers[i] for i in chosen], batch
 
     return batches

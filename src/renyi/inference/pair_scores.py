@@ -13,18 +13,23 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from renyi.data import Limits, PairPreparation, count_cut_pairs, told_cut
+from renyi.data import VOTE_COLUMNS, Limits, PairPreparation, count_cut_pairs, told_cut
 from renyi.ensemble import LoraEnsemble, Reference, completion_labels
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length
+from renyi.inference.group_scores import with_groups
 from renyi.measures import token_uncertainty
 from renyi.objectives import (
     LogRatios,
     PreferenceLoss,
+    Votes,
     completion_log_prob,
     example_responsibilities,
+    outcome_log_probs,
     preference_log_likelihood,
     preference_margin,
+    renyi_loss,
+    votes_log_likelihood,
 )
 
 logger = logging.getLogger(__name__)
@@ -38,11 +43,15 @@ class PairScore(NamedTuple):
         tokens: of both completions.
         margin: each member's reward margin Δ_m of chosen over rejected, [M].
         preference: the mixture's probability Σ_m π_m σ(Δ_m) that the chosen completion is preferred.
-        log_likelihood: of the label under each member, log σ(Δ_m), or −loss_m for another loss; [M].
+        log_likelihood: of the label under each member, log σ(Δ_m), or −loss_m for another loss; of all labels if the
+            pair has votes; [M].
         responsibilities: share of the pair that each member would learn from at the ensemble's alpha, [M].
-        mixture_nll: −log of `preference`, nats.
+        mixture_nll: −log of `preference`, nats; with votes, −log Σ_m π_m of the probability of all labels.
         total: entropy of the mixture's preference, nats.
         epistemic: its part that is the members' disagreement (mutual information), nats.
+        votes: how many labels are "chosen", "rejected" and "tie"; None if the rows have no votes.
+        group: the group that shares a responsibility with this pair (`routing_group`); None if the rows have none.
+        group_responsibilities: of that group as a whole, [M].
     """
 
     index: int  # type: ignore[assignment]
@@ -54,6 +63,9 @@ class PairScore(NamedTuple):
     mixture_nll: float
     total: float
     epistemic: float
+    votes: tuple[int, int, int] | None = None
+    group: str | None = None
+    group_responsibilities: list[float] | None = None
 
     @property
     def epistemic_share(self) -> float:
@@ -95,6 +107,7 @@ def score_pairs(
         logger.warning("%s", told)
     collate = DataCollatorForPreference(0, preparation.max_length, preparation.truncation_mode)
     columns = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
+    votes_N3 = votes_of(pairs)
     lengths = [
         min(len(prompt) + max(len(chosen), len(rejected)), preparation.max_length or sys.maxsize)
         for batch in columns.iter(1000)
@@ -104,20 +117,38 @@ def score_pairs(
     with ensemble.inference(), torch.no_grad():
         for rows in batches_by_length(lengths, tokens_per_batch // (2 * ensemble.num_members)):
             batch = {k: v.to(ensemble.device) for k, v in collate([columns[i] for i in rows]).items()}
-            scores += _score_batch(ensemble, rows, batch, loss, reference)
+            votes = None if votes_N3 is None else Votes(*votes_N3[rows].T)
+            scores += _score_batch(ensemble, rows, batch, loss, reference, votes)
             progress(len(scores))
-    return sorted(scores)
+    return with_groups(sorted(scores, key=lambda score: score.index), pairs, ensemble)
+
+
+def votes_of(pairs: Dataset) -> Tensor | None:
+    """The votes [N, 3] of prepared pairs: for chosen, rejected and tie. None if they have none."""
+    if VOTE_COLUMNS[0] not in pairs.column_names:
+        return None
+    return torch.tensor([pairs[column] for column in VOTE_COLUMNS]).T
 
 
 def _score_batch(
-    ensemble: LoraEnsemble, rows: list[int], batch: dict[str, Tensor], loss: PreferenceLoss, reference: Reference
+    ensemble: LoraEnsemble,
+    rows: list[int],
+    batch: dict[str, Tensor],
+    loss: PreferenceLoss,
+    reference: Reference,
+    votes: Votes | None,
 ) -> list[PairScore]:
     mask = batch["completion_mask"]
     output = ensemble(batch["input_ids"], batch["attention_mask"], completion_labels(batch))
     logps_M2B = ensemble.gathered(completion_log_prob(output.log_probs, mask[:, 1:], loss.ld_alpha))
     ratios_M2B = logps_M2B - reference.log_probs(batch, loss.ld_alpha)
     ratios = LogRatios(*ratios_M2B.chunk(2, dim=1), *mask.sum(dim=1).chunk(2))
-    ell_MB, margin_MB = (f(ratios, loss).double().cpu() for f in (preference_log_likelihood, preference_margin))
+    margin_MB = preference_margin(ratios, loss).double().cpu()
+    if votes is None:
+        ell_MB = preference_log_likelihood(ratios, loss).double().cpu()
+    else:
+        given = Votes(*(x.to(ratios.chosen.device) for x in votes))
+        ell_MB = votes_log_likelihood(ratios, given, loss).double().cpu()
     if not (ell_MB.isfinite() & margin_MB.isfinite()).all():
         bad = int((~(ell_MB.isfinite() & margin_MB.isfinite())).any(dim=0).nonzero()[0])
         raise EnsembleFormatError(
@@ -129,6 +160,7 @@ def _score_batch(
     log_preference_MB2 = torch.nn.functional.logsigmoid(torch.stack([margin_MB, -margin_MB], dim=-1))
     log_mixture_B2 = (log_weights[:, None, None] + log_preference_MB2).logsumexp(dim=0)
     uncertainty = token_uncertainty(log_preference_MB2, log_weights)
+    nll_B = -log_mixture_B2[:, 0] if votes is None else _nll_of_votes(margin_MB, votes, loss, log_weights)
     tokens_B = mask[:, 1:].sum(dim=1).view(2, -1).sum(dim=0).cpu()
     order = tokens_B, ensemble.alpha, log_weights, ensemble.routing_quantity
     return [
@@ -140,9 +172,18 @@ def _score_batch(
             log_mixture_B2[:, 0].exp().tolist(),
             ell_MB.T.tolist(),
             example_responsibilities(ell_MB, *order).T.tolist(),
-            (-log_mixture_B2[:, 0]).tolist(),
+            nll_B.tolist(),
             uncertainty.total.tolist(),
             uncertainty.epistemic.tolist(),
+            [None] * len(rows) if votes is None else list(zip(*(x.tolist() for x in votes), strict=True)),
             strict=True,
         )
     ]
+
+
+def _nll_of_votes(margin_MB: Tensor, votes: Votes, loss: PreferenceLoss, log_weights: Tensor) -> Tensor:
+    """−log Σ_m π_m Π P_m(label) over the labels of each pair, nats. Ties that have no probability are left out."""
+    log_p_MB3 = outcome_log_probs(margin_MB, loss.tie_strength)
+    counts_B3 = torch.stack(votes, dim=-1).to(log_p_MB3)
+    kept = 3 if loss.tie_strength > 0 else 2
+    return renyi_loss((log_p_MB3[..., :kept] * counts_B3[:, :kept]).sum(dim=-1), 1.0, log_weights)

@@ -17,6 +17,7 @@ from renyi.data import Limits, Preparation, count_cut, prepare, told_cut
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError, DataError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
+from renyi.inference.group_scores import with_groups
 from renyi.labels import IGNORED
 from renyi.objectives import example_responsibilities, jensen_gap, renyi_loss
 
@@ -33,6 +34,8 @@ class Score(NamedTuple):
         responsibilities: share of the example that each member would learn from at the ensemble's alpha, [M].
         mixture_nll: −log Σ_m π_m p_m(y | x).
         jensen_gap: mean member NLL − mixture NLL ≥ 0.
+        group: the group that shares a responsibility with this row (`routing_group`); None if the rows have none.
+        group_responsibilities: of that group as a whole, [M].
     """
 
     index: int  # type: ignore[assignment]
@@ -41,6 +44,8 @@ class Score(NamedTuple):
     responsibilities: list[float]
     mixture_nll: float
     jensen_gap: float
+    group: str | None = None
+    group_responsibilities: list[float] | None = None
 
 
 def score(
@@ -82,7 +87,7 @@ def score(
         for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
             scores += _score_batch(ensemble, rows, dataset[rows])
             progress(len(scores))
-    return sorted(scores)
+    return with_groups(sorted(scores, key=lambda score: score.index), dataset, ensemble)
 
 
 def prepared_for(

@@ -9,6 +9,7 @@ from renyi.objectives.mixture import (
     effective_members,
     example_loss,
     example_responsibilities,
+    group_sums,
     jensen_gap,
     renyi_loss,
     responsibilities,
@@ -37,6 +38,14 @@ from renyi.objectives.preference import (
     preference_margin,
 )
 from renyi.objectives.thumbs import THUMB_LOSSES, ThumbLoss, reference_point, thumb_log_likelihood, thumb_logit
+from renyi.objectives.votes import (
+    TIE_LOSSES,
+    Votes,
+    outcome_log_probs,
+    tie_strength_of,
+    votes_log_likelihood,
+    votes_slope,
+)
 
 __all__ = [
     "BALANCES",
@@ -45,19 +54,23 @@ __all__ = [
     "PAIR_LOSSES",
     "QUANTITIES",
     "THUMB_LOSSES",
+    "TIE_LOSSES",
     "ImportanceWeight",
     "LogRatios",
     "PowerTarget",
     "PreferenceLoss",
     "ThumbLoss",
+    "Votes",
     "completion_log_prob",
     "critical_alpha",
     "effective_members",
     "example_loss",
     "example_responsibilities",
     "group_partition",
+    "group_sums",
     "importance_weight",
     "jensen_gap",
+    "outcome_log_probs",
     "power_next_token",
     "power_target",
     "preference_log_likelihood",
@@ -69,6 +82,9 @@ __all__ = [
     "running_log_weights",
     "thumb_log_likelihood",
     "thumb_logit",
+    "tie_strength_of",
     "trajectory_balance",
     "trajectory_residual",
+    "votes_log_likelihood",
+    "votes_slope",
 ]

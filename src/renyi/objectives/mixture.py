@@ -105,6 +105,23 @@ def example_responsibilities(
     return responsibilities(log_likelihood / routed_units(tokens, quantity), alpha, log_weights)
 
 
+def group_sums(log_likelihood: Tensor, group: Tensor, num_groups: int | None = None) -> Tensor:
+    """ℓ of groups of examples: the sums [M, G] of ℓ [M, E] over the examples of each group.
+
+    The examples of a group share one responsibility: that of the group as a whole, `responsibilities` of these sums.
+    The loss of a group is `renyi_loss` of its sum. If only some examples of a group are at hand, let S [M, G] be the ℓ
+    of the others, and take log w + α S for `log_weights`, normalised over members. That loss is the group's whole loss
+    less the loss of the others, and its responsibilities are those of the whole group.
+
+    Args:
+        log_likelihood: ℓ [M, E].
+        group: the group of each example, numbered from 0, [E].
+        num_groups: G; by default one more than the greatest number.
+    """
+    many = int(group.max()) + 1 if num_groups is None else num_groups
+    return log_likelihood.new_zeros(len(log_likelihood), many).index_add(1, group, log_likelihood)
+
+
 def routed_units(tokens: Tensor, quantity: str) -> Tensor:
     """The divisor of an example's ℓ before responsibilities are computed: 1, or its trained `tokens`. Shape [...]."""
     if quantity not in QUANTITIES:

@@ -18,7 +18,7 @@ predicts the labels as well as any mixture, and with ℓ = log σ(Δ) the member
 separate where one reward cannot fit the pooled preferences, that is, where these are not transitive. An example is a
 matter of taste that some annotators rank above all else and others below all else.
 
-Read next: `training/dpo.py`, the trainer.
+Read next: `votes.py` (several labels of one pair), `training/dpo.py` (the trainer).
 """
 
 import math
@@ -51,6 +51,7 @@ class PreferenceLoss:
         f_alpha_divergence_coef: the coefficient of "alpha_divergence".
         discopop_tau: the temperature τ of "discopop".
         ld_alpha: the weight of a completion's tokens beyond the length of the pair's shorter one; None is 1.
+        tie_strength: ν of Davidson's model of ties, see `votes.py`; 0 is Bradley–Terry, without ties.
     """
 
     beta: float = 0.1
@@ -61,6 +62,7 @@ class PreferenceLoss:
     f_alpha_divergence_coef: float = 0.5
     discopop_tau: float = 0.05
     ld_alpha: float | None = None
+    tie_strength: float = 0.0
 
 
 class LogRatios(NamedTuple):

@@ -1,9 +1,11 @@
 """Which pairs of members and examples a training step runs, and how many at a time.
 
 Read in this order: `plan.py` (the settings), `router.py` (wraps the joint forward of an ensemble), `race.py` (scores in
-blocks and stops scoring members that fall behind), `statistics.py` (counts what was scored and what was left out).
+blocks and stops scoring members that fall behind), `statistics.py` (counts what was scored and what was left out),
+`groups.py` (rows that share one responsibility).
 """
 
+from renyi.routing.groups import BatchGroups, GroupEvidence
 from renyi.routing.plan import PLACES, ROUTINGS, SHARE, RoutingPlan, share_of
 from renyi.routing.router import Routed, Router
 from renyi.routing.statistics import (
@@ -21,6 +23,8 @@ __all__ = [
     "ROUTINGS",
     "SHARE",
     "AutoRouting",
+    "BatchGroups",
+    "GroupEvidence",
     "PassStatistics",
     "Routed",
     "Router",

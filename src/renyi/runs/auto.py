@@ -114,7 +114,8 @@ def _fit_and_spread(settings: Settings, args: Any, folder: Path, watch: Watch) -
 
     with watch.doing("diagnosing the one adapter"):
         # The adapter was not fitted to these rows. On rows that it was fitted to it would look better than it is.
-        probes = data.sample(run.probe_rows, MAX_EXAMPLES)
+        grouped = run.trainer.args.routing_group is not None
+        probes = run.probe_rows if grouped else data.sample(run.probe_rows, MAX_EXAMPLES)
         rows = run.preparation.prepare(probes, run.tokenizer, limits=run.trainer.limits)
         pairs = None
         if isinstance(run.trainer, RenyiDPOTrainer):

@@ -131,7 +131,9 @@ def build(settings: Settings, asked: Settings | None = None, probes: int = 0) ->
     preparation = settings.trainer.preparation_class.of(args)
     form, train_rows, eval_rows = _load_rows(script, args, own, preparation, dataset_name)
     fit_rows, probe_rows = (
-        _without_probes(train_rows, probes, args.seed, dataset_name) if probes else (train_rows, None)
+        _without_probes(train_rows, probes, args.seed, dataset_name, args.routing_group)
+        if probes
+        else (train_rows, None)
     )
     record = Record.of(asked or settings, args, train_rows, eval_rows, tokenizer)
     record.check(output_dir)
@@ -334,8 +336,10 @@ def _held_out(rows: Dataset, share: float, seed: int, name: str) -> tuple[Datase
     return parts["train"], parts["test"]
 
 
-def _without_probes(rows: Rows, most: int, seed: int, name: str) -> tuple[Rows, Rows]:
+def _without_probes(rows: Rows, most: int, seed: int, name: str, group: str | None) -> tuple[Rows, Rows]:
     """Rows to fit to, and rows to diagnose the fit with: a fifth, at least `FEWEST_PROBES`; of a stream the first.
+
+    With a column of groups, whole groups are kept, at least as many.
 
     Raises:
         DataError: there are fewer rows than twice the fewest.
@@ -348,8 +352,40 @@ def _without_probes(rows: Rows, most: int, seed: int, name: str) -> tuple[Rows, 
             where=name,
             hint=f"Give at least {2 * FEWEST_PROBES} rows, or a number for alpha.",
         )
+    if group is not None and group in rows.column_names:
+        return _without_groups(rows, most, seed, name, group)
+    if group is not None:  # a row of annotations has several
+        raise ConfigError(
+            "auto measures whole groups, and a row here belongs to several annotators",
+            where="alpha",
+            hint="Give a number for alpha, or a row for each annotation with a column `annotator`.",
+        )
     parts = rows.train_test_split(test_size=min(most, max(FEWEST_PROBES, len(rows) // 5)), seed=seed)
     return parts["train"], parts["test"]
+
+
+def _without_groups(rows: Dataset, most: int, seed: int, name: str, group: str) -> tuple[Dataset, Dataset]:
+    """The same in whole groups: a fifth of them, at least `FEWEST_PROBES`, and of small ones no more rows than `most`.
+
+    Raises:
+        DataError: there are fewer groups than twice the fewest.
+    """
+    of_rows = list(map(str, rows[group]))
+    names = sorted(set(of_rows))
+    if len(names) < 2 * FEWEST_PROBES:
+        raise DataError(
+            f"{len(names)} groups are too few for alpha: auto, which keeps {FEWEST_PROBES} to diagnose the fit with",
+            where=name,
+            hint=f"Give at least {2 * FEWEST_PROBES} groups of {group}, or a number for alpha.",
+        )
+    many = min(max(FEWEST_PROBES, len(names) // 5), max(FEWEST_PROBES, most * len(names) // len(rows)))
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:many].tolist()
+    kept = {names[i] for i in order}
+    is_probe = [value in kept for value in of_rows]
+    return (
+        rows.select([i for i, probe in enumerate(is_probe) if not probe]),
+        rows.select([i for i, probe in enumerate(is_probe) if probe]),
+    )
 
 
 @contextmanager

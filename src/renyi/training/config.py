@@ -40,6 +40,9 @@ class EnsembleConfig(_BeforeConfig):
             drawn by its responsibility, so that gradients are unbiased. "sparse": pairs whose responsibility reaches
             `routing_threshold`. "raced": as "sampled", but a member that falls behind in an example is not scored to
             its end. "auto": "sparse" where it pays. The log says what was left out.
+        routing_group: a column of the rows, such as the annotator or the document, whose rows share one responsibility:
+            that of their summed log-likelihood. Batches keep the rows of a group together. For a group larger than a
+            batch, the other rows count as they were when they were last run. None: every row has its own.
         routing_threshold: the responsibility below which "sparse" leaves out a pair and "raced" stops scoring a member.
         token_budget: most tokens of one forward and backward pass, over all members, padding counted. A larger batch
             is run in parts, with the same gradients. The default is what one member's batch may hold, at least 8,192:
@@ -89,6 +92,10 @@ class EnsembleConfig(_BeforeConfig):
             "help": "Which pairs of members and examples are trained: all (dense), or fewer.",
             "choices": list(ROUTINGS),
         },
+    )
+    routing_group: str | None = field(
+        default=None,
+        metadata={"help": "A column, such as annotator: its rows of one value share one responsibility."},
     )
     routing_threshold: float = field(
         default=0.01, metadata={"help": "Responsibility below which sparse and raced routing leave a pair out."}
@@ -181,6 +188,8 @@ class EnsembleConfig(_BeforeConfig):
         require("routing_quantity", self.routing_quantity, self.routing_quantity in quantities, f"one of {quantities}")
         require("mixture_weights", self.mixture_weights, self.mixture_weights in weights, f"one of {weights}")
         require("routing", self.routing, self.routing in ROUTINGS, f"one of {ROUTINGS}")
+        if self.routing_group is not None:
+            self._check_groups()
         fair = 1 / (self.num_members * max(1, self.num_draws))
         threshold, budget = self.routing_threshold, self.token_budget
         goes_by_it = self.routing in ("sparse", "raced", "auto")
@@ -215,6 +224,24 @@ class EnsembleConfig(_BeforeConfig):
         require("std_learning_rate", rate, 0 <= rate < math.inf, "a number of at least 0")
         require("kl_warmup_ratio", warmup, 0 <= warmup <= 1, "a share between 0 and 1")
         require("kl_warmup_ratio", warmup, not warmup or self.prior_std is not None, "0, or a prior_std as well")
+
+    def _check_groups(self) -> None:
+        """Raise `ConfigError` about a setting that does not go with `routing_group`."""
+        args: Any = self
+        group, beside = self.routing_group, "beside routing_group"
+        require("routing_group", group, bool(group), "the name of a column, or leave it out")
+        by_row = f"'sequence' {beside}: a group's log-likelihood is a sum"
+        require("routing_quantity", self.routing_quantity, self.routing_quantity == "sequence", by_row)
+        whole = f"another one {beside}: a member falls behind in a row, and the group decides"
+        require("routing", self.routing, self.routing != "raced", whole)
+        points = f"'point' {beside}: what is kept of other rows would be of other draws"
+        require("member_kind", self.member_kind, self.member_kind == "point", points)
+        plain = f"'random' {beside}: batches are made of whole groups"
+        require(
+            "train_sampling_strategy", args.train_sampling_strategy, args.train_sampling_strategy == "random", plain
+        )
+        alone = "it to one process: a group's rows would be in several"
+        require("routing_group", group, args.world_size == 1, alone)
 
     @property
     def recomputes_reentrantly(self) -> bool:

@@ -25,10 +25,14 @@ from renyi.objectives import (
     COUPLED_LOSSES,
     F_DIVERGENCES,
     PAIR_LOSSES,
+    TIE_LOSSES,
     LogRatios,
     PreferenceLoss,
+    Votes,
     completion_log_prob,
     preference_log_likelihood,
+    tie_strength_of,
+    votes_log_likelihood,
 )
 from renyi.routing import Sums, routing_sums, share_of
 from renyi.training.card import Method
@@ -44,9 +48,18 @@ class RenyiDPOConfig(ReferencedConfig, DPOConfig):
 
     `learning_rate` defaults to 1e-5, ten times TRL's, because only adapters are trained. Every `loss_type` of a single
     pair works, alone or weighted; those that couple the pairs of a batch are refused.
+
+    Args:
+        tie_strength: ν of Davidson's model of ties, see `renyi.objectives.votes`. By default the value at which a pair
+            of equals is a tie as often as the training data's labels are; 0 without ties, which is Bradley–Terry.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+
+    tie_strength: float | None = field(
+        default=None,
+        metadata={"help": "Strength of ties in votes (Davidson's ν); by default from the share of ties."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,6 +81,10 @@ class RenyiDPOConfig(ReferencedConfig, DPOConfig):
         require("label_smoothing", smoothing, 0 <= smoothing < 0.5, "a share below 0.5")
         require("label_smoothing", smoothing, not smoothing or bool(smooths), "it to the losses robust and exo_pair")
         require("label_smoothing", smoothing, smoothing > 0 or "exo_pair" not in smooths, "1e-3 for exo_pair")
+        ties = self.tie_strength
+        require("tie_strength", ties, ties is None or 0 <= ties < math.inf, "a number from 0, or leave it out")
+        can_tie = not ties or " + ".join(self.loss_type) in TIE_LOSSES
+        require("tie_strength", ties, can_tie, f"0, or a loss_type that knows ties: {' or '.join(TIE_LOSSES)}")
         require("use_weighting", True, not self.use_weighting, "false: WPO's weights are not built")
 
     @property
@@ -81,6 +98,7 @@ class RenyiDPOConfig(ReferencedConfig, DPOConfig):
             f_alpha_divergence_coef=self.f_alpha_divergence_coef,
             discopop_tau=self.discopop_tau,
             ld_alpha=self.ld_alpha,
+            tie_strength=self.tie_strength or 0.0,
         )
 
 
@@ -96,7 +114,7 @@ class RenyiDPOTrainer(ReferencedTrainer, DPOTrainer):
             one that was fine-tuned before.
         args: a `RenyiDPOConfig`.
         train_dataset: as for TRL: `prompt`, `chosen` and `rejected`, or the prompt within both; plain or
-            conversational; or ShareGPT pairs.
+            conversational; or ShareGPT pairs. Rows may have votes, see `renyi.data.votes`.
         peft_config: a `peft.LoraConfig` for the members; rank 16 on all linear layers if not given.
         quantization_config: how to quantise the base when `model` is a name.
         kwargs: as for TRL's DPOTrainer, except `ref_model`: see `RenyiDPOConfig.reference`.
@@ -126,7 +144,8 @@ class RenyiDPOTrainer(ReferencedTrainer, DPOTrainer):
         super().__init__(model, args, train_dataset, **kwargs)
         if kwargs.get("data_collator") is None:  # then TRL's collator is used, and it cuts rows
             collator: Any = self.data_collator
-            collator.max_length = self.preparation.within(self.limits).max_length
+            collator.inner.max_length = self.preparation.within(self.limits).max_length
+        self._settle_ties()
 
     def compute_loss(
         self,
@@ -148,13 +167,59 @@ class RenyiDPOTrainer(ReferencedTrainer, DPOTrainer):
         if len(reference_S2B) > 1:  # each member has a reference of its own, and so have its draws
             reference_S2B = reference_S2B.repeat_interleave(self.model.draws, dim=0)
         ratios = LogRatios(*(logps_M2B - reference_S2B).chunk(2, dim=1), *mask.sum(dim=1).chunk(2))
-        ell_MB = preference_log_likelihood(ratios, self.args.preference_loss)
+        ell_MB = self._log_likelihood(ratios, inputs)
         tokens_B = output.label_mask.sum(dim=1).view(2, -1).sum(dim=0)
-        loss_B, r_MB = self.objective.of_examples(ell_MB, tokens_B, alpha)
-        loss = self.minimised(share_of(inputs) * loss_B.mean(), ell_MB, r_MB, inputs, num_items_in_batch)
+        loss_B, r_MB = self.routed_loss(ell_MB, tokens_B, alpha, inputs)
+        loss = share_of(inputs) * loss_B.sum() / ell_MB.shape[1]
+        loss = self.minimised(loss, ell_MB, r_MB, inputs, num_items_in_batch)
         pair_sums = self.pair_sums(loss, routed, r_MB)
         self._watch_pairs(inputs, output, logps_M2B.detach(), ratios, ell_MB.detach(), r_MB, pair_sums)
         return loss
+
+    def _log_likelihood(self, ratios: LogRatios, inputs: dict[str, Any]) -> Tensor:
+        """[M, B], of the label of each pair, or of all of its votes."""
+        if data.VOTE_COLUMNS[0] not in inputs:
+            return preference_log_likelihood(ratios, self.args.preference_loss)
+        votes = Votes(*(inputs[column] for column in data.VOTE_COLUMNS))
+        return votes_log_likelihood(ratios, votes, self.args.preference_loss)
+
+    def _settle_ties(self) -> None:
+        """Take ν from the training data's votes if it was not given.
+
+        Raises:
+            ConfigError: there are ties, and the loss or the given ν cannot explain one.
+        """
+        args = self.args
+        rows: Any = self.train_dataset
+        if data.VOTE_COLUMNS[0] not in (rows.column_names or ()):
+            args.tie_strength = args.tie_strength or 0.0
+            return
+        if not isinstance(rows, Dataset):
+            if args.tie_strength is None:
+                raise ConfigError(
+                    "is not set, and the votes of a streamed dataset are not counted",
+                    where="tie_strength",
+                    hint="Write 0 if there are no ties, or twice the number of ties for each other label.",
+                )
+            return
+        votes = Votes(*(torch.tensor(rows[column]) for column in data.VOTE_COLUMNS))
+        if not bool(votes.tie.any()):
+            args.tie_strength = args.tie_strength or 0.0
+            return
+        name = " + ".join(args.loss_type)
+        if name not in TIE_LOSSES:
+            raise ConfigError(
+                f"{name!r} is no likelihood of a label, and some votes are ties",
+                where="loss_type",
+                hint=f"Give {' or '.join(TIE_LOSSES)}, or remove the ties.",
+            )
+        if args.tie_strength == 0:
+            raise ConfigError(
+                "0 leaves a tie no probability, and some votes are ties",
+                where="tie_strength",
+                hint="Leave it out, or give a number above 0.",
+            )
+        args.tie_strength = args.tie_strength or tie_strength_of(votes)
 
     def _watch_pairs(
         self,

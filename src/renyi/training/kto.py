@@ -105,7 +105,7 @@ class RenyiKTOTrainer(ReferencedTrainer, KTOTrainer):
         super().__init__(model, args, train_dataset, **kwargs)
         if kwargs.get("data_collator") is None:  # then TRL's collator is used, and it cuts rows
             collator: Any = self.data_collator
-            collator.max_length = self.preparation.within(self.limits).max_length
+            collator.inner.max_length = self.preparation.within(self.limits).max_length
         self._kept_point: list[float] | None = None
 
     def training_step(

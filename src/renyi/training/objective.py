@@ -7,10 +7,12 @@ A trainer says what the log-likelihood of an example is. What follows from it is
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from renyi.ensemble import LoraEnsemble
-from renyi.objectives import example_loss, example_responsibilities
+from renyi.objectives import example_loss, example_responsibilities, group_sums, renyi_loss, responsibilities
+from renyi.routing import BatchGroups
 from renyi.training.schedule import scheduled_alpha
 from renyi.training.statistics import LearnMixtureWeights
 
@@ -67,6 +69,25 @@ class Objective:
         """
         given = tokens_E, alpha, self.ensemble.drawn_weights.log(), self.args.routing_quantity
         return example_loss(ell_ME, *given), example_responsibilities(ell_ME.detach(), *given)
+
+    def of_groups(self, ell_ME: Tensor, groups: BatchGroups, alpha: float) -> tuple[Tensor, Tensor]:
+        """The loss [G] of the groups of a batch, nats, and the responsibilities [M, E] of its examples.
+
+        The examples of a group share one responsibility, that of all rows of the group. The loss of a group is what
+        the batch's rows add to the loss of its other rows, as far as these are known.
+
+        Args:
+            ell_ME: log-likelihoods of the batch's examples, nats.
+            groups: the group of each example, and what is known of the groups' other rows.
+            alpha: the order.
+        """
+        log_weights_M1 = self.ensemble.weights.log()[:, None]
+        others_MG = groups.others.to(self.ensemble.weights.device, torch.float64)
+        prior_MG = (log_weights_M1 + alpha * others_MG).log_softmax(dim=0).to(ell_ME.dtype)
+        group_E = groups.of_rows.to(ell_ME.device)
+        ell_MG = group_sums(ell_ME, group_E, others_MG.shape[1])
+        r_MG = responsibilities(ell_MG.detach(), alpha, prior_MG)
+        return renyi_loss(ell_MG, alpha, prior_MG), r_MG[:, group_E]
 
     def of_members(self, r_ME: Tensor) -> Tensor:
         """Responsibilities [M, E] of members: the sums of those of their draws [M·S, E]."""

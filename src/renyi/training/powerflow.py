@@ -54,6 +54,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "delta": (None, "the importance ratio is clipped by epsilon and epsilon_high"),
     "use_transformers_continuous_batching": (False, "it knows no joint members"),
     "member_kind": ("point", "a policy samples and is scored as one adapter"),
+    "routing_group": (None, "rollouts are balanced by prompt"),
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from renyi import data
 from renyi.ensemble import LoraEnsemble, example_log_likelihood
 from renyi.routing import routing_sums, share_of
 from renyi.training.config import EnsembleConfig, require
+from renyi.training.group_batches import ROUTED_ROW
 from renyi.training.packing import check_packing
 from renyi.training.statistics import mean_of_members
 from renyi.training.trainer import EnsembleTrainer
@@ -44,6 +45,9 @@ class RenyiSFTConfig(EnsembleConfig, SFTConfig):
         require("packing_strategy", self.packing_strategy, not wrapped, "'bfd': 'wrapped' loses where examples begin")
         whole = self.routing == "dense" or not (self.packing or self.padding_free)
         require("routing", self.routing, whole, "'dense': the examples of a packed row are trained together")
+        packed = "packing" if self.packing else "padding_free"
+        apart = self.routing_group is None or not (self.packing or self.padding_free)
+        require(packed, True, apart, "false beside routing_group: packing mixes the rows of groups")
 
 
 class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
@@ -99,11 +103,11 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
     ) -> Tensor:
         """The α-Rényi loss of a TRL batch, in nats per trained token."""
         alpha = self.current_alpha
-        routed = self.joint_forward(model, inputs, alpha)
+        routed = self.joint_forward(model, {k: v for k, v in inputs.items() if k != ROUTED_ROW}, alpha)
         output = routed.output
         ell_ME, tokens_E = example_log_likelihood(output, inputs.get("position_ids"))
         ell_ME = self.model.gathered(ell_ME)
-        loss_E, r_ME = self.objective.of_examples(ell_ME, tokens_E, alpha)
+        loss_E, r_ME = self.routed_loss(ell_ME, tokens_E, alpha, inputs)
 
         own_tokens = tokens_E.sum() / share_of(inputs)
         num_tokens = own_tokens if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)

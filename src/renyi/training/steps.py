@@ -63,7 +63,8 @@ class RoutedSteps(Trainer):
         if self.args.routing == "auto":
             self._measure_scoring(inputs)
         plan, parts = self.router.plan, [inputs]
-        if plan.kind == "dense" and self.splits_batches:  # otherwise the router splits pairs
+        whole = not self.splits_batches or self.args.routing_group is not None
+        if plan.kind == "dense" and not whole:  # otherwise the router splits pairs
             parts = plan.parts(inputs, self.args.num_draws * len(self.model.members))
         started, syncs = time.perf_counter(), self.accelerator.sync_gradients
         first, losses = self._first_place(), []

@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedModel,
@@ -34,11 +36,12 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from renyi import data
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError, DataError, TrainingDivergedError
-from renyi.routing import AutoRouting, Sums, share_of
+from renyi.routing import AutoRouting, GroupEvidence, Sums, share_of
 from renyi.training import card
 from renyi.training.checkpoints import find_checkpoints, saved, state_at_end, written_whole
 from renyi.training.clipping import clip_by_member
 from renyi.training.config import AUTO
+from renyi.training.group_batches import ROUTED_ROW, GroupBatches, WithColumns
 from renyi.training.hub import push_checkpoint, pushed, refused_by_the_hub, without_token
 from renyi.training.log import TrainingLog
 from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
@@ -50,6 +53,7 @@ from renyi.training.statistics import LearnMixtureWeights
 from renyi.training.steps import RoutedSteps
 
 LOGGING_STATE_FILE = "logging_state.json"
+GROUPS_FILE = "routing_groups.safetensors"  # of a checkpoint: what the rows of groups said when they were last run
 
 
 @contextmanager
@@ -137,6 +141,12 @@ class EnsembleTrainer(RoutedSteps):
                 where="dataloader_drop_last",
                 hint=f"Write dataloader_drop_last: false, or a batch of at most {len(rows)}.",
             )
+        extra = [ROUTED_ROW] if args.routing_group is not None else []
+        self.data_collator = WithColumns(self.data_collator, [*extra, *data.VOTE_COLUMNS])
+        self._evidence: GroupEvidence | None = None
+        self._evidence_of_evaluation: GroupEvidence | None = None
+        if args.routing_group is not None:
+            self._number_rows()
         self.logged = TrainingLog(args.device, self.model.num_members, self.accelerator.reduce)
         self._restored_logging: dict[str, Any] | None = None
         self._step_of_first_loss = 0  # the step from which the total loss is summed
@@ -206,6 +216,26 @@ class EnsembleTrainer(RoutedSteps):
             raise self._diverged(inputs, ell_ME)
         return loss
 
+    def routed_loss(
+        self, ell_ME: Tensor, tokens_E: Tensor, alpha: float, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """The α-Rényi loss of a batch's examples [E], or of its groups [G], and the examples' responsibilities [M, E].
+
+        Args:
+            ell_ME: log-likelihoods of the examples, nats.
+            tokens_E: their trained tokens.
+            alpha: the order.
+            inputs: the batch; with `routing_group` it has the numbers of its rows.
+        """
+        rows_E = inputs.get(ROUTED_ROW)
+        if rows_E is None:
+            return self.objective.of_examples(ell_ME, tokens_E, alpha)
+        evidence = self._evidence if self.model.training else self._evidence_of_evaluation
+        assert evidence is not None
+        found = self.objective.of_groups(ell_ME, evidence.of_batch(rows_E), alpha)
+        evidence.record(rows_E, ell_ME)
+        return found
+
     def loss_units(self) -> int:
         """How many units (tokens, or pairs) of the training data the reported loss is a mean over."""
         raise NotImplementedError
@@ -219,6 +249,51 @@ class EnsembleTrainer(RoutedSteps):
             where=f"step {self.state.global_step + 1}, batch of {len(inputs['input_ids'])} starting {text!r}",
             hint="Lower learning_rate, or set max_grad_norm; earlier checkpoints are untouched.",
         )
+
+    # ---- Groups of rows ----------------------------------------------------------------------------------------
+
+    def _number_rows(self) -> None:
+        """Number the rows of the datasets, and make what is kept of each."""
+        self.train_dataset = _numbered(self.train_dataset, "train dataset")
+        held_out = self.eval_dataset
+        if isinstance(held_out, dict):
+            self.eval_dataset = {name: _numbered(rows, f"{name} dataset") for name, rows in held_out.items()}
+        elif held_out is not None:
+            self.eval_dataset = _numbered(held_out, "eval dataset")
+        self._evidence = GroupEvidence(self.train_dataset[data.GROUP_COLUMN], self.model.num_members)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        kept = (data.GROUP_COLUMN, ROUTED_ROW, *data.VOTE_COLUMNS)
+        columns: Any = self._signature_columns
+        self._signature_columns: Any = list(dict.fromkeys((*(columns or []), *kept)))
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in transformers; with `routing_group` its batches keep the rows of a group together."""
+        evidence, args = self._evidence, self.args
+        if evidence is None:
+            return super().get_train_dataloader()
+        seed = args.seed if args.data_seed is None else args.data_seed
+        rows: Any = self.train_dataset
+        loader: DataLoader[Any] = DataLoader(
+            rows,
+            batch_sampler=GroupBatches(
+                evidence.group_N.tolist(), args.train_batch_size, seed, args.dataloader_drop_last
+            ),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. A group's loss is exact, in whatever batches its rows are."""
+        if self._evidence is not None:
+            rows: Any = dataloader.dataset
+            self._evidence_of_evaluation = GroupEvidence(rows[data.GROUP_COLUMN], self.model.num_members)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
 
     # ---- Gradients ---------------------------------------------------------------------------------------------
 
@@ -367,6 +442,8 @@ class EnsembleTrainer(RoutedSteps):
         self._restore_members(resume_from_checkpoint)
         state_file = Path(resume_from_checkpoint) / LOGGING_STATE_FILE
         self._restored_logging = json.loads(state_file.read_text(encoding="utf-8")) if state_file.exists() else None
+        if self._evidence is not None:
+            self._evidence.restore(load_file(Path(resume_from_checkpoint) / GROUPS_FILE))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -430,6 +507,8 @@ class EnsembleTrainer(RoutedSteps):
             "num_tokens": self._total_train_tokens,
             "routing": self.router.auto.state(),
         }
+        if self.args.should_save and self._evidence is not None:
+            save_file(self._evidence.state(), checkpoint / GROUPS_FILE)
         if self.args.should_save:
             (checkpoint / LOGGING_STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
@@ -471,6 +550,28 @@ class EnsembleTrainer(RoutedSteps):
                 tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
                 hub_id=self.hub_model_id,
             )
+
+
+def _numbered(rows: Any, name: str) -> Dataset:
+    """Prepared rows with their numbers.
+
+    Raises:
+        ConfigError: the rows are streamed.
+        DataError: they have no groups.
+    """
+    if not isinstance(rows, Dataset):
+        raise ConfigError(
+            "needs all rows of a group, and the dataset is streamed",
+            where="routing_group",
+            hint="Load the dataset whole, or leave routing_group out.",
+        )
+    if data.GROUP_COLUMN not in rows.column_names:
+        raise DataError(
+            f"has no column {data.GROUP_COLUMN!r}",
+            where=name,
+            hint="Prepared rows need the name of their group there (routing_group).",
+        )
+    return rows.add_column(ROUTED_ROW, list(range(len(rows))))
 
 
 class _RestoreLogging(TrainerCallback):

@@ -109,7 +109,8 @@ class Preference(Task):
     def lines(
         self, data: Read, answers: Asked, found: "PreferenceEvaluation", settings: PreferenceSettings
     ) -> Iterator[dict[str, Any]]:
-        return ({**s._asdict(), "epistemic_share": s.epistemic_share} for s in answers.scores)
+        lines = ({**s._asdict(), "epistemic_share": s.epistemic_share} for s in answers.scores)
+        return ({name: value for name, value in line.items() if value is not None} for line in lines)
 
     def report(self, data: Read, answers: Asked, found: "PreferenceEvaluation", settings: PreferenceSettings) -> Report:
         doubt = (
