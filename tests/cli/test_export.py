@@ -69,6 +69,11 @@ def test_the_command_line_for_vllm(trained: tuple[Path, Ended], base: Path, tmp_
     flags = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules", *members]
     assert shlex.split(ended.out) == ["vllm", "serve", str(base), "--tokenizer", str(trained[0]), *flags]
     assert ended.out.count("\n") == 1
+    mixed = shlex.split(renyi("export", trained[0], "--format", "vllm", "--mixture").out)
+    plugin = ["--logits-processors", "renyi.vllm.processor:MixtureProcessor", "--no-async-scheduling"]
+    plugin += ["--scheduler-cls", "renyi.vllm.scheduler.WholeGroups", "--no-enable-chunked-prefill"]
+    assert sorted(mixed) == sorted([*shlex.split(ended.out), *plugin])
+    assert mixed[-2:] == members
     one = renyi("export", trained[0], "--format", "vllm", "--member", "1", "--base", "org/model").out
     assert shlex.split(one)[2] == "org/model"
     assert shlex.split(one)[-4:] == ["--max-lora-rank", "8", "--lora-modules", members[1]]
@@ -92,6 +97,8 @@ def test_a_folder_for_vllm_serves_from_wherever_it_is(
     said = subprocess.run([moved / "serve.sh"], capture_output=True, text=True, check=True).stdout.splitlines()
     assert said[:3] == [str(moved), "serve", str(base)]
     assert said[-2:] == ["member_0=./member_0", "member_1=./member_1"]
+    more = subprocess.run([moved / "serve.sh", "--port", "9"], capture_output=True, text=True, check=True)
+    assert more.stdout.splitlines() == [*said, "--port", "9"]
 
 
 def test_several_scalings_are_refused_for_vllm_unless_padded(base: Path, tmp_path: Path) -> None:
@@ -153,6 +160,7 @@ def test_flags_that_do_not_fit(trained: tuple[Path, Ended], tmp_path: Path) -> N
     assert_refused(renyi(*export, "--format", "merged"), "--output")
     assert_refused(renyi(*export, "--format", "merged", "--pad_rank", *out), "--pad_rank", "no rank")
     assert_refused(renyi(*export, "--format", "vllm", "--pad_rank"), "--pad_rank", "--output")
+    assert_refused(renyi(*export, "--format", "adapters", "--output", tmp_path / "a", "--mixture"), "--format vllm")
     assert_refused(renyi(*export, "--format", "vllm", "--member", "2"), "no member 2", "0 to 1")
     assert_refused(renyi(*export, "--format", "vllm", "--member", "0", "0"), "twice")
     assert_refused(renyi(*export, "--format", "vllm", "--member", "-1"), "--member")

@@ -8,6 +8,7 @@ import asyncio
 import json
 import os
 import random
+import shlex
 import socket
 import subprocess
 import time
@@ -102,19 +103,15 @@ class Served:
 
     def __init__(self, folder: Path):
         run = trained(folder)
-        export = export_adapters(run, folder / "export")
+        export = export_adapters(run, folder / "export", mixture=True)
         self.loaded = load(run, device="cpu")
         port, records = free_port(), free_port()
         self.url, self.address = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{port},http://127.0.0.1:{records}"
-        members = [f"{path.name}={path}" for path in export.members]
-        command = [PYTHON, "-c", "from vllm.entrypoints.cli.main import main; main()", "serve", export.base_model]
-        command += ["--tokenizer", str(folder / "export"), "--enable-lora", "--max-loras", str(MEMBERS)]
-        command += ["--max-lora-rank", "8", "--lora-modules", *members, "--port", str(port), "--dtype", "float32"]
+        start = "from vllm.entrypoints.cli.main import main; main()"
+        command = [PYTHON, "-c", start, *shlex.split(export.command)[1:]]
+        command += ["--port", str(port), "--additional-config", f'{{"renyi": {{"port": {records}}}}}']
+        command += ["--dtype", "float32", "--enforce-eager", "--gpu-memory-utilization", "0.15"]
         command += ["--max-model-len", "128", "--max-num-seqs", "180", "--max-num-batched-tokens", "1024"]
-        command += ["--enforce-eager", "--gpu-memory-utilization", "0.15", "--logits-processors"]
-        command += ["renyi.vllm.processor:MixtureProcessor", "--scheduler-cls", "renyi.vllm.scheduler.WholeGroups"]
-        command += ["--no-enable-chunked-prefill", "--no-async-scheduling"]
-        command += ["--additional-config", f'{{"renyi": {{"port": {records}}}}}']
         own = {"PYTHONPATH": str(ROOT / "src"), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         self.log = folder / "vllm.log"
         with self.log.open("w") as log:

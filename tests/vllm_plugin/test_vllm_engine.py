@@ -8,6 +8,7 @@ from fake_vllm import FakeVllm
 from openai import OpenAI
 from serving import Live, tiny_folder
 
+from renyi.cli.main import main
 from renyi.errors import BusyError, ConfigError, EngineError
 from renyi.serve.engine import EngineRequest
 from renyi.serve.replica import ReplicaAddress, address_of
@@ -203,9 +204,24 @@ def test_a_server_that_does_not_fit(loaded, fake):
     ):
         for other, why in ((lacking, "does not serve member_2"), (small, "--max-num-seqs")):
             with pytest.raises(EngineError, match=why):
-                answered(engine_of(loaded, other))
-    with pytest.raises(EngineError, match="no vLLM can be used"):
-        answered(VllmEngine(loaded.folder, [ReplicaAddress("http://127.0.0.1:9", "http://127.0.0.1:9")]))
+                asyncio.run(engine_of(loaded, other).check())
+        asyncio.run(engine_of(loaded, lacking, fake).check())  # one is enough
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--engine", "vllm"], ["--vllm_url"]),
+        (["--vllm_url", "http://127.0.0.1:9"], ["--engine vllm"]),
+        (["--engine", "vllm", "--vllm_url", "gpu-0"], ["--vllm_url", "http://HOST:8000"]),
+        (["--engine", "vllm", "--vllm_url", "http://127.0.0.1:9"], ["no vLLM can be used", "http://127.0.0.1:9"]),
+    ],
+)
+def test_the_command_says_what_is_missing(loaded, capsys, flags, parts):
+    assert main(["serve", str(loaded.folder), *flags]) != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert all(part in said for part in parts)
+    assert "Traceback" not in said
 
 
 def test_scores_are_our_own(loaded, fake):

@@ -2,7 +2,7 @@
 
 --format adapters writes ordinary PEFT adapters. merged writes a plain transformers model for each member. vllm prints
 the command line that serves all members with vLLM; with --output it also writes the adapters, and the command line
-beside them.
+beside them. With --mixture vLLM serves their exact mixture, too, to `renyi serve --engine vllm`.
 """
 
 import argparse
@@ -59,6 +59,7 @@ def parser() -> StrictParser:
         "--pad_rank", action="store_true", help="pad adapters with zeros to a rank that vLLM knows; changes no update"
     )
     add_draw_flags(parser)
+    parser.add_argument("--mixture", action="store_true", help="load the plugin renyi.vllm, which mixes the members")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -74,6 +75,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.pad_rank and (args.format == "merged" or args.output is None):
         why = "merged members have no rank" if args.format == "merged" else "padded adapters need --output DIR"
         raise ConfigError("cannot be used here", where="--pad_rank", hint=f"Leave it out: {why}.")
+    if args.mixture and args.format != "vllm":
+        raise ConfigError("cannot be used here", where="--mixture", hint="It goes with --format vllm.")
     if args.member is not None:
         args.member = [_member(text) for text in args.member]
     return args
@@ -93,11 +96,13 @@ def _export(args: argparse.Namespace) -> "Export":
         with naming_flags(args), drawn(args.ensemble, draws, seed, args.base) as folder:
             if args.format == "merged":
                 return export_merged(folder, args.output, args.member, args.base, args.ensemble)
-            return export_adapters(folder, args.output, args.member, args.base, args.pad_rank, args.ensemble)
+            return export_adapters(
+                folder, args.output, args.member, args.base, args.pad_rank, args.ensemble, args.mixture
+            )
     if args.format == "merged":
         return export_merged(args.ensemble, args.output, args.member, args.base)
     if args.format == "vllm" and not args.pad_rank:
-        command = vllm_command(args.ensemble, args.member, args.base)
+        command = vllm_command(args.ensemble, args.member, args.base, args.mixture)
         if args.output is None:
             return command
-    return export_adapters(args.ensemble, args.output, args.member, args.base, args.pad_rank)
+    return export_adapters(args.ensemble, args.output, args.member, args.base, args.pad_rank, mixture=args.mixture)

@@ -27,6 +27,7 @@ from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.storage import read_ensemble, resolve_folder
 from renyi.errors import ConfigError, EnsembleFormatError, SaveError
 from renyi.members.adapters import Adapter, layer_scaling, read_adapter, write_adapter
+from renyi.vllm import SERVE_FLAGS
 
 EXPORT_FILE = "export.json"
 SERVE_FILE = "serve.sh"
@@ -75,6 +76,7 @@ def export_adapters(
     base: str | None = None,
     pad_rank: bool = False,
     origin: str | Path | None = None,
+    mixture: bool = False,
 ) -> Export:
     """Write members as ordinary PEFT adapter folders, and `serve.sh`, which serves them with vLLM.
 
@@ -85,6 +87,7 @@ def export_adapters(
         base: the base that adapters name, if it is no longer where the ensemble says.
         pad_rank: widen A and B with zeros to the next of `VLLM_RANKS`; see `padded`.
         origin: the ensemble to name in the export, if `ensemble` is a folder from `drawn`.
+        mixture: whether the command has the plugin `renyi.vllm`, which mixes the members.
 
     Raises:
         ConfigError: there is no such member, `output` holds something else, or a rank is too large to be padded.
@@ -107,11 +110,12 @@ def export_adapters(
             load_tokenizer_of(source.folder, source.base).save_pretrained(str(staging))
         if unfit is None:
             here = [f"./{folder.name}" for folder in source.folders]
-            served = _command(source, here, adapters, "." if has_tokenizer else None)
-            (staging / SERVE_FILE).write_text(f'#!/bin/sh\ncd "$(dirname "$0")" && exec {served}\n', encoding="utf-8")
+            served = _command(source, here, adapters, "." if has_tokenizer else None, mixture)
+            script = f'#!/bin/sh\ncd "$(dirname "$0")" && exec {served} "$@"\n'
+            (staging / SERVE_FILE).write_text(script, encoding="utf-8")
             (staging / SERVE_FILE).chmod(0o755)
             there = [str(target / folder.name) for folder in source.folders]
-            command = _command(source, there, adapters, str(target) if has_tokenizer else None)
+            command = _command(source, there, adapters, str(target) if has_tokenizer else None, mixture)
     return Export([target / folder.name for folder in source.folders], source.weights, source.base, command, unfit)
 
 
@@ -150,8 +154,12 @@ def export_merged(
     return Export([target / folder.name for folder in source.folders], source.weights, source.base)
 
 
-def vllm_command(ensemble: str | Path, members: Sequence[int] | None = None, base: str | None = None) -> Export:
+def vllm_command(
+    ensemble: str | Path, members: Sequence[int] | None = None, base: str | None = None, mixture: bool = False
+) -> Export:
     """The command line that serves an ensemble's members with vLLM from their present folders. It writes nothing.
+
+    Arguments are those of `export_adapters`.
 
     Raises:
         ConfigError: there is no such member, or vLLM cannot serve the adapters as they are.
@@ -166,7 +174,7 @@ def vllm_command(ensemble: str | Path, members: Sequence[int] | None = None, bas
             hint="Give --output DIR and --pad_rank: one rank for all layers, the same updates.",
         )
     tokenizer = str(source.folder) if _has_tokenizer(source.folder) else None
-    command = _command(source, [str(folder) for folder in source.folders], adapters, tokenizer)
+    command = _command(source, [str(folder) for folder in source.folders], adapters, tokenizer, mixture)
     return Export(source.folders, source.weights, source.base, command)
 
 
@@ -224,9 +232,12 @@ def _unfit_for_vllm(adapters: Sequence[Adapter]) -> str | None:
     return None
 
 
-def _command(source: "_Source", folders: Sequence[str], adapters: Sequence[Adapter], tokenizer: str | None) -> str:
+def _command(
+    source: "_Source", folders: Sequence[str], adapters: Sequence[Adapter], tokenizer: str | None, mixture: bool
+) -> str:
     words = ["vllm", "serve", source.base, *(["--tokenizer", tokenizer] if tokenizer else []), "--enable-lora"]
     words += ["--max-loras", str(len(folders)), "--max-lora-rank", str(vllm_rank(max(map(_rank, adapters))))]
+    words += SERVE_FLAGS if mixture else ()
     modules = [f"{member.name}={folder}" for member, folder in zip(source.folders, folders, strict=True)]
     return shlex.join([*words, "--lora-modules", *modules])
 

@@ -3,6 +3,7 @@
 Read next: `app.py`, the application that runs.
 """
 
+import asyncio
 import ipaddress
 import logging
 from collections.abc import Sequence
@@ -102,12 +103,15 @@ def serve(served: Loaded | VllmEngine, settings: ServerSettings) -> None:
 
     Raises:
         ConfigError: the settings do not fit, or the base cannot answer several requests at once.
+        EngineError: no vLLM can be used.
         OSError: the address cannot be listened on.
     """
     import uvicorn
 
     settings.check()
     engine = OurEngine(served, settings.engine) if isinstance(served, Loaded) else served
+    if isinstance(served, VllmEngine):
+        asyncio.run(served.check())
     answers = answers_of(served, engine, settings)
     app = create_app(answers, gate_of(settings), settings.log_text)
     config = uvicorn.Config(

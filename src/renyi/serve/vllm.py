@@ -80,7 +80,8 @@ class VllmEngine(Engine):
             name: value for name in _SETTINGS if (value := getattr(settings, name, None)) is not None
         }
         self._prefix = f"{secrets.token_hex(4)}-"
-        self._replicas = [Replica(address, key, self._prefix, self._members) for address in replicas]
+        self._addresses, self._key = list(replicas), key
+        self._replicas: list[Replica] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._streams: set[_GroupStream] = set()
         self._scoring = 0
@@ -94,21 +95,23 @@ class VllmEngine(Engine):
     def is_ready(self) -> bool:
         return bool(self._tasks) and any(replica.is_up for replica in self._replicas)
 
-    async def start(self) -> None:
-        """Connect to all replicas; one at least has to be up.
-
-        Raises:
-            EngineError: none is.
-        """
-        self._tasks = [asyncio.create_task(replica.run()) for replica in self._replicas]
-        await asyncio.gather(*(replica.was_asked.wait() for replica in self._replicas))
-        if not self.is_ready:
-            reasons = "; ".join(f"{replica.address.api}: {replica.why}" for replica in self._replicas)
-            await self.stop()
+    async def check(self) -> None:
+        """Raise `EngineError` unless a replica is up."""
+        await self.start()
+        reasons = "; ".join(f"{replica.address.api}: {replica.why}" for replica in self._replicas)
+        is_ready = self.is_ready
+        await self.stop()
+        if not is_ready:
             raise EngineError(
                 f"no vLLM can be used ({reasons})",
                 hint="Start `vllm serve` as docs/serving.md says: with renyi.vllm, and its records within reach.",
             )
+
+    async def start(self) -> None:
+        """Connect to the replicas. It is ready while one of them is up; those that are down are asked again."""
+        self._replicas = [Replica(address, self._key, self._prefix, self._members) for address in self._addresses]
+        self._tasks = [asyncio.create_task(replica.run()) for replica in self._replicas]
+        await asyncio.gather(*(replica.was_asked.wait() for replica in self._replicas))
         for replica in self._replicas:
             if replica.is_up:
                 self.positions = min(self.positions or math.inf, replica.facts["positions"])

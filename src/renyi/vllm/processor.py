@@ -13,12 +13,12 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDirectionality
 
 from renyi.errors import ConfigError
+from renyi.vllm import SCHEDULER
 from renyi.vllm.groups import membership_of
 from renyi.vllm.mixing import Mixing
 from renyi.vllm.records import DEFAULT_HOST, DEFAULT_PORT, FORMAT, Broadcaster
 
 logger = logging.getLogger("vllm.renyi")
-SCHEDULER = "renyi.vllm.scheduler.WholeGroups"
 _SETTINGS = ("host", "port")
 
 
