@@ -7,7 +7,7 @@ vLLM it was run with. What is decided is in `admission.py`.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -44,7 +44,7 @@ class WholeGroups(Scheduler):
         super().__init__(*args, **kwargs)
         config = self.vllm_config
         _check(config)
-        blocks = self.kv_cache_config.num_blocks - 1  # one is vLLM's own
+        blocks = self.kv_cache_config.num_blocks - 1 - self.kv_cache_manager.watermark_blocks  # those are vLLM's own
         adapters = config.lora_config.max_loras if config.lora_config else 0
         self._admission = Admission(Room(self.max_num_active_reqs, self.max_num_scheduled_tokens, blocks, adapters))
         self._held: dict[str, Request] = {}  # requests that vLLM's own queues do not hold yet
@@ -130,7 +130,7 @@ class WholeGroups(Scheduler):
             return "its rows chose different tokens"
         return None
 
-    def _end(self, names: Iterable[str], reason: str) -> None:
+    def _end(self, names: Sequence[str], reason: str) -> None:
         """End requests with an error, at once; their clients are told after the next step."""
         for name in dict.fromkeys(names):
             request = self._held.pop(name, None)
