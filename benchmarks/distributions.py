@@ -34,6 +34,7 @@ from renyi.zoo.measure import answer_log_probs, held_out_log_likelihood
 from renyi.zoo.world import YESTERDAY
 
 GAUSSIAN: dict[str, Any] = {"member_kind": "gaussian", "initial_std": 0.05, "prior_std": 0.2, "kl_warmup_ratio": 0.2}
+LANGEVIN: dict[str, Any] = {"member_kind": "langevin", "prior_std": 0.2, "max_grad_norm": 0.0, "adam_beta1": 0.0}
 RUNS: dict[str, dict[str, Any]] = {
     "four points": {},
     "two points": {"num_members": 2},
@@ -41,11 +42,16 @@ RUNS: dict[str, dict[str, Any]] = {
     "two Gaussians": {**GAUSSIAN, "num_members": 2},
     "one Gaussian": {**GAUSSIAN, "num_members": 1},
     "four Gaussians, S = 4": {**GAUSSIAN, "num_draws": 4},
+    "four Walsh–Hadamard": {**GAUSSIAN, "member_kind": "walsh_hadamard"},
+    "four Langevin": LANGEVIN,
 }
 COSTS: dict[str, dict[str, Any]] = {
     "points": {},
     "Gaussian, S = 1": GAUSSIAN,
     "Gaussian, S = 4": {**GAUSSIAN, "num_draws": 4},
+    "Walsh–Hadamard, S = 1": {**GAUSSIAN, "member_kind": "walsh_hadamard"},
+    "Walsh–Hadamard, S = 4": {**GAUSSIAN, "member_kind": "walsh_hadamard", "num_draws": 4},
+    "Langevin": LANGEVIN,
 }
 ALPHA = 0.8
 
@@ -110,7 +116,7 @@ class Clock(TrainerCallback):
 
 def cost(rounds: int) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; M = 4, 32 records a step, {rounds} rounds")
-    print("kind                 seconds a step   ratio to points")
+    print("kind                    seconds a step   ratio to points")
     seconds: dict[str, list[float]] = {name: [] for name in COSTS}
     ratios: dict[str, list[float]] = {name: [] for name in COSTS}
     for _ in range(rounds):
@@ -124,7 +130,7 @@ def cost(rounds: int) -> None:
             seconds[name].append(value)
             ratios[name].append(value / medians["points"])
     for name in COSTS:
-        print(f"{name:20} {statistics.median(seconds[name]):14.3f}   {statistics.median(ratios[name]):.2f}")
+        print(f"{name:23} {statistics.median(seconds[name]):14.3f}   {statistics.median(ratios[name]):.2f}")
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -47,7 +47,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         peft_config: the LoRA config shared by all members.
         weights: mixture weights [M], float32, summing to one.
         alpha: Rényi order of the training.
-        routing_quantity: what responsibilities were computed from, "sequence" or "length_normalised".
+        routing_quantity: what responsibilities were computed from, "sequence", "length_normalised" or "token".
         num_draws: how many members, one after another, are draws of one member; 1 unless `draw` made this ensemble.
         prior: the members' divergence from their prior, nats [M]; a trainer sets it, and `save` records its value.
         folder: the folder that the ensemble was loaded from. It also says how training prepared its rows. None for an
@@ -204,7 +204,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         """
         written = self.stack.adapters(self.peft_config, self._whole)
         with torch.no_grad():
-            divergence = None if self.prior is None else self._whole(self.prior()).tolist()
+            divergence = None if self.prior is None or self.stack.is_acting else self._whole(self.prior()).tolist()
         if self.mesh is not None and not self.mesh.is_first:
             return
         manifest = storage.Manifest(

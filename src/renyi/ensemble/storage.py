@@ -40,7 +40,7 @@ class Manifest:
         members: folder names of the members, in order.
         weights: mixture weight of each member; they sum to one.
         alpha: Rényi order of the training, and of responsibilities.
-        routing_quantity: what responsibilities are computed from, "sequence" or "length_normalised".
+        routing_quantity: what responsibilities are computed from, "sequence", "length_normalised" or "token".
         member_kind: the kind of the members; see `renyi.members`.
         num_draws: how many members, one after another, are draws of one member that is a distribution.
         divergence: KL divergence of each member from its prior at the end of training, nats; None without a prior.

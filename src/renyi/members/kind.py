@@ -148,7 +148,9 @@ class MemberLayer(nn.Module):
             tensors[name][place].copy_(value)
 
 
-KINDS: dict[str, str | type[MemberLayer]] = {"point": "renyi.members.point", "gaussian": "renyi.members.gaussian"}
+KINDS: dict[str, str | type[MemberLayer]] = {
+    name: f"renyi.members.{name}" for name in ("point", "gaussian", "walsh_hadamard", "langevin")
+}
 
 
 def register(kind: type[MemberLayer]) -> type[MemberLayer]:

@@ -33,8 +33,12 @@ class MemberStack:
     @property
     def kind(self) -> str:
         """The members' kind; "point" inside `acting_as`."""
-        first = next(iter(self.layers.values()))
-        return first.members.kind if first.acting is None else "point"
+        return "point" if self.is_acting else next(iter(self.layers.values())).members.kind
+
+    @property
+    def is_acting(self) -> bool:
+        """Whether forwards run with the matrices that were given to `acting_as`."""
+        return next(iter(self.layers.values())).acting is not None
 
     @property
     def is_random(self) -> bool:

@@ -28,8 +28,9 @@ Read next: `preference.py`, the loss of preference pairs, and `power.py`, the lo
 import torch
 from torch import Tensor
 
-# What responsibilities are computed from: the log-likelihood of a whole example, or its mean per trained token.
-QUANTITIES = ("sequence", "length_normalised")
+# What responsibilities are computed from: the log-likelihood of a whole example, its mean per trained token, or that of
+# each token by itself. With "token", what the functions below call an example is a token.
+QUANTITIES = ("sequence", "length_normalised", "token")
 
 
 def renyi_loss(log_likelihood: Tensor, alpha: float | Tensor, log_weights: Tensor | None = None) -> Tensor:

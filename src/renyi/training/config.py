@@ -12,10 +12,12 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 from renyi.errors import ConfigError
 from renyi.members import kind_of
+from renyi.objectives.mixture import QUANTITIES
 from renyi.routing import ROUTINGS
 from renyi.training.checks import check_numbers, check_packages, check_precision, check_scheduler
 
 AUTO = "auto"
+LANGEVIN_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")  # their preconditioners are known
 _BeforeConfig: Any = object  # a TRL config comes next in the order of bases; mypy cannot know that
 
 
@@ -35,7 +37,8 @@ class EnsembleConfig(_BeforeConfig):
         alpha_hold_ratio: share of training with alpha 0. Members learn what the data agree on in it.
         alpha_ramp_ratio: share of training after the hold in which alpha rises to its value.
         routing_quantity: what is routed: the log-likelihood of a whole example ("sequence"), or its mean per trained
-            token ("length_normalised"). The mean routes long examples as softly as short ones.
+            token ("length_normalised"). The mean routes long examples as softly as short ones. Or every token by itself
+            ("token", dense only): one α-loss a token, which goes with mixture="token" at decoding.
         routing: which pairs of members and examples are trained. "dense": all. "sampled": one member for each example,
             drawn by its responsibility, so that gradients are unbiased. "sparse": pairs whose responsibility reaches
             `routing_threshold`. "raced": as "sampled", but a member that falls behind in an example is not scored to
@@ -52,10 +55,13 @@ class EnsembleConfig(_BeforeConfig):
         mixture_weights_rate: how far learned weights move towards the member loads in one optimizer step.
         prior_std: σ of a Gaussian prior around each member's initial values, per parameter; None for no prior.
         kl_warmup_ratio: share of training in which the weight of the prior rises from 0 to its full value.
-        member_kind: what a member is: "point", one adapter; or a distribution over adapters, "gaussian". See
-            `renyi.members`.
+        member_kind: what a member is: "point", one adapter; a distribution over adapters, "gaussian" or
+            "walsh_hadamard"; or "langevin", a sample. See `renyi.members`.
         num_draws: S, draws of each member in a step. A step costs as much as one with M·S points.
         initial_std: standard deviation of the entries of a random member's A at the start.
+        langevin_temperature: T of members of the kind "langevin", whose steps add noise of variance 2 η T.
+        keep_snapshots: how often members of that kind are saved in the second half of training. The result has these
+            as further members.
         std_learning_rate: learning rate of log σ, the logarithms of the standard deviations that members learn.
         bf16_if_it_pays: not a key: whether `bf16` was not given, so that the trainer decides.
         compile_blocks: not a key: backend and mode where `torch_compile` was asked for.
@@ -82,8 +88,8 @@ class EnsembleConfig(_BeforeConfig):
     routing_quantity: str = field(
         default="sequence",
         metadata={
-            "help": "What is routed: the log-likelihood of a whole example, or its mean per trained token.",
-            "choices": ["sequence", "length_normalised"],
+            "help": "What is routed: the log-likelihood of an example, its mean per trained token, or every token.",
+            "choices": list(QUANTITIES),
         },
     )
     routing: str = field(
@@ -123,11 +129,17 @@ class EnsembleConfig(_BeforeConfig):
     )
     member_kind: str = field(
         default="point",
-        metadata={"help": "What a member is: one adapter (point), or a distribution over adapters (gaussian)."},
+        metadata={"help": "What a member is: one adapter (point), or gaussian, walsh_hadamard, langevin."},
     )
     num_draws: int = field(default=1, metadata={"help": "Draws of each member in a step (S); 1 for points."})
     initial_std: float | None = field(
         default=None, metadata={"help": "Standard deviation of a random member's A at the start; 0.01 if unset."}
+    )
+    langevin_temperature: float = field(
+        default=1.0, metadata={"help": "Temperature of langevin members; 0 moves them by the gradient alone."}
+    )
+    keep_snapshots: int = field(
+        default=0, metadata={"help": "Sets of langevin members from the second half of training to keep as well."}
     )
     std_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the logarithms of random members' standard deviations."}
@@ -184,8 +196,10 @@ class EnsembleConfig(_BeforeConfig):
             ramp >= 0 and hold + ramp <= 1 + 1e-9,  # 1 - 0.9 is less than 0.1
             f"a share between 0 and {1 - hold:g}, what the hold leaves",
         )
-        quantities, weights = ("sequence", "length_normalised"), ("uniform", "learned")
-        require("routing_quantity", self.routing_quantity, self.routing_quantity in quantities, f"one of {quantities}")
+        quantity, weights = self.routing_quantity, ("uniform", "learned")
+        require("routing_quantity", quantity, quantity in QUANTITIES, f"one of {QUANTITIES}")
+        whole = quantity != "token" or self.routing == "dense"
+        require("routing", self.routing, whole, "'dense' with routing_quantity: token, which leaves no pairs out")
         require("mixture_weights", self.mixture_weights, self.mixture_weights in weights, f"one of {weights}")
         require("routing", self.routing, self.routing in ROUTINGS, f"one of {ROUTINGS}")
         if self.routing_group is not None:
@@ -222,6 +236,14 @@ class EnsembleConfig(_BeforeConfig):
         require("num_draws", self.num_draws, self.num_draws >= 1, "at least 1")
         require("initial_std", start, start is None or 0 <= start < math.inf, "a number of at least 0, or leave it out")
         require("std_learning_rate", rate, 0 <= rate < math.inf, "a number of at least 0")
+        heat, snapshots, moves = self.langevin_temperature, self.keep_snapshots, self.member_kind == "langevin"
+        require("langevin_temperature", heat, 0 <= heat < math.inf, "a number of at least 0")
+        require("keep_snapshots", snapshots, snapshots >= 0, "at least 0")
+        require("keep_snapshots", snapshots, moves or not snapshots, "it with member_kind: langevin")
+        whole = self.member_parallel == 1 or not snapshots
+        require("keep_snapshots", snapshots, whole, "none where members are split over processes")
+        optimizer = str(getattr(self.optim, "value", self.optim))
+        require("optim", optimizer, not moves or optimizer in LANGEVIN_OPTIMIZERS, f"one of {LANGEVIN_OPTIMIZERS}")
         require("kl_warmup_ratio", warmup, 0 <= warmup <= 1, "a share between 0 and 1")
         require("kl_warmup_ratio", warmup, not warmup or self.prior_std is not None, "0, or a prior_std as well")
 

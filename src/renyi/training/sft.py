@@ -106,6 +106,9 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
         routed = self.joint_forward(model, {k: v for k, v in inputs.items() if k != ROUTED_ROW}, alpha)
         output = routed.output
         ell_ME, tokens_E = example_log_likelihood(output, inputs.get("position_ids"))
+        if self.args.routing_quantity == "token":  # each trained token is an example
+            ell_ME = output.log_probs[:, output.label_mask]
+            tokens_E = torch.ones_like(ell_ME[0])
         ell_ME = self.model.gathered(ell_ME)
         loss_E, r_ME = self.routed_loss(ell_ME, tokens_E, alpha, inputs)
 

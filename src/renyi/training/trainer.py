@@ -43,6 +43,7 @@ from renyi.training.clipping import clip_by_member
 from renyi.training.config import AUTO
 from renyi.training.group_batches import ROUTED_ROW, GroupBatches, WithColumns
 from renyi.training.hub import push_checkpoint, pushed, refused_by_the_hub, without_token
+from renyi.training.langevin import KeepSnapshots, LangevinNoise
 from renyi.training.log import TrainingLog
 from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
 from renyi.training.objective import Objective, Prior
@@ -161,6 +162,11 @@ class EnsembleTrainer(RoutedSteps):
             prior = Prior(self.model.stack.prior(args.prior_std), self.loss_units())
             self.model.prior = prior.divergence
         self.objective = Objective(self.model, args, prior, learned_weights)
+        self._snapshots = KeepSnapshots(self.model, args.keep_snapshots) if args.keep_snapshots else None
+        if args.member_kind == "langevin":
+            self.add_callback(LangevinNoise(self.model, self.loss_units(), args.langevin_temperature))
+        if self._snapshots is not None:
+            self.add_callback(self._snapshots)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -382,6 +388,9 @@ class EnsembleTrainer(RoutedSteps):
         folder = Path(output_dir or self.output_dir)
         with saved(folder):
             super().save_model(output_dir, True)  # it would push before the card is written
+            if self._snapshots is not None and self.args.should_save:
+                with self.model.acting_as(self._snapshots.with_snapshots(self.output_dir, self.state.max_steps)):
+                    self.model.save(folder)
             self.create_model_card(folder=output_dir)
             self.draw(folder / FIGURE_FILE)
         if self.args.push_to_hub:
