@@ -231,6 +231,7 @@ def test_the_spread_has_a_learning_rate_of_its_own_and_no_weight_decay(tmp_path)
         ({**RANDOM, "kl_warmup_ratio": 2.0}, "kl_warmup_ratio"),
         ({**RANDOM, "std_learning_rate": -1.0}, "std_learning_rate"),
         ({**RANDOM, "torch_compile": True}, "torch_compile"),
+        ({**RANDOM, "routing_group": "text"}, "member_kind"),
         ({**RANDOM, "num_draws": 4, "routing": "sparse", "routing_threshold": 0.2}, "routing_threshold"),
     ],
     ids=str,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import lora, text_rows, tiny_ensemble, trainer_of
+from tiny import dpo_trainer_of, lora, text_rows, tiny_ensemble, trainer_of
 
 from renyi.errors import ConfigError
 from renyi.objectives import renyi_loss
@@ -41,6 +41,12 @@ def test_it_trains_distributions_and_logs_shares_of_tokens(tmp_path):
     trainer = trainer_of(tmp_path, peft_config=lora(), **PARTING, **settings)
     trainer.train()
     assert sum(trainer.state.log_history[0][f"member_load/{m}"] for m in range(2)) == pytest.approx(1)
+
+
+def test_it_is_for_texts_only(tmp_path):
+    with pytest.raises(ConfigError) as refused:
+        dpo_trainer_of(tmp_path, routing_quantity="token", **PARTING)
+    assert refused.value.where == "routing_quantity"
 
 
 @pytest.mark.parametrize("routing", ["sparse", "sampled", "raced", "auto"])

@@ -75,6 +75,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
     _name = "Rényi SFT"
 
     unit = "trained token"
+    routes_tokens = True
     preparation_class = data.Preparation
 
     args: RenyiSFTConfig

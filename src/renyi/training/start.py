@@ -88,6 +88,13 @@ def check_kind(ensemble: LoraEnsemble, args: Any) -> None:
             where="num_draws",
             hint="Leave it out, or write member_kind: gaussian.",
         )
+    if args.routing_group is not None and (kind.is_random or args.routing_quantity == "token"):
+        what = f"{kind.kind} members" if kind.is_random else "routing_quantity: token"
+        raise ConfigError(
+            f"the rows of a group share one responsibility, which {what} cannot have",
+            where="routing_group",
+            hint="Leave it out, or train points on whole examples.",
+        )
     if kind.is_random and args.compile_blocks is not None:
         raise ConfigError(
             "compiled blocks cannot draw noise that changes with every step",

@@ -78,6 +78,7 @@ class EnsembleTrainer(RoutedSteps):
     logged: TrainingLog
     args: Any  # an EnsembleConfig and the config of the TRL trainer that this is mixed into
     unit: str  # what losses are per, such as "trained token"
+    routes_tokens = False  # whether one α-loss a token is built
     _tag_names: list[str]
     preparation_class: type[data.RowPreparation]
 
@@ -113,6 +114,12 @@ class EnsembleTrainer(RoutedSteps):
         callbacks = [MetricsFile(), *(callbacks or [])]
         if args.early_stopping_patience is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping_patience)]
+        if args.routing_quantity == "token" and not self.routes_tokens:
+            raise ConfigError(
+                f"'token' is not built here: a {self.unit} is scored as a whole",
+                where="routing_quantity",
+                hint="Give sequence or length_normalised.",
+            )
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
         ensemble.alpha, ensemble.routing_quantity = args.alpha, args.routing_quantity
         check_kind(ensemble, args)
