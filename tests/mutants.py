@@ -142,8 +142,7 @@ def is_left_out(old: str, new: str) -> bool:
         return " " in marked[1]
     if new in [old.replace("strict=True", other) for other in ("strict=None", "strict=False", "")]:
         return True
-    at = [i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b]
-    return old.lower() == new.lower() and " " in new[min(at, default=0) : max(at, default=0)]
+    return old.lower() == new.lower() and any(" " in text for text in re.findall('"([^"]*)"', old))
 
 
 def function_of(mutant: str) -> str:

@@ -260,8 +260,43 @@ def test_logits_that_no_config_declares_are_refused(change, size, dtype):
     model = tiny_model(initializer_range=size).to(dtype)
     check_head(model)
     model.__class__, model.change = _Changed, CHANGES[change]
-    with pytest.raises(ConfigError, match="does something to its hidden states or logits"):
+    with pytest.raises(ConfigError, match="does something to its hidden states or logits") as caught:
         check_head(model)
+    assert caught.value.where == "model"
+    assert "Please report the architecture" in caught.value.hint
+
+
+class OtherLinear(nn.Linear):
+    """A head that is not exactly `nn.Linear`, as quantised heads are: it computes in its own precision."""
+
+
+def test_a_head_of_another_class_is_checked_up_to_the_rounding_of_its_precision():
+    model = tiny_model(initializer_range=0.9, tie_word_embeddings=False)
+    model.lm_head.__class__ = OtherLinear
+    check_head(model)
+    model.bfloat16()
+    check_head(model)
+    model.__class__, model.change = _Changed, CHANGES["times 1.0005"]
+    check_head(model)  # less than bfloat16 can tell
+    model.float()
+    with pytest.raises(ConfigError, match="does something"):
+        check_head(model)
+    model.bfloat16().change = lambda z: 1.5 * z
+    with pytest.raises(ConfigError, match="does something"):
+        check_head(model)
+
+
+def test_a_model_without_a_linear_head_is_refused():
+    for model in (tiny_model().model, tiny_model()):
+        if hasattr(model, "lm_head"):
+            model.lm_head = nn.Identity()
+        with pytest.raises(ConfigError, match=f"{type(model).__name__} is not a causal language model") as caught:
+            check_head(model)
+        assert caught.value.where == "model"
+
+
+def test_a_model_on_the_meta_device_has_nothing_to_check():
+    check_head(tiny_model().to("meta"))
 
 
 @pytest.mark.parametrize("width", [7, VOCABULARY])

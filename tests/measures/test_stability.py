@@ -174,10 +174,11 @@ def test_iterations_in_a_large_ill_conditioned_space():
         assert found.residuals.max() <= 1e-5
 
 
-def test_an_iteration_that_was_cut_short_says_so():
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_an_iteration_that_was_cut_short_says_so(iterations):
     curvature = torch.logspace(-6, 0, 400, dtype=torch.float64)
     J = positive(400)
-    found = critical_directions(lambda x: curvature[:, None] * x, lambda x: J @ x, 400, 3, max_iterations=2)
+    found = critical_directions(lambda x: curvature[:, None] * x, lambda x: J @ x, 400, 3, max_iterations=iterations)
     assert not found.converged
     assert found.critical_alpha >= critical_alpha(curvature.diag(), J)
 
@@ -310,6 +311,12 @@ def test_a_basis_has_no_more_directions_than_gradients_span():
             gradient_basis(nothing, 1)
 
 
+def test_directions_of_rounding_are_dropped():
+    """In float32 the Gram matrix of gradients along one line has more eigenvalues above 0 than one."""
+    along = (normal(6, 1) @ normal(1, 50, seed=1)).float()
+    assert gradient_basis([along], 4).shape == (50, 1)
+
+
 def test_a_random_basis_is_orthonormal_and_follows_its_seed():
     basis = random_basis(40, 6, seed=3)
     torch.testing.assert_close(basis.T @ basis, torch.eye(6))
@@ -400,6 +407,24 @@ def test_one_direction_is_no_choice():
     found = cross_fitted(g, torch.ones(400, 1, 1, dtype=torch.float64))
     assert found.critical_alpha == pytest.approx(1 / g.square().mean().item())
     assert math.log(found.high / found.low) == pytest.approx(2 * 1.96 * math.sqrt(2 / 400), rel=0.25)
+
+
+def test_the_figure_does_not_depend_on_the_resamples():
+    """Each resample is damped by its own curvature, and the examples themselves are the first."""
+    g, V, _ = grouped_answers(60, k=3, directions=4)
+    few, many = (cross_fitted(g, V, resamples=resamples) for resamples in (2, 200))
+    assert few.critical_alpha == pytest.approx(many.critical_alpha, rel=1e-12)
+    torch.testing.assert_close(few.loadings, many.loadings, rtol=1e-12, atol=1e-12)
+
+
+def test_without_curvature_in_most_resamples_the_interval_says_nothing():
+    """Each of two directions has a curvature above 0 by one example only, which a resample lacks one time in three."""
+    V = -torch.eye(2, dtype=torch.float64).repeat(40, 1, 1)
+    for direction in range(2):
+        V[direction, direction, direction] = 39.5
+    found = cross_fitted(normal(40, 2), V, relative_damping=0.0)
+    assert (found.low, found.high) == (0.0, math.inf)
+    assert found.plug_in > 0
 
 
 # Length-normalised routing
@@ -493,7 +518,7 @@ def test_float32_matrices_are_solved_in_float64():
 
 def test_a_singular_curvature_is_refused_with_advice():
     V = torch.diag(torch.tensor([1.0, 0.0]))
-    with pytest.raises(ValueError, match=r"not positive definite.*raise `damping`.*Fisher"):
+    with pytest.raises(ValueError, match=r"not positive definite \(eigenvalues from 0 to 1\): raise `damping`.*Fisher"):
         critical_alpha(V, V)
     assert critical_alpha(V, V, damping=1e-9) == pytest.approx(1.0)
     big = torch.diag(torch.cat([torch.ones(60), -torch.ones(60)])).double()
@@ -520,6 +545,10 @@ def test_too_few_examples_or_directions_are_refused():
     g, V, _ = grouped_answers(8, k=2, directions=2)
     with pytest.raises(ValueError, match="8 examples cannot make 5 folds"):
         cross_fitted(g, V)
+    with pytest.raises(ValueError, match="8 examples cannot make 1 folds"):
+        cross_fitted(g, V, folds=1)
+    for folds in (2, 4):
+        assert cross_fitted(g, V, folds=folds).critical_alpha > 0
     with pytest.raises(ValueError, match="should be"):
         cross_fitted(g, V[:4])
     with pytest.raises(ValueError, match="k is 9"):

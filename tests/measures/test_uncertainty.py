@@ -271,3 +271,12 @@ def test_draws_that_agree_leave_all_disagreement_between_members_and_the_other_w
     assert draw_uncertainty(torch.stack([one, one, one, other]), unheard, 2) == (0, 0)
     with pytest.raises(ValueError, match="not 3 draws"):
         draw_uncertainty(torch.stack([one, other]), None, 3)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("value", [-math.inf, math.nan, 1e300])
+def test_a_dropped_member_does_not_spread(at, value):
+    kept = torch.tensor([[-4.0, -0.1], [-8.0, -0.1]], dtype=torch.float64)
+    ell = torch.cat([kept[:at], torch.full((1, 2), value, dtype=torch.float64), kept[at:]])
+    weights = torch.full((3,), 0.5).index_fill(0, torch.tensor(at), 0.0)
+    assert log_likelihood_spread(ell, torch.tensor([4, 7]), weights.log()).tolist() == pytest.approx([0.5, 0.0])

@@ -11,6 +11,7 @@ from renyi import LoraEnsemble
 from renyi.errors import ConfigError
 from renyi.objectives import renyi_loss, responsibilities
 from renyi.routing import Router, RoutingPlan
+from renyi.routing.plan import take_examples
 from renyi.routing.race import race
 
 ALPHA = 0.6
@@ -41,8 +42,9 @@ def test_a_step_in_parts_is_the_whole_step(kind, budget):
     assert (found - gradient).norm() <= 1e-6 * gradient.norm()
 
 
-def test_no_pass_is_larger_than_the_budget(monkeypatch):
-    """None that keeps a graph; to score, an example is run under all members at once."""
+@pytest.mark.parametrize("budget", [5, 9, 20])
+def test_no_pass_is_larger_than_the_budget(monkeypatch, budget):
+    """None that keeps a graph, but for one row; to score, an example is run under all members at once."""
     ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
     seen, forward = [], ensemble.base.base_model.forward
 
@@ -51,8 +53,8 @@ def test_no_pass_is_larger_than_the_budget(monkeypatch):
         return forward(**given)
 
     monkeypatch.setattr(ensemble.base.base_model, "forward", watched)
-    step(ensemble, RoutingPlan(token_budget=20), ids, mask)
-    assert max(tokens for has_graph, tokens in seen if has_graph) <= 20
+    step(ensemble, RoutingPlan(token_budget=budget), ids, mask)
+    assert max(tokens for has_graph, tokens in seen if has_graph) <= max(budget, 9)
     assert max(tokens for _, tokens in seen) == 27
 
 
@@ -158,6 +160,16 @@ def test_sampled_gradients_have_the_dense_one_as_their_mean(monkeypatch, undivid
     assert (mean - gradient).norm() <= 2e-6 * gradient.norm()
 
 
+@pytest.mark.parametrize("kind", ["sampled", "raced"])
+def test_at_alpha_zero_nothing_is_scored_before_a_member_is_drawn(kind):
+    ensemble, (ids, mask) = tiny_ensemble().train(), padded_batch()
+    batch = {"input_ids": ids, "attention_mask": mask}
+    assert Router(ensemble, RoutingPlan(kind)).forward(batch, 0.0).statistics == (0.0, 0.0)
+    assert Router(ensemble, RoutingPlan(kind)).forward(batch, ALPHA).statistics.scored == 1.0
+    assert Router(ensemble, RoutingPlan(kind, token_budget=27)).forward(batch, 0.0).statistics.scored == 0.0
+    assert Router(ensemble, RoutingPlan(kind, token_budget=26)).forward(batch, 0.0).statistics.scored == 1.0
+
+
 def test_drawn_members_are_the_only_ones_that_learn():
     ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
     step(ensemble, RoutingPlan("sampled"), ids[:1], mask[:1])
@@ -194,8 +206,13 @@ def raced(ensemble: LoraEnsemble, threshold: float, alpha: float = ALPHA):
         return race(ensemble, RoutingPlan("raced", threshold), batch, alpha)
 
 
-def race_on_paper(log_probs_MBT: Tensor, threshold: float, alpha: float) -> tuple[Tensor, float, float]:
-    """The race by hand, from the scores of all tokens: log-likelihoods [M, B], share scored, responsibility dropped."""
+def race_on_paper(
+    log_probs_MBT: Tensor, threshold: float, alpha: float, lengths: Tensor | None = None
+) -> tuple[Tensor, float, float]:
+    """The race by hand, from the scores of all tokens: log-likelihoods [M, B], share scored, responsibility dropped.
+
+    With `lengths`, responsibilities are those of the mean per token that was scored so far.
+    """
     many, rows, _ = log_probs_MBT.shape
     ell, alive = torch.zeros(many, rows), torch.ones(many, rows, dtype=torch.bool)
     scored, dropped, leader = 0, 0.0, [0] * rows
@@ -207,7 +224,8 @@ def race_on_paper(log_probs_MBT: Tensor, threshold: float, alpha: float) -> tupl
                 ell[m, b] += found[m] if alive[m, b] else found[leader[b]]
         if end == 50:
             break
-        r = (alpha * ell).softmax(dim=0)
+        units = 1 if lengths is None else (lengths - 1).clamp(max=end)
+        r = (alpha * ell / units).softmax(dim=0)
         for b in range(rows):
             leader[b] = max((m for m in range(many) if alive[m, b]), key=lambda m: float(r[m, b]))
             for m in range(many):
@@ -243,6 +261,47 @@ def test_a_race_is_the_race_on_paper(alpha, threshold):
     assert statistics.scored == pytest.approx(scored)
     assert statistics.dropped == pytest.approx(dropped, rel=1e-3)
     assert scored < 1 or (alpha, threshold) == (0.1, 0.05)
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.32])
+def test_a_race_by_means_per_token_counts_the_tokens_scored_so_far(threshold):
+    ensemble, (ids, mask) = tiny_ensemble(), long_batch()
+    ensemble.routing_quantity = "length_normalised"
+    with torch.no_grad():
+        plain = ensemble(ids, mask).log_probs
+    ell, scored, dropped = race_on_paper(plain, threshold, 1.0, mask.sum(dim=1))
+    found, statistics = raced(ensemble, threshold, 1.0)
+    torch.testing.assert_close(found.log_probs.sum(-1), ell, atol=1e-3, rtol=1e-5)
+    assert statistics.scored == pytest.approx(scored)
+    assert scored < 1
+    assert statistics.dropped == pytest.approx(dropped, rel=1e-4)
+
+
+def test_a_race_of_double_precision_scores_in_double_precision():
+    ensemble, (ids, mask) = tiny_ensemble().double(), long_batch()
+    found, _ = raced(ensemble, 0.0)
+    with torch.no_grad():
+        plain = ensemble(ids, mask)
+    torch.testing.assert_close(found.log_probs, plain.log_probs, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(found.entropy, plain.entropy, atol=1e-10, rtol=1e-10)
+
+
+def test_a_member_exactly_at_the_threshold_stays_in_the_race():
+    _, statistics = raced(tiny_ensemble(4, scattered=False), 0.25)
+    assert statistics == (1.0, 0.0)
+
+
+def test_a_race_in_parts_counts_as_its_parts_do():
+    ensemble, (ids, mask) = tiny_ensemble().train(), long_batch()
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    plan = RoutingPlan("raced", 0.25, token_budget=2 * 3 * 50)
+    with torch.no_grad():
+        parts = [race(ensemble, plan, take_examples(batch, torch.tensor(at)), ALPHA)[1] for at in ([0, 1], [2, 3])]
+    found = Router(ensemble, plan).forward(batch, ALPHA).statistics
+    assert found.scored == pytest.approx(sum(part.scored for part in parts) / 2)
+    assert found.dropped == pytest.approx(sum(part.dropped for part in parts) / 2)
+    assert found.dropped > 0
+    assert found.scored < 1
 
 
 def test_a_race_scores_who_is_left_exactly_and_leaves_the_others_behind():
@@ -309,3 +368,30 @@ def test_a_router_leaves_the_plain_forward_as_it_is():
     assert wrapper.calls == 1
     torch.testing.assert_close(found.output.log_probs, router.forward(batch, ALPHA).output.log_probs)
     assert vars(ensemble.eval()) == before
+
+
+def test_a_forward_that_others_had_replaced_is_still_theirs_afterwards():
+    """Accelerate puts its own forward on a module, for example to convert outputs."""
+    ensemble, (ids, mask), calls = tiny_ensemble().train(), padded_batch(), []
+    own = ensemble.forward
+
+    def replaced(*args: object, **kwargs: object) -> object:
+        calls.append(kwargs.keys())
+        return own(*args, **kwargs)
+
+    ensemble.forward = replaced
+    wrapper = torch.nn.Sequential(ensemble)
+    wrapper.forward = lambda *args: ensemble(*args)
+    found = Router(ensemble, RoutingPlan("sparse", 1e-9)).forward(
+        {"input_ids": ids, "attention_mask": mask}, ALPHA, wrapper
+    )
+    assert vars(ensemble)["forward"] is replaced
+    assert len(calls) == 1  # one pass scores all pairs
+    torch.testing.assert_close(found.output.log_probs, ensemble.eval()(ids, mask).log_probs)
+
+
+def test_without_a_mask_and_labels_every_token_is_trained():
+    ensemble, (ids, _) = tiny_ensemble().train(), padded_batch()
+    found = Router(ensemble, RoutingPlan("sparse", 1e-9)).forward({"input_ids": ids}, ALPHA).output
+    torch.testing.assert_close(found.log_probs, ensemble.eval()(ids).log_probs)
+    assert found.label_mask.all()

@@ -147,7 +147,7 @@ def _score(
     is_top1_N = torch.zeros_like(targets_N, dtype=torch.bool)
     pull_ND = torch.zeros_like(hidden_ND, dtype=precision)
     starts = range(0, len(weight_VD), width)
-    by_block = (targets_N // width).sort(stable=True)
+    by_block = (targets_N // width).sort()
     rows_of_block = by_block.indices.split(by_block.values.bincount(minlength=len(starts)).tolist())
     for start, rows in zip(starts, rows_of_block, strict=True):
         weight_vD = weight_VD[start : start + width].to(hidden_ND.dtype)

@@ -155,7 +155,8 @@ def log_likelihood_spread(
         log_weights = ell.new_zeros(ell.shape[0])
     w = log_weights.double().softmax(0)
     w = w.reshape(w.shape + (1,) * (ell.dim() - w.dim()))
-    deviation = ell - ell[:1]  # subtract one member first: equal likelihoods then deviate by exactly 0
+    # Subtract a member with a weight first: equal likelihoods then deviate by exactly 0.
+    deviation = ell - ell.gather(0, w.expand_as(ell).argmax(0, keepdim=True))
     deviation = deviation - _mean(deviation, w, 0)
     return _mean(deviation.square(), w, 0).sqrt() / tokens
 

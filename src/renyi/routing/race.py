@@ -32,7 +32,7 @@ def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float
         batch: arguments of the joint forward, with labels, padded on the right.
         alpha: the order of the responsibilities, the same as for the loss of this batch.
     """
-    ids_BT, mask_BT, labels_BT = batch["input_ids"], batch.get("attention_mask"), batch["labels"]
+    ids_BT, labels_BT = batch["input_ids"], batch["labels"]  # padding is on the right, where no token sees it
     (rows, length), device = ids_BT.shape, ids_BT.device
     tokens_BT, num_members = labels_BT[:, 1:] != IGNORED, ensemble.draws * len(ensemble.members)
     places_B = ensemble.places(rows)
@@ -51,12 +51,10 @@ def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float
         block = slice(start, start + targets_Pn.shape[1])
         cached = {"past_key_values": cache, "use_cache": True}
         if len(members) == num_members * rows:  # no member was dropped: the pairs are the rows of the joint forward
-            mask = None if mask_BT is None else mask_BT[:, :end]
-            hidden_1PnD = ensemble.hidden_states(ids_BT[:, start:end], mask, cached).flatten(0, 1)[None]
+            hidden_1PnD = ensemble.hidden_states(ids_BT[:, start:end], None, cached).flatten(0, 1)[None]
         else:
-            mask = None if mask_BT is None else mask_BT[examples, :end]
             with ensemble.pairing(members.tolist(), places_B[examples]):
-                hidden_1PnD = ensemble.hidden_states(ids_BT[examples, start:end], mask, cached)
+                hidden_1PnD = ensemble.hidden_states(ids_BT[examples, start:end], None, cached)
         found = ensemble.score_states(hidden_1PnD[:, :, : targets_Pn.shape[1]], targets_Pn)
         for whole_MBT, part_1Pn in zip(scores, (found.log_probs, found.entropy, found.is_top1), strict=True):
             whole_MBT[members, examples, block] = part_1Pn[0]
@@ -68,7 +66,7 @@ def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float
             break
         r_MB = example_responsibilities(
             scores[0].sum(dim=-1),
-            tokens_BT[:, : end - 1].sum(dim=1),
+            tokens_BT[:, :end].sum(dim=1),
             alpha,
             ensemble.drawn_weights.log(),
             ensemble.routing_quantity,
