@@ -30,12 +30,13 @@ class FakeVllm:
             another token), "end" (the last row's stream then ends), "error" (vLLM ends the requests).
         cancelled: names of requests whose clients went away.
         begun: groups that were run.
+        open, most: requests that are open, and the most that ever were.
     """
 
     def __init__(self, ensemble: LoraEnsemble, names: list[str], rows: int = 64):
         self.fault: str | None = None
         self.cancelled: list[str] = []
-        self.begun = 0
+        self.begun = self.open = self.most = 0
         self.seconds = 0.0
         self._ensemble, self._names = ensemble, names
         facts = {"format": FORMAT, "rows": rows, "step_tokens": 256, "positions": 64, "adapters": len(names)}
@@ -89,6 +90,8 @@ class FakeVllm:
                 task.add_done_callback(lambda task, group=group: self._admission.forget(list(group.names)))
 
             async def lines() -> Any:
+                self.open += 1
+                self.most = max(self.most, self.open)
                 try:
                     while (item := await queue.get()) is not None:
                         yield f"data: {json.dumps(item)}\n\n"
@@ -96,6 +99,8 @@ class FakeVllm:
                 except asyncio.CancelledError:
                     self.cancelled.append(name)
                     raise
+                finally:
+                    self.open -= 1
 
             return StreamingResponse(lines(), media_type="text/event-stream")
 

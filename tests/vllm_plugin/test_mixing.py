@@ -137,6 +137,15 @@ def test_a_place_is_taken_by_another_group():
     assert batch.told[-1].weights == pytest.approx(WEIGHTS_3)
 
 
+def test_a_row_is_moved_onto_another():
+    """The row that was there is gone; vLLM need not say so."""
+    batch = Batch()
+    batch.add(membership("old", 0, (1.0,)), *(membership("a", m) for m in range(3)))
+    batch.move(3, 0, False)
+    assert (batch.mixing.apply(batch.logits(0))[0] == batch.mixing.apply(batch.logits(0))[1]).all()
+    assert {record.group for record in batch.told} == {"a"}
+
+
 def assert_untouched(batch, seed, reason):
     logits = batch.logits(seed)
     before = logits.clone()

@@ -11,7 +11,7 @@ from serving import Live, tiny_folder
 from renyi.cli.main import main
 from renyi.errors import BusyError, ConfigError, EngineError
 from renyi.serve.engine import EngineRequest
-from renyi.serve.replica import ReplicaAddress, address_of
+from renyi.serve.replica import Capacity, ReplicaAddress, address_of
 from renyi.serve.run import ServerSettings, answers_of
 from renyi.serve.vllm import VllmEngine
 
@@ -158,6 +158,27 @@ def test_groups_go_to_replicas_whole(loaded, fake):
         assert min(fake.begun, other.begun) >= 1
 
 
+def test_a_replica_is_not_sent_more_than_it_runs(loaded):
+    """It has 6 rows: two groups of three run, and two are sent ahead. All are answered, cancelled ones make room."""
+    with FakeVllm(loaded.ensemble, NAMES, rows=6) as fake:
+        fake.seconds = 0.05
+        engine = engine_of(loaded, fake)
+
+        async def main():
+            await engine.start()
+            streams = [engine.submit(request([5 + i], 4)) for i in range(9)]
+            await anext(streams[0])
+            assert 3 <= fake.open <= 12
+            streams[1].cancel()  # has begun
+            streams[8].cancel()  # waits
+            answers = await asyncio.gather(*map(collected, streams[2:8]))
+            assert [len(answer) for answer in answers] == [4] * 6
+            assert fake.most == 12
+            await engine.stop()
+
+        asyncio.run(main())
+
+
 def test_a_replica_that_is_lost(loaded):
     with FakeVllm(loaded.ensemble, NAMES) as first, FakeVllm(loaded.ensemble, NAMES) as other:
         first.seconds = 0.05
@@ -266,3 +287,27 @@ def test_addresses():
     for wrong in ("gpu-0:8000", "http://", "http://a,http://b,http://c"):
         with pytest.raises(ConfigError, match="no address"):
             address_of(wrong)
+
+
+def test_capacity_is_given_back_whatever_happens():
+    async def main():
+        capacity = Capacity(4)
+        order = []
+
+        async def work(name, several, seconds=0.0):
+            async with capacity.room_for(several):
+                order.append(name)
+                await asyncio.sleep(seconds)
+
+        first = asyncio.create_task(work("a", 3, 10))
+        await asyncio.sleep(0)
+        waits = [asyncio.create_task(work(name, several)) for name, several in (("b", 4), ("c", 1), ("d", 4))]
+        await asyncio.sleep(0)
+        assert order == ["a"]  # c would fit, but it came after b
+        waits[0].cancel()
+        first.cancel()  # in the same turn of the loop: b is cancelled and not yet gone when room is made
+        await asyncio.wait([first, *waits], timeout=5)
+        assert order == ["a", "c", "d"]
+        await asyncio.wait_for(work("e", 4), 5)
+
+    asyncio.run(main())

@@ -6,8 +6,9 @@ It speaks vLLM's HTTP API and the stream of `renyi.vllm.records`. Read next: `vl
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit, urlunsplit
@@ -56,6 +57,36 @@ def address_of(text: str) -> ReplicaAddress:
     return ReplicaAddress(api, urlunsplit((parts[0].scheme, f"{host}:{DEFAULT_PORT}", "", "", "")))
 
 
+class Capacity:
+    """How many requests a replica is sent at once. Those that wait begin in the order in which they came."""
+
+    def __init__(self, most: int):
+        self._free, self._waiting = most, deque[tuple[int, asyncio.Future[None]]]()
+
+    @asynccontextmanager
+    async def room_for(self, several: int) -> AsyncIterator[None]:
+        """Wait until so many requests can begin together."""
+        mine = several, asyncio.get_running_loop().create_future()
+        self._waiting.append(mine)
+        self._begin()
+        try:
+            await mine[1]
+            yield
+        finally:
+            if mine in self._waiting:
+                self._waiting.remove(mine)
+            if not mine[1].cancelled():
+                self._free += several
+            self._begin()
+
+    def _begin(self) -> None:
+        while self._waiting and self._waiting[0][0] <= self._free:
+            several, begins = self._waiting.popleft()
+            if not begins.cancelled():
+                self._free -= several
+                begins.set_result(None)
+
+
 class Replica:
     """A connection to one replica.
 
@@ -68,6 +99,7 @@ class Replica:
     Attributes:
         is_up: whether it answers and its records come.
         facts: its limits: `rows`, `step_tokens`, `positions`, `adapters`.
+        capacity: what it is sent at once: as many rows as it can run, and two groups to go on with.
         rows: requests that run or wait there for this client; whoever sends them counts them.
         why: why it is not up.
     """
@@ -80,6 +112,7 @@ class Replica:
         self._records: dict[str, asyncio.Queue[Record | EngineError]] = {}
         self.is_up, self.rows = False, 0
         self.facts: dict[str, Any] = {}
+        self.capacity = Capacity(0)
         self.why = "it was not asked yet"
         self.was_asked = asyncio.Event()
 
@@ -129,6 +162,7 @@ class Replica:
                     f"it holds {self.facts['rows']} rows and {self.facts['adapters']} adapters, and there are "
                     f"{len(self._members)} members; raise --max-num-seqs and --max-loras"
                 )
+            self.capacity = Capacity(self.facts["rows"] + 2 * len(self._members))
             self.is_up = True
             self.was_asked.set()
             while True:

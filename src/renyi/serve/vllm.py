@@ -176,10 +176,8 @@ class VllmEngine(Engine):
     async def _scored(
         self, replica: Replica, ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
     ) -> list[Score]:
-        at_once = asyncio.Semaphore(max(1, replica.facts["rows"] // 2))
-
         async def log_likelihood(model: str, row: int) -> float:
-            async with at_once:
+            async with replica.capacity.room_for(1):
                 found = await replica.prompt_log_probs(model, ids[row])
             trained = [label != data.IGNORED for label in labels[row][1:]]
             return math.fsum(value for value, is_trained in zip(found, trained, strict=True) if is_trained)
@@ -206,7 +204,11 @@ class _GroupStream(TokenStream):
         self._task: asyncio.Task[None] | None = None
 
     def begin(self, replica: Replica, group: str, models: Sequence[str], weights: Sequence[float], done: Any) -> None:
-        self._task = asyncio.create_task(self._gather(replica, group, models, weights))
+        async def run() -> None:
+            async with replica.capacity.room_for(len(models)):
+                await self._gather(replica, group, models, weights)
+
+        self._task = asyncio.create_task(run())
         replica.rows += len(models)
 
         def end(task: object) -> None:
