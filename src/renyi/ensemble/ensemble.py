@@ -36,6 +36,13 @@ class Snapshot(NamedTuple):
     layers: list[tuple[Tensor, Tensor]]
 
 
+class _AlwaysDropout(nn.Dropout):
+    """Dropout that evaluation mode does not turn off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.p, training=True)
+
+
 class LoraEnsemble(TrainableModel, JointModel):
     """A distribution over LoRA adapters: M members with mixture weights on one frozen base.
 
@@ -351,6 +358,23 @@ class LoraEnsemble(TrainableModel, JointModel):
     def redraw(self, seed: int | None, draws: int = 1) -> None:
         """Draw the random parts of members anew; see `MemberStack.redraw`."""
         self.stack.redraw(seed, draws)
+
+    @contextmanager
+    def dropping(self, rate: float) -> Iterator[None]:
+        """Drop inputs of the members' updates with this probability in every forward inside, in evaluation mode, too.
+
+        This is Monte Carlo dropout (Gal and Ghahramani 2016, arXiv 1506.02142): forwards with different random states
+        are samples. Rows that are equal are dropped differently.
+        """
+        layers = list(self.stack.layers.values())
+        before = [layer.lora_dropout for layer in layers]
+        for layer in layers:
+            layer.lora_dropout = _AlwaysDropout(rate)
+        try:
+            yield
+        finally:
+            for layer, own in zip(layers, before, strict=True):
+                layer.lora_dropout = own
 
     def turn_dropout_off(self) -> None:
         """Train members without dropout from now on."""

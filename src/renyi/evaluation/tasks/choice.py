@@ -49,12 +49,19 @@ class ChoiceSettings(Grouped, Compared, Resampled):
         "share of the questions not evaluated but calibrated on; by default 0.2, or 0.5 with --target_risk",
         "SHARE",
     )
+    mc_dropout: int = setting(
+        0, "also the mean of this many passes of a single member with dropout, the first baseline or member 0", "N"
+    )
+    mc_dropout_rate: float | None = setting(None, "dropout of these passes; by default the one trained with", "RATE")
     target_risk: float | None = setting(None, "find a threshold and write abstention.json", "RISK")
     delta: float = setting(0.1, "probability that the threshold's promise fails", "P")
     abstain_by: Score = setting("total", "the uncertainty that the threshold bounds", "SCORE")
 
     def validate(self) -> None:
         super().validate()
+        self.require(self.mc_dropout >= 0, "mc_dropout", "Give a number of passes, or 0 for none.")
+        rate = self.mc_dropout_rate
+        self.require(rate is None or 0 < rate < 1, "mc_dropout_rate", "Give a probability above 0 and below 1.")
         hint = "Give a number between 0 and 1."
         self.require(self.target_risk is None or 0 < self.target_risk < 1, "target_risk", hint)
         self.require(0 < self.delta < 1, "delta", hint)
@@ -121,13 +128,25 @@ class Choice(Task):
         ensemble, cut = _opinion(models, model, data.questions, settings, "scoring")
         elsewhere: dict[str, Opinion] = {}
         baselines: dict[str, Opinion] = {}
+        dropped: dict[str, Opinion] = {}
+
+        def drop(name: str, single: Model) -> None:
+            for into, questions in ((dropped, data.questions), (elsewhere, data.elsewhere)):
+                if questions:
+                    what = f"scoring {name} with dropout"
+                    into[f"{name}, MC dropout"] = _with_dropout(models, single, questions, settings, what)
+
         if data.elsewhere:
             elsewhere["mixture"], _ = _opinion(models, model, data.elsewhere, settings, "scoring --ood")
         for name, other in models.baselines(settings.baseline):
             baselines[name], _ = _opinion(models, other, data.questions, settings, f"scoring {name}")
             if data.elsewhere:
                 elsewhere[name], _ = _opinion(models, other, data.elsewhere, settings, f"scoring --ood, {name}")
-        return Asked(ensemble, baselines, elsewhere, cut, models.folder)
+            if settings.mc_dropout and not dropped and other.ensemble.num_members == 1:
+                drop(name, other)
+        if settings.mc_dropout and not dropped:
+            drop("member 0", model)
+        return Asked(ensemble, {**baselines, **dropped}, elsewhere, cut, models.folder)
 
     def evaluate(self, data: Read, answers: Asked, settings: ChoiceSettings) -> Found:
         from renyi.evaluation.choice_quality import calibration_split, evaluate_choice
@@ -208,6 +227,32 @@ def _opinion(
     log_probs, weights = choice_log_probs(scores, settings.choice_by), model.ensemble.weights.cpu()
     num_draws = model.ensemble.num_draws
     return Opinion(log_probs, weights, scores.log_likelihood, scores.tokens, num_draws), scores.cut
+
+
+def _with_dropout(
+    models: Models, model: Model, questions: "Sequence[Question]", settings: ChoiceSettings, what: str
+) -> "Opinion":
+    """What the first member thinks of the questions in several passes with dropout; each pass counts as a member."""
+    import torch
+
+    from renyi.evaluation.choice_quality import Opinion
+    from renyi.inference import choice_log_probs, score_choices
+
+    ensemble, passes = model.ensemble, []
+    rate = ensemble.peft_config.lora_dropout if settings.mc_dropout_rate is None else settings.mc_dropout_rate
+    if rate == 0:
+        hint = "Give --mc_dropout_rate, or train with lora_dropout."
+        raise ConfigError("the member was trained without dropout", where="mc_dropout", hint=hint)
+    with models.progress(what, settings.mc_dropout * len(questions)) as progress, torch.random.fork_rng():
+        for number in range(settings.mc_dropout):
+            torch.manual_seed(number)
+            with ensemble.dropping(rate):
+                passes.append(score_choices(ensemble, questions, model.tokenizer, settings.choice_by))
+            progress((number + 1) * len(questions))
+    log_probs = torch.cat([choice_log_probs(scores, settings.choice_by)[:1] for scores in passes])
+    ell = torch.cat([scores.log_likelihood[:1] for scores in passes])
+    weights = torch.full((len(passes),), 1 / len(passes))
+    return Opinion(log_probs, weights, ell, passes[0].tokens)
 
 
 # ---- Abstention ------------------------------------------------------------------------------------------------------
