@@ -99,7 +99,8 @@ class Answers:
         weight = None if member is None else self.engine.weights[member]
         kind = {"kind": "mixture", "members": self.members} if member is None else {"kind": "member"}
         found = {"id": name, "object": "model", "created": self.created, "owned_by": "renyi", **kind, "weight": weight}
-        return {**found, "max_model_len": self.engine.positions}
+        chats = bool(self.engine.tokenizer.chat_template)
+        return {**found, "max_model_len": self.engine.positions, "has_chat_template": chats}
 
     def _member(self, name: str) -> int | None:
         if name == self.model:
