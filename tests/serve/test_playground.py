@@ -100,7 +100,7 @@ def test_a_withheld_answer_is_shown_as_such(page: Any) -> None:
 
 
 def test_members_answer_side_by_side(page: Any) -> None:
-    page.get_by_role("tab", name="Members side by side").click()
+    page.get_by_role("tab", name="Members").click()
     page.get_by_label("Every member answers this").fill("w1 w2")
     page.get_by_role("button", name="Ask all").click()
     page.get_by_text("weight 0.33").nth(2).wait_for()
