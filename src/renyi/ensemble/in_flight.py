@@ -89,7 +89,7 @@ class InFlight:
     """Runs the new tokens of sequences in flight through an ensemble.
 
     Args:
-        ensemble: in evaluation mode, and on this process alone.
+        ensemble: on this process alone. Run the forwards in its `inference()`, as `generate` does.
 
     Raises:
         ConfigError: this kind of model cannot be run so. That is tried, not assumed: two sequences of different
@@ -106,7 +106,8 @@ class InFlight:
             other = f"layers of {', '.join(sorted(map(str, kinds - _KINDS)))}" if kinds - _KINDS else self._attention
             raise self._unfit(f"it has {other}")
         AttentionInterface.register(_NAME, _attend)
-        self._check()
+        with ensemble.inference():
+            self._check()
 
     @torch.inference_mode()
     def __call__(self, work: Sequence[tuple[Flight, Sequence[int]]]) -> list[Tensor]:

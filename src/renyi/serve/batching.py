@@ -152,7 +152,7 @@ class OurEngine(Engine):
     # ---- The thread of the model -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with torch.inference_mode():
+        with torch.inference_mode(), self._loaded.ensemble.inference():
             while True:
                 with self._changed:
                     self._changed.wait_for(lambda: self._is_stopping or self._waiting or self._running or self._scoring)
