@@ -12,15 +12,44 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from requests import RequestException
 from schemathesis import GenerationMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from serving import live, tiny_folder
 
 from renyi.serve.answers import AnswerLimits
+
+
+def fuzz(operation: Any, requests: int, start: int, statuses: Counter[tuple[str, int]], failed: list[str]) -> None:
+    """Send so many requests to one operation, and note the status of each; 0 if there was no answer."""
+    label = f"{operation.method.upper()} {operation.path}"
+
+    @seed(start)
+    @settings(
+        max_examples=requests,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy())
+    def send(case: schemathesis.Case) -> None:
+        _fitting(case)
+        status = 0
+        try:
+            status = case.call(timeout=60).status_code
+        except RequestException as error:
+            failed.append(f"{error!r}")
+        statuses[label, status] += 1
+        if status == 500:
+            failed.append(case.as_curl_command()[:500])
+
+    send()
 
 
 def main() -> int:
@@ -38,28 +67,7 @@ def main() -> int:
             operations = [found.ok() for found in schema.get_all_operations()]
             each = -(-args.requests // len(operations))
             for operation in operations:
-                label = f"{operation.method.upper()} {operation.path}"
-
-                @seed(args.seed)
-                @settings(
-                    max_examples=each,
-                    deadline=None,
-                    database=None,
-                    phases=[Phase.generate],
-                    suppress_health_check=list(HealthCheck),
-                )
-                @given(case=operation.as_strategy())
-                def send(case: schemathesis.Case, label: str = label) -> None:
-                    _fitting(case)
-                    status = 0
-                    try:
-                        status = case.call(timeout=60).status_code
-                    finally:
-                        statuses[label, status] += 1
-                        if status in (0, 500):
-                            failed.append(f"{status} {case.as_curl_command()[:500]}")
-
-                send()
+                fuzz(operation, each, args.seed, statuses, failed)
             idle = server.wait_for_idle(30)
     for (label, status), times in sorted(statuses.items()):
         print(f"{times:>7}  {status}  {label}")
