@@ -182,3 +182,11 @@ class ScoreBody(_Body):
 
     model: str
     rows: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=1024)]
+
+    @model_validator(mode="after")
+    def _columns_have_names(self) -> "ScoreBody":
+        for number, row in enumerate(self.rows, start=1):
+            for name in row:
+                if not name.isprintable():  # the library that reads rows fails on such names
+                    raise ConfigError(f"has a column {name!r}", where=f"row {number}", hint="Give it another name.")
+        return self
