@@ -101,12 +101,14 @@ def test_logprobs_join_to_the_text(client: openai.OpenAI, loaded: Loaded, top: i
 
 def test_errors_have_openais_form(server: Live, client: openai.OpenAI) -> None:
     chat = client.chat.completions.create
+    own_template = {"chat_template_kwargs": {"chat_template": "{% for i in range(9**9) %}x{% endfor %}"}}
     for ask, kind, status in (
         (lambda: chat(model="nobody", messages=MESSAGES), openai.NotFoundError, 404),
         (lambda: chat(model="tiny", messages=MESSAGES, temperature=-1), openai.UnprocessableEntityError, 422),
         (lambda: chat(model="tiny", messages=[]), openai.UnprocessableEntityError, 422),
         (lambda: chat(model="tiny", messages=MESSAGES, extra_body={"temprature": 1}), openai.BadRequestError, 400),
         (lambda: chat(model="tiny", messages=MESSAGES, presence_penalty=1), openai.BadRequestError, 400),
+        (lambda: chat(model="tiny", messages=MESSAGES, extra_body=own_template), openai.BadRequestError, 400),
         (lambda: chat(model="tiny", messages=MESSAGES, max_tokens=10**6), openai.BadRequestError, 400),
         (lambda: chat(model="tiny", messages=MESSAGES, extra_body={"withhold": True}), openai.BadRequestError, 400),
         (lambda: client.with_options(api_key="wrong").models.list(), openai.AuthenticationError, 401),

@@ -4,22 +4,28 @@ It knows the API's forms and nothing of HTTP. Read next: `forms.py`, the forms o
 """
 
 import asyncio
+import inspect
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from transformers import PreTrainedTokenizerBase
+
 from renyi.errors import ConfigError, DataError, EngineError
 from renyi.inference.abstention import FIND_ONE, Abstention
-from renyi.inference.generate import prompt_ids
+from renyi.inference.generate import PromptRow, prompt_ids
 from renyi.serve import forms
 from renyi.serve.engine import Engine, EngineRequest, TokenStream
 from renyi.serve.forms import Chosen
 from renyi.serve.schemas import ChatBody, CompletionBody, SamplingBody, ScoreBody
 from renyi.serve.writing import Writing, Written
 
+# Arguments of the function that renders a chat. All others are variables of the template, which a client may set.
+_NOT_OF_TEMPLATES = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 _COMPLETION_TOKENS = 16  # OpenAI's default of its older API
 
 
@@ -83,6 +89,7 @@ class Answers:
         self.engine, self.model, self.members = engine, model, list(members)
         self.abstention, self.limits = abstention, limits or AnswerLimits()
         self.created = int(time.time())
+        self._encoder = ThreadPoolExecutor(1)  # one thread: a tokenizer is not made for several
 
     @property
     def names(self) -> list[str]:
@@ -122,8 +129,10 @@ class Answers:
         self._member(body.model)
         roles = {"developer": "system"}  # what models are trained with
         messages = [{"role": roles.get(m.role, m.role), "content": m.text} for m in body.messages]
-        prompt = {"prompt": messages, "chat_template_kwargs": body.chat_template_kwargs or {}}
-        ids = await asyncio.to_thread(prompt_ids, prompt, self.engine.tokenizer)
+        given = body.chat_template_kwargs or {}
+        if wrong := sorted(_NOT_OF_TEMPLATES & given.keys()):  # a template of a client's own could loop for ever
+            raise ConfigError(f"may not give {wrong[0]}", where="chat_template_kwargs", hint="Leave it out.")
+        ids = await self._tokens({"prompt": messages, "chat_template_kwargs": given})
         wanted = body.max_completion_tokens or body.max_tokens
         return self._task(body, [ids], wanted, body.top_logprobs or 0, bool(body.logprobs), is_chat=True)
 
@@ -138,9 +147,14 @@ class Answers:
                     raise DataError(f"has a token {max(prompt)}, of {vocabulary:,}", where=f"prompt {number}")
                 prompts.append(prompt)
             else:
-                prompts.append(await asyncio.to_thread(prompt_ids, prompt, self.engine.tokenizer, number))
+                prompts.append(await self._tokens(prompt, number))
         wanted = body.max_tokens or min(_COMPLETION_TOKENS, self.limits.max_tokens)
         return self._task(body, prompts, wanted, body.logprobs or 0, body.logprobs is not None, is_chat=False)
+
+    async def _tokens(self, prompt: PromptRow, number: int = 1) -> list[int]:
+        """The tokens of a prompt, found beside the event loop, which a long one would hold up."""
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._encoder, prompt_ids, prompt, self.engine.tokenizer, number)
 
     def _task(
         self, body: SamplingBody, prompts: list[list[int]], wanted: int | None, top: int, logprobs: bool, is_chat: bool

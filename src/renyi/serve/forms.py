@@ -61,7 +61,7 @@ def uncertainty(chosen: Chosen) -> dict[str, Any]:
     found |= {
         "effective_members": answer.effective_members,
         "disagreement": answer.disagreement,
-        "mixture_nll": answer.mixture_nll,
+        "mixture_nll": _finite(answer.mixture_nll),
         "withheld": chosen.is_withheld,
         "threshold": _threshold(chosen.abstention, answer),
     }

@@ -6,6 +6,7 @@ Read next: `app.py`, the application that runs.
 import asyncio
 import ipaddress
 import logging
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +130,11 @@ def serve(served: Loaded | VllmEngine, settings: ServerSettings) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    # uvicorn ends gracefully at a signal, and raises it again afterwards. Then nothing is left to end.
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         uvicorn.Server(config).run()
     finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
         log.removeHandler(handler)
