@@ -64,7 +64,7 @@ def various(number: int, seed: int) -> list[EngineRequest]:
 
 
 def test_answers_equal_generate_whatever_else_is_in_flight(loaded: Loaded) -> None:
-    requests = various(32, seed=0)
+    requests = various(24, seed=0)
 
     async def together(engine: OurEngine) -> list[list[EngineToken]]:
         async def late(number: int, request: EngineRequest) -> list[EngineToken]:

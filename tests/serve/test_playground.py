@@ -32,7 +32,13 @@ def browser() -> Iterator[Any]:
         opened.close()
 
 
-@pytest.fixture(params=[(400, "dark"), (1280, "light")], ids=["400 dark", "1280 light"])
+NARROW, WIDE = (400, "dark"), (1280, "light")
+narrow = pytest.mark.parametrize("page", [NARROW], ids=["400 dark"], indirect=True)
+wide = pytest.mark.parametrize("page", [WIDE], ids=["1280 light"], indirect=True)
+both = pytest.mark.parametrize("page", [NARROW, WIDE], ids=["400 dark", "1280 light"], indirect=True)
+
+
+@pytest.fixture
 def page(browser: Any, server: Live, request: pytest.FixtureRequest) -> Iterator[Any]:
     width, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
@@ -60,6 +66,7 @@ def ask(page: Any, text: str = "w1 w2", tokens: int = 8) -> None:
     page.get_by_label("Your message").press("Enter")
 
 
+@both
 def test_a_chat_shows_uncertainty_in_two_scales(page: Any) -> None:
     ask(page)
     page.get_by_text("Why unsure?").wait_for()
@@ -89,6 +96,7 @@ def test_a_chat_shows_uncertainty_in_two_scales(page: Any) -> None:
     assert page.locator("#status").inner_text().startswith("The answer is complete:")
 
 
+@narrow
 def test_a_withheld_answer_is_shown_as_such(page: Any) -> None:
     page.get_by_text("Settings", exact=True).click()
     page.get_by_label("Withhold unsure answers").check()
@@ -99,6 +107,7 @@ def test_a_withheld_answer_is_shown_as_such(page: Any) -> None:
     assert page.locator(".tok").count() == 0
 
 
+@narrow
 def test_members_answer_side_by_side(page: Any) -> None:
     page.get_by_role("tab", name="Members").click()
     page.get_by_label("Every member answers this").fill("w1 w2")
@@ -108,6 +117,7 @@ def test_members_answer_side_by_side(page: Any) -> None:
     assert headings == ["tiny", "member_0", "member_1", "member_2"]
 
 
+@narrow
 def test_tabs_work_by_keyboard_and_an_answer_is_scored(page: Any) -> None:
     page.get_by_role("tab", name="Chat").focus()
     page.keyboard.press("ArrowLeft")
@@ -120,6 +130,7 @@ def test_tabs_work_by_keyboard_and_an_answer_is_scored(page: Any) -> None:
     assert sum(float(share.split()[0]) for share in shares) == pytest.approx(100, abs=0.2)
 
 
+@wide
 def test_an_error_is_said(page: Any, server: Live) -> None:
     ask(page, tokens=100_000)
     alert = page.get_by_role("alert")

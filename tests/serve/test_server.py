@@ -250,7 +250,7 @@ def test_many_clients_at_once(server: Live, loaded: Loaded) -> None:
         reply = client_of(server).chat.completions.create(**{**LONG, "max_tokens": 12, "seed": seed})
         texts[seed] = reply.choices[0].message.content or ""
 
-    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(12)]
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -258,4 +258,4 @@ def test_many_clients_at_once(server: Live, loaded: Loaded) -> None:
     for seed, text in texts.items():
         (answer,) = loaded.generate([MESSAGES], max_new_tokens=12, temperature=1.0, top_k=0, seed=seed)
         assert text == answer.text
-    assert len(texts) == 12
+    assert len(texts) == 6
