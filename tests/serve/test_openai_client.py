@@ -184,7 +184,8 @@ def test_seed_stop_temperature_max_tokens_and_n(client: openai.OpenAI, loaded: L
     assert stopped.choices[0].message.content == text[1][: text[1].index(f" {word}")]
     assert stopped.choices[0].finish_reason == "stop"
     greedy = [client.chat.completions.create(**asked, temperature=0).choices[0].message.content for _ in range(2)]
-    assert greedy[0] == greedy[1]
+    cold = client.chat.completions.create(**asked, temperature=1e-300)  # divided by which, logits would be infinite
+    assert greedy[0] == greedy[1] == cold.choices[0].message.content
     short = client.chat.completions.create(**{**asked, "max_tokens": 3}, temperature=0)
     assert short.usage.completion_tokens <= 3
 

@@ -26,6 +26,9 @@ from renyi.serve.writing import Writing, Written
 
 # Arguments of the function that renders a chat. All others are variables of the template, which a client may set.
 _NOT_OF_TEMPLATES = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+_COLDEST = (
+    1e-4  # below, logits divided by the temperature leave the range of floats, and the likeliest token is certain
+)
 _COMPLETION_TOKENS = 16  # OpenAI's default of its older API
 
 
@@ -191,7 +194,7 @@ class Answers:
         """How tokens are chosen: as the body says, else as the base's config says, else from the whole mixture."""
         settings = {"top_k": 0, **self.engine.generation_settings, **body.settings}
         temperature = settings.get("temperature", 1.0)
-        if temperature == 0:
+        if temperature < _COLDEST:
             kept = ("repetition_penalty",)
             return {"do_sample": False, **{name: settings[name] for name in kept if name in settings}}
         return {**settings, "temperature": float(temperature), "do_sample": True}

@@ -64,7 +64,7 @@ class SamplingBody(_Body):
     # Settings of sampling that OpenAI lacks; other servers name them so, too.
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=1000)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     # Ours.
     mixture: Literal["sequence", "token"] = Field(
         "sequence", description="how members are mixed: with running weights, which is exact, or with fixed ones"
