@@ -25,6 +25,7 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -39,6 +40,8 @@ from renyi import (
     RenyiDPOTrainer,
     RenyiKTOConfig,
     RenyiKTOTrainer,
+    RenyiRewardConfig,
+    RenyiRewardTrainer,
     RenyiSFTConfig,
     RenyiSFTTrainer,
 )
@@ -252,6 +255,29 @@ def kto_trainer_of(output_dir: str | Path, dataset: Any = None, **settings: Any)
         tiny_model() if model is None else model,
         RenyiKTOConfig(str(output_dir), **quiet({"beta": 0.3, **settings})),
         thumb_rows() if dataset is None else dataset,
+        **{"processing_class": tiny_tokenizer(), **given},
+    )
+
+
+def tiny_reward_model(folder: str | Path | None = None, seed: int = 0) -> PreTrainedModel:
+    """A tiny Llama that rates texts, drawn or from a folder."""
+    if folder is not None:
+        return LlamaForSequenceClassification.from_pretrained(folder, dtype=torch.get_default_dtype()).eval()
+    torch.manual_seed(seed)
+    return LlamaForSequenceClassification(LlamaConfig(**_GROUPED, **_TOKENS, num_labels=1)).eval()
+
+
+def reward_trainer_of(output_dir: str | Path, dataset: Any = None, **settings: Any) -> RenyiRewardTrainer:
+    """As `trainer_of`, of reward models, on preference pairs."""
+    known = ("model", "peft_config", "eval_dataset", "processing_class", "callbacks")
+    given = {name: settings.pop(name) for name in known if name in settings}
+    model = given.pop("model", None)
+    if not isinstance(model, LoraEnsemble):
+        given.setdefault("peft_config", lora(task_type="SEQ_CLS"))
+    return RenyiRewardTrainer(
+        tiny_reward_model() if model is None else model,
+        RenyiRewardConfig(str(output_dir), **quiet(settings)),
+        pair_rows() if dataset is None else dataset,
         **{"processing_class": tiny_tokenizer(), **given},
     )
 

@@ -6,6 +6,7 @@
     OUT/member_0/distribution.safetensors    a member's other tensors beside its mean, if it is a distribution
     OUT/preference.json, OUT/reference/      the loss and the reference of margins, after training on preferences
     OUT/thumbs.json                          the same after training on thumbs, with the members' reference points
+    OUT/reward.json                          what each reward model's rewards are centred by, after training on rewards
     OUT/abstention.json                      the uncertainty above which answers are not trusted, if it was searched for
 
 Other packages add more files. The code that writes such a file also names it. Read next: `ensemble/storage.py`, which
@@ -20,6 +21,7 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 DISTRIBUTION_FILE = "distribution.safetensors"
 PREFERENCE_FILE = "preference.json"
 THUMBS_FILE = "thumbs.json"
+REWARD_FILE = "reward.json"
 REFERENCE_FOLDER = "reference"
 ABSTENTION_FILE = "abstention.json"
 

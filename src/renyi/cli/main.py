@@ -29,6 +29,7 @@ GROUPS = {
         "sft": "train an α-Rényi LoRA ensemble on a dataset",
         "dpo": "train an α-Rényi LoRA ensemble on preference pairs (DPO)",
         "kto": "train an α-Rényi LoRA ensemble on thumbs up and down (KTO)",
+        "reward": "train an ensemble of reward models on preference pairs",
         "powerflow": "tune toward a power of the base distribution, without labels or rewards",
         "sweep": "alpha × members on a held-out split: a table, a figure, and which to take",
     },

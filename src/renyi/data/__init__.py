@@ -4,8 +4,8 @@ Training, scoring, generation and every display use this package, so a row and a
 error names the bad row and says what is wrong with it.
 
 Read in this order: `splits.py` (with `files.py`), `rows.py` (with `messages.py`), `tokenizers.py`, `rendering.py`,
-`prepare.py`. The other kinds of rows are in `pairs.py` and `prepare_pairs.py`, `thumbs.py`, `prompts.py`, and
-`questions.py`.
+`prepare.py`. The other kinds of rows are in `pairs.py` and `prepare_pairs.py`, `rated.py`, `thumbs.py`,
+`prompts.py`, and `questions.py`.
 """
 
 from renyi.data.files import exact_dataset
@@ -20,6 +20,7 @@ from renyi.data.prepare import (
     RowPreparation,
     count_cut,
     count_tokens,
+    countable,
     prepare,
     sample,
     told_cut,
@@ -27,6 +28,7 @@ from renyi.data.prepare import (
 from renyi.data.prepare_pairs import PairCounts, PairPreparation, count_cut_pairs, count_pairs, prepare_pairs
 from renyi.data.prompts import PromptPreparation, check_prompts, prompt_tokens, prompts_of, read_prompts
 from renyi.data.questions import LETTERS, Question, read_questions
+from renyi.data.rated import RatedPreparation, prepare_rated, rated_tokens
 from renyi.data.read import read_rows
 from renyi.data.rendering import chat_tokens, end_tokens, text_tokens, training_template
 from renyi.data.rows import FILE_COLUMN, ROW_COLUMN, Form, check_rows, number_rows
@@ -65,6 +67,7 @@ __all__ = [
     "Preparation",
     "PromptPreparation",
     "Question",
+    "RatedPreparation",
     "RowPreparation",
     "ThumbCounts",
     "ThumbPreparation",
@@ -82,6 +85,7 @@ __all__ = [
     "count_pairs",
     "count_thumbs",
     "count_tokens",
+    "countable",
     "end_tokens",
     "exact_dataset",
     "load_chat_template",
@@ -91,9 +95,11 @@ __all__ = [
     "number_rows",
     "prepare",
     "prepare_pairs",
+    "prepare_rated",
     "prepare_thumbs",
     "prompt_tokens",
     "prompts_of",
+    "rated_tokens",
     "read_annotations",
     "read_label",
     "read_messages",

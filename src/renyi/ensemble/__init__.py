@@ -7,6 +7,7 @@ without logits in memory), `decode.py` (generation). `storage.py` and `describe.
 
 from renyi.ensemble.decode import MIXTURES, Generation
 from renyi.ensemble.ensemble import LoraEnsemble
+from renyi.ensemble.kept_reward import KeptReward, read_reward, write_reward
 from renyi.ensemble.member_rows import JointOutput, example_log_likelihood
 from renyi.ensemble.modes import evaluating
 from renyi.ensemble.pool import BaseScore
@@ -25,6 +26,7 @@ __all__ = [
     "BaseScore",
     "Generation",
     "JointOutput",
+    "KeptReward",
     "KeptThumbs",
     "LoraEnsemble",
     "Reference",
@@ -32,7 +34,9 @@ __all__ = [
     "evaluating",
     "example_log_likelihood",
     "read_preference",
+    "read_reward",
     "read_thumbs",
     "write_preference",
+    "write_reward",
     "write_thumbs",
 ]

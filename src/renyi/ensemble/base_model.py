@@ -9,15 +9,21 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from renyi.ensemble.head import check_head
 from renyi.ensemble.modes import evaluating
 from renyi.errors import ConfigError, EnsembleFormatError
+from renyi.members.head import HEAD_NAME
 
 
-def load_base(name: str | Path) -> PreTrainedModel:
+def load_base(name: str | Path, rates: bool = False) -> PreTrainedModel:
     """Load the base model from a folder or a hub id, with the class that its config names.
+
+    Args:
+        name: the folder or the hub id.
+        rates: whether it is the base of a reward model. Its head is then a drawn one, for members' heads to replace.
 
     Training uses the same class, so a vision-language model is the same model in both places. Code that comes with a
     model is never run.
@@ -31,6 +37,9 @@ def load_base(name: str | Path) -> PreTrainedModel:
         # The checkpoint of a model without a language-model head names a class that cannot generate text.
         writes = getattr(named, "__name__", "").endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
         kind: Any = named if writes else AutoModelForCausalLM
+        if rates:
+            with suppress_seqcls_warning():
+                return AutoModelForSequenceClassification.from_pretrained(name, dtype="auto", num_labels=1)
         return kind.from_pretrained(name, dtype="auto")
     except (OSError, ValueError) as error:
         raise EnsembleFormatError(
@@ -41,7 +50,10 @@ def load_base(name: str | Path) -> PreTrainedModel:
 
 
 def check_base(base: PreTrainedModel) -> None:
-    """Raise `ConfigError` unless a model is a causal language model with a supported head."""
+    """Raise `ConfigError` unless a model is a causal language model with a supported head, or one that rates texts."""
+    if is_rating(base):
+        _check_rating(base)
+        return
     kind, hint = type(base).__name__, "Give a causal language model, such as Llama, Qwen or GPT-2."
     if base.config.is_encoder_decoder:
         raise ConfigError(f"{kind} is an encoder with a decoder", where="model", hint=hint)
@@ -50,6 +62,23 @@ def check_base(base: PreTrainedModel) -> None:
     if base.device.type != "meta" and base.base_model is not base and _sees_what_follows(base):
         raise ConfigError(f"{kind} is an encoder: its tokens also see later tokens", where="model", hint=hint)
     check_head(base)
+
+
+def is_rating(base: PreTrainedModel) -> bool:
+    """Whether a model rates sequences (`…ForSequenceClassification`) instead of writing them."""
+    return type(base).__name__.endswith("ForSequenceClassification")
+
+
+def _check_rating(base: PreTrainedModel) -> None:
+    """Raise `ConfigError` unless a model that rates sequences has one plain output."""
+    head = getattr(base, HEAD_NAME, None)
+    kind = type(base).__name__
+    if type(head) is not nn.Linear or head.bias is not None:
+        hint = "Give a decoder such as Llama, Qwen or GPT-2."
+        raise ConfigError(f"{kind} has no plain head named {HEAD_NAME}", where="model", hint=hint)
+    if head.out_features != 1:
+        what = f"{kind} has {head.out_features} outputs"
+        raise ConfigError(what, where="model", hint="A reward model has one: load it with num_labels=1.")
 
 
 def _sees_what_follows(base: PreTrainedModel) -> bool:

@@ -103,7 +103,7 @@ def update_gram(members: Sequence[Adapter]) -> Tensor:
     gram = torch.zeros(len(members), len(members), dtype=torch.float64)
     for layer in members[0].weights:
         scaled = []
-        for config, weights, _ in members:
+        for config, weights, *_ in members:
             A, B = (matrix.double() for matrix in weights[layer])
             scaled.append((A, B * layer_scaling(config, layer, rank=len(A))))
         for m, (A_m, B_m) in enumerate(scaled):

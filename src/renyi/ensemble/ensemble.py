@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from renyi import __version__
 from renyi.ensemble import storage
-from renyi.ensemble.base_model import check_base, load_base, outside_language_model
+from renyi.ensemble.base_model import check_base, is_rating, load_base, outside_language_model
 from renyi.ensemble.decode import Generation, OnToken, decode
 from renyi.ensemble.facade import TrainableModel
 from renyi.ensemble.joint import JointModel
@@ -107,7 +107,10 @@ class LoraEnsemble(TrainableModel, JointModel):
         Raises:
             ConfigError: `peft_config`, `num_members` or `member_kind` cannot make an ensemble on this model.
         """
-        base = cls._checked(model)
+        base = cls._checked(model, adapters.has_head(peft_config))
+        if is_rating(base) and not adapters.has_head(peft_config):
+            peft_config = copy.copy(peft_config)
+            peft_config.task_type = "SEQ_CLS"
         adapters.check_targets(base, peft_config)
         unused = outside_language_model(base)
         if unused and getattr(peft_config, "exclude_modules", ()) is None:
@@ -117,8 +120,15 @@ class LoraEnsemble(TrainableModel, JointModel):
         return cls._drawn(base, num_members, peft_config, seed, mesh, member_kind)
 
     @staticmethod
-    def _checked(model: PreTrainedModel | str | Path) -> PreTrainedModel:
-        base = load_base(model) if isinstance(model, str | Path) else model
+    def _checked(model: PreTrainedModel | str | Path, rates: bool = False) -> PreTrainedModel:
+        """The base, loaded if it is named: one that `rates` texts for adapters with heads."""
+        base = load_base(model, rates) if isinstance(model, str | Path) else model
+        if rates and not is_rating(base):
+            raise ConfigError(
+                f"{type(base).__name__} does not rate texts, and these adapters are reward models",
+                where="model",
+                hint="Load it by AutoModelForSequenceClassification with num_labels=1, or give its name.",
+            )
         if adapters.joint_layers(base):
             raise ConfigError("the model already carries an ensemble", hint="Load the base model again.")
         check_base(base)
@@ -194,7 +204,8 @@ class LoraEnsemble(TrainableModel, JointModel):
                 raise EnsembleFormatError("the base model is not named", where=str(folders[0]), hint="Give `base`.")
             base = named
         kind = manifest.member_kind if manifest else "point"
-        ensemble = cls._drawn(cls._checked(base), len(folders), read[0].config, 0, mesh, kind)
+        checked = cls._checked(base, adapters.has_head(read[0].config))
+        ensemble = cls._drawn(checked, len(folders), read[0].config, 0, mesh, kind)
         for place, member in enumerate(ensemble.members):
             ensemble.stack.read(place, read[member], str(folders[member]))
         if manifest:
@@ -459,7 +470,8 @@ class LoraEnsemble(TrainableModel, JointModel):
 
     def merged(self, member: int) -> PreTrainedModel:
         """One member as a plain transformers model. PEFT merges the member's update into a copy of the base."""
-        return adapters.merged(self.base, adapters.Adapter(self.peft_config, self.adapter(member)))
+        head = None if self.stack.head is None else self.stack.head.weight[self.members.index(member)]
+        return adapters.merged(self.base, adapters.Adapter(self.peft_config, self.adapter(member), head=head))
 
     # ---- Decoding ----------------------------------------------------------------------------------------------------
 
@@ -506,6 +518,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         """
         how: dict[str, Any] = {"seed": seed, "streamer": streamer, "on_token": on_token, "tokenizer": tokenizer}
         how |= {"generation_config": generation_config, **settings}
+        self._needs_to_write()
         if member is not None:
             if mixture != "member":
                 raise ConfigError(f'goes with mixture="member", not {mixture!r}', where="member")

@@ -17,7 +17,9 @@ from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
 from renyi.ensemble.member_rows import JointOutput, repeat_packed, repeat_rows
 from renyi.ensemble.mesh import MemberMesh
 from renyi.ensemble.modes import evaluating
+from renyi.errors import ConfigError
 from renyi.labels import IGNORED
+from renyi.members.head import HEAD_NAME, MemberHead
 from renyi.members.layer import MemberSelection
 
 
@@ -100,7 +102,12 @@ class JointModel(nn.Module):
             labels: [B, T], −100 where not trained; by default every attended token is.
             kwargs: the keys that TRL's collators add for packed batches (`position_ids`, `cu_seq_lens_q`, …), and any
                 other argument of the backbone. Tensors whose first dimension is B are repeated for every member.
+
+        Returns:
+            Log-probabilities; if members have reward heads, one reward for each row in their place.
         """
+        if self.gives_rewards:
+            return self._rate(input_ids, attention_mask, kwargs)
         if labels is None:
             labels = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
         targets_BT = labels[:, 1:]
@@ -109,8 +116,51 @@ class JointModel(nn.Module):
             targets_BT = targets_BT.masked_fill(attention_mask[:, :-1] == 0, IGNORED)
         return self.score_states(self.hidden_states(input_ids, attention_mask, kwargs)[:, :, :-1], targets_BT)
 
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether members have reward heads, so that they rate texts instead of writing them."""
+        return isinstance(getattr(self.base, HEAD_NAME, None), MemberHead)
+
+    def _needs_to_write(self) -> None:
+        if self.gives_rewards:
+            raise ConfigError(
+                "is a reward model: it rates texts and cannot write or predict them",
+                where="the ensemble",
+                hint="Ask it for rewards: `renyi score`, or `LoraEnsemble.rewards`.",
+            )
+
+    def rewards(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The reward of every row under every member, [M, B]: the head's output at the last token that is no padding.
+
+        Args:
+            input_ids: [B, T]; padding is known by the `pad_token_id` of the base's config, as in transformers.
+            attention_mask: [B, T]; either side may be padded.
+
+        Raises:
+            ConfigError: the members have no reward heads.
+        """
+        if not self.gives_rewards:
+            what, hint = "has no reward heads", "Train them by `renyi reward`."
+            raise ConfigError(what, where="the ensemble", hint=hint)
+        reward_MB = self._rate(input_ids, attention_mask, {}).log_probs[..., 0]
+        return self.gathered(reward_MB) if self._selection.members is None else reward_MB
+
+    def _rate(self, input_ids: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> JointOutput:
+        """Rewards [M, B, 1] in the place of log-probabilities, with nothing else."""
+        num_members, (batch, length) = self._num_active(), input_ids.shape
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        inputs |= self._positions(attention_mask, length) | kwargs
+        inputs = {k: repeat_rows(v, num_members, batch) for k, v in inputs.items()}
+        mode = nullcontext() if torch.is_grad_enabled() else evaluating(self.base)
+        with mode, self._selection.repeating() if self._keeps_rows_equal() else nullcontext():
+            reward_MB1 = self.base(**inputs).logits.view(num_members, batch, 1)
+        reward_MB1 = reward_MB1.to(torch.promote_types(reward_MB1.dtype, torch.float32))
+        nothing = torch.zeros_like(reward_MB1, requires_grad=False)
+        return JointOutput(reward_MB1, torch.ones_like(nothing[0], dtype=torch.bool), nothing, nothing.bool())
+
     def score_states(self, hidden_MBTD: Tensor, targets_BT: Tensor) -> JointOutput:
         """Score the tokens [B, T] that follow hidden states [M, B, T, D]; −100 where there is nothing to score."""
+        self._needs_to_write()
         targets_BT = targets_BT.to(hidden_MBTD.device)
         mask_BT = targets_BT != IGNORED
         # Only rows with a target go through the head, because the head is the largest matrix of a small model.
@@ -182,6 +232,7 @@ class JointModel(nn.Module):
 
         Entry t is log p_m(label_t | x_<t); it is zero at t = 0 and where the label is −100.
         """
+        self._needs_to_write()
         log_probs = self(input_ids, attention_mask, labels).log_probs
         return torch.cat([log_probs.new_zeros(*log_probs.shape[:2], 1), log_probs], dim=-1)
 
@@ -200,6 +251,7 @@ class JointModel(nn.Module):
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token logits [M, B, T, V] as the model's own forward computes them; for small inputs only."""
+        self._needs_to_write()
         num_members = self._num_active()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= self._positions(attention_mask, input_ids.shape[1])
@@ -219,6 +271,7 @@ class JointModel(nn.Module):
         Yields:
             float32 [M, n, V], nats. All chunks concatenated on their second dimension are the positions, row by row.
         """
+        self._needs_to_write()
         hidden_MND = self.hidden_states(input_ids, attention_mask)[:, positions]
         head: Any = self.base.get_output_embeddings()
         chunk = max(1, LOGITS_PER_CHUNK // (len(hidden_MND) * head.weight.shape[0]))

@@ -7,6 +7,7 @@ from renyi.inference.generate import Answer, Prompt, generate
 from renyi.inference.group_scores import GroupScore, group_scores
 from renyi.inference.members import MemberSummary, summarise_members
 from renyi.inference.pair_scores import PairScore, score_pairs
+from renyi.inference.reward_scores import RewardFunction, RewardScore, rated_rows, score_rewards
 from renyi.inference.score import Score, score
 from renyi.inference.thumb_scores import ThumbScore, score_thumbs
 from renyi.measures import TokenUncertainty, token_uncertainty
@@ -20,6 +21,8 @@ __all__ = [
     "MemberSummary",
     "PairScore",
     "Prompt",
+    "RewardFunction",
+    "RewardScore",
     "Score",
     "ThumbScore",
     "TokenUncertainty",
@@ -28,10 +31,12 @@ __all__ = [
     "diagnose",
     "generate",
     "group_scores",
+    "rated_rows",
     "score",
     "score_choices",
     "score_continuations",
     "score_pairs",
+    "score_rewards",
     "score_thumbs",
     "summarise_members",
     "token_uncertainty",

@@ -29,10 +29,13 @@ from transformers.pytorch_utils import Conv1D
 
 from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.layout import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, DISTRIBUTION_FILE
+from renyi.members.head import HEAD_NAME, MemberHead
 from renyi.members.kind import MemberLayer
 from renyi.members.layer import JointLayer, MemberSelection
 
 _KEY_PREFIX = "base_model.model."
+_HEADS = {HEAD_NAME, "classifier"}  # what PEFT writes into `modules_to_save` of a reward model
+_HEAD_KEY = f"{_KEY_PREFIX}{HEAD_NAME}.weight"
 
 # Options of PEFT that an ensemble does not support, and why. A truthy value of the field is refused.
 _REFUSED = {
@@ -100,6 +103,10 @@ def draw_members(
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, joint)
     model.requires_grad_(False)
+    if has_head(resolved):
+        own: Any = getattr(model, HEAD_NAME)
+        model.add_module(HEAD_NAME, MemberHead(own.weight.detach().repeat(len(members), 1, 1), selection))
+        resolved.modules_to_save = [HEAD_NAME]
     for layer in joint_layers(model).values():
         layer.members.requires_grad_(True)
     return resolved
@@ -114,6 +121,8 @@ def check_config(config: PeftConfig, where: str | None = None) -> LoraConfig:
             hint="Give a peft.LoraConfig: members are LoRA adapters.",
         )
     for name, why in _REFUSED.items():
+        if name == "modules_to_save" and has_head(config) and set(config.modules_to_save or ()) <= _HEADS:
+            continue
         if getattr(config, name, None):
             raise ConfigError(
                 f"{name} is set, which an ensemble does not support", where=where, hint=f"Unset it: {why}."
@@ -131,6 +140,11 @@ def check_config(config: PeftConfig, where: str | None = None) -> LoraConfig:
     if config.r < 1:
         raise ConfigError(f"lora_r is {config.r}", where=where, hint="The rank is a positive integer.")
     return config
+
+
+def has_head(config: PeftConfig) -> bool:
+    """Whether adapters of this config are reward models, each with a head of its own."""
+    return config.task_type == "SEQ_CLS"
 
 
 @contextmanager
@@ -229,16 +243,18 @@ class Adapter(NamedTuple):
         config: PEFT's config.
         weights: (A [R, I], B [O, R]) by layer name.
         kept: the member's tensors beside its mean, by layer name and tensor name; empty for a point.
+        head: the weights [1, D] of its reward head; None if it has none.
     """
 
     config: LoraConfig
     weights: dict[str, tuple[Tensor, Tensor]]
     kept: Mapping[str, Mapping[str, Tensor]] = MappingProxyType({})
+    head: Tensor | None = None
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
     """Write one member as an ordinary PEFT adapter folder. Its tensors beside the mean go to a file of their own."""
-    config, weights, kept = adapter
+    config, weights, kept, head = adapter
     folder.mkdir(parents=True)
     config = copy.deepcopy(config)
     config.inference_mode = True
@@ -247,6 +263,8 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     for name, (lora_A, lora_B) in weights.items():
         tensors[f"{_KEY_PREFIX}{name}.lora_A.weight"] = lora_A.detach().cpu().contiguous()
         tensors[f"{_KEY_PREFIX}{name}.lora_B.weight"] = lora_B.detach().cpu().contiguous()
+    if head is not None:
+        tensors[_HEAD_KEY] = head.detach().cpu().contiguous()
     save_file(tensors, folder / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
     beside = {f"{layer}.{name}": x.detach().cpu().contiguous() for layer, of in kept.items() for name, x in of.items()}
     if beside:
@@ -280,6 +298,7 @@ def read_adapter(folder: Path) -> Adapter:
             raise EnsembleFormatError(f"has {key} without its lora_B", where=str(folder / ADAPTER_WEIGHTS_FILE))
         name = key.removeprefix(_KEY_PREFIX).removesuffix(".lora_A.weight")
         weights[name] = (tensors.pop(key), tensors.pop(key_B))
+    head = tensors.pop(_HEAD_KEY, None) if has_head(config) else None
     if tensors:
         raise EnsembleFormatError(f"holds {min(tensors)}, which is not LoRA", where=str(folder / ADAPTER_WEIGHTS_FILE))
     kept: dict[str, dict[str, Tensor]] = {}
@@ -287,7 +306,7 @@ def read_adapter(folder: Path) -> Adapter:
         for key, tensor in _tensors(folder / DISTRIBUTION_FILE).items():
             layer, _, name = key.rpartition(".")
             kept.setdefault(layer, {})[name] = tensor
-    return Adapter(config, weights, kept)
+    return Adapter(config, weights, kept, head)
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -334,6 +353,9 @@ def check_same_base(first: LoraConfig, other: LoraConfig, first_where: str, othe
 def merged(base: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
     """A copy of `base` without its joint layers, into which PEFT has merged one adapter."""
     plain = copy.deepcopy(base)
+    if adapter.head is not None:
+        head = nn.Linear(adapter.head.shape[1], 1, bias=False, device=adapter.head.device, dtype=adapter.head.dtype)
+        plain.add_module(HEAD_NAME, head)
     for name, layer in joint_layers(plain).items():
         parent, _, child = name.rpartition(".")
         setattr(plain.get_submodule(parent), child, layer.base_layer)

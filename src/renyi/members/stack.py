@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from renyi.errors import EnsembleFormatError
 from renyi.members.adapters import Adapter, joint_layers
+from renyi.members.head import HEAD_NAME, MemberHead
 from renyi.members.kind import Noise
 from renyi.members.layer import MemberSelection
 
@@ -24,11 +25,14 @@ class MemberStack:
 
     Attributes:
         layers: the joint layers by name, in the model's order.
+        head: the members' reward heads; None for members of a language model.
         selection: the members that the rows of the next forward see.
     """
 
     def __init__(self, model: nn.Module, selection: MemberSelection):
         self.layers, self.selection = joint_layers(model), selection
+        head = getattr(model, HEAD_NAME, None)
+        self.head = head if isinstance(head, MemberHead) else None
 
     @property
     def kind(self) -> str:
@@ -65,11 +69,15 @@ class MemberStack:
             layer.members.set_std(std)
 
     def parameters(self) -> list[nn.Parameter]:
-        return [p for layer in self.layers.values() for p in layer.members.parameters()]
+        heads = [] if self.head is None else [self.head.weight]
+        return [p for layer in self.layers.values() for p in layer.members.parameters()] + heads
 
     def names(self) -> set[str]:
         """The names of the members' tensors in the base's state dict. All other names are the base's own tensors."""
-        return {f"{name}.members.{x}" for name, layer in self.layers.items() for x in layer.members.state_dict()}
+        heads = set() if self.head is None else {f"{HEAD_NAME}.weight"}
+        return heads | {
+            f"{name}.members.{x}" for name, layer in self.layers.items() for x in layer.members.state_dict()
+        }
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Each layer's A [M, R, I] and B [M, O, R]: the members' means, or the matrices given to `acting_as`."""
@@ -137,6 +145,8 @@ class MemberStack:
                     setattr(module, name, nn.Parameter(parameter[places].clone(), parameter.requires_grad))
                 for name, buffer in list(module.named_buffers(recurse=False)):
                     setattr(module, name, buffer[places].clone())
+        if self.head is not None:
+            self.head.weight = nn.Parameter(self.head.weight[places].clone(), self.head.weight.requires_grad)
 
     def adapters(self, config: LoraConfig, gathered: Callable[[Tensor], Tensor]) -> Callable[[int], Adapter]:
         """Gather the tensors of all members, and return a function from a member's index to its `Adapter`.
@@ -153,9 +163,12 @@ class MemberStack:
                 places = [layer.members.kept(place) for place in range(len(layer.members.mean()[1]))]
                 kept[name] = {x: gathered(torch.stack([of[x] for of in places])) for x in places[0]}
 
+        heads_M1D = None if self.head is None else gathered(self.head.weight.detach())
+
         def adapter(member: int) -> Adapter:
             of_layers = {layer: {x: t[member] for x, t in of.items()} for layer, of in kept.items()}
-            return Adapter(config, {n: (A[member], B[member]) for n, (A, B) in means.items()}, of_layers)
+            head = None if heads_M1D is None else heads_M1D[member]
+            return Adapter(config, {n: (A[member], B[member]) for n, (A, B) in means.items()}, of_layers, head)
 
         return adapter
 
@@ -166,6 +179,8 @@ class MemberStack:
             EnsembleFormatError: its layers or shapes are not those of the base, or a tensor is missing.
         """
         self.check(adapter.weights, where)
+        if self.head is not None:
+            self.head.read(place, adapter.head, where)
         for name, layer in self.layers.items():
             missing = sorted(layer.members.kept(place).keys() - adapter.kept.get(name, {}).keys())
             if missing:

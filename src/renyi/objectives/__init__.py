@@ -37,6 +37,7 @@ from renyi.objectives.preference import (
     preference_log_likelihood,
     preference_margin,
 )
+from renyi.objectives.reward import reward_bounds, reward_log_likelihood
 from renyi.objectives.thumbs import THUMB_LOSSES, ThumbLoss, reference_point, thumb_log_likelihood, thumb_logit
 from renyi.objectives.votes import (
     TIE_LOSSES,
@@ -78,6 +79,8 @@ __all__ = [
     "reference_point",
     "renyi_loss",
     "responsibilities",
+    "reward_bounds",
+    "reward_log_likelihood",
     "routed_units",
     "running_log_weights",
     "thumb_log_likelihood",

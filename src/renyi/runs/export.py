@@ -104,7 +104,7 @@ def export_adapters(
         for folder, adapter in zip(source.folders, adapters, strict=True):
             config = copy.deepcopy(adapter.config)
             config.base_model_name_or_path = source.base
-            write_adapter(staging / folder.name, Adapter(config, adapter.weights))
+            write_adapter(staging / folder.name, Adapter(config, adapter.weights, head=adapter.head))
         has_tokenizer = _has_tokenizer(source.folder)
         if has_tokenizer:
             load_tokenizer_of(source.folder, source.base).save_pretrained(str(staging))
@@ -206,7 +206,7 @@ def padded(adapter: Adapter, rank: int) -> Adapter:
     config.r, config.use_rslora, config.rank_pattern, config.alpha_pattern = rank, False, {}, {}
     lora_alpha = scaling * rank
     config.lora_alpha = round(lora_alpha) if math.isclose(lora_alpha, round(lora_alpha)) else lora_alpha  # type: ignore[assignment]
-    return Adapter(config, weights)
+    return Adapter(config, weights, head=adapter.head)
 
 
 def _widened(matrix: Tensor, dim: int, size: int) -> Tensor:
@@ -223,7 +223,9 @@ def _unfit_for_vllm(adapters: Sequence[Adapter]) -> str | None:
     """Why vLLM would refuse these adapters or compute something else. It knows one scaling for each adapter."""
     if (rank := max(map(_rank, adapters))) > VLLM_RANKS[-1]:
         return f"the rank is {rank}, and vLLM serves ranks up to {VLLM_RANKS[-1]}"
-    for config, weights, _ in adapters:
+    if any(adapter.head is not None for adapter in adapters):
+        return "members are reward models, and vLLM reads no heads from adapters"
+    for config, weights, *_ in adapters:
         of_layers = {layer_scaling(config, layer, len(A)) for layer, (A, _) in weights.items()}
         if of_layers != {config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)}:
             return (

@@ -11,22 +11,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from renyi import data
 from renyi.data import PairPreparation, Preparation, Question, ThumbPreparation
-from renyi.ensemble import KeptThumbs, LoraEnsemble, read_preference, read_thumbs
+from renyi.ensemble import KeptReward, KeptThumbs, LoraEnsemble, read_preference, read_reward, read_thumbs
 from renyi.ensemble.reference import KeptPreference
 from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.evaluation import Evaluated, Opinion, evaluate
 from renyi.inference import (
+    RewardFunction,
+    RewardScore,
     Score,
     ThumbScore,
     choice_log_probs,
     generate,
+    rated_rows,
     score,
     score_choices,
+    score_rewards,
     score_thumbs,
 )
 from renyi.inference.abstention import FIND_ONE, Abstention, read_abstention
@@ -94,6 +99,20 @@ class Loaded:
     def thumbs(self) -> KeptThumbs | None:
         """The loss, reference and reference points of training on thumbs; None if it was not trained on thumbs."""
         return read_thumbs(self.folder, self.ensemble)
+
+    @cached_property
+    def reward(self) -> KeptReward:
+        """What each member's rewards are centred by, for an ensemble of reward models.
+
+        Raises:
+            EnsembleFormatError: its members are no reward models.
+        """
+        if not self.ensemble.gives_rewards:
+            raise EnsembleFormatError(
+                "holds no reward models", where=str(self.folder), hint="Train some by `renyi reward`."
+            )
+        kept = read_reward(self.folder, self.ensemble.num_members)
+        return kept or KeptReward(torch.zeros(self.ensemble.num_members))
 
     @property
     def abstention(self) -> Abstention | None:
@@ -169,6 +188,47 @@ class Loaded:
         limits = data.Limits.of(self.ensemble.base)
         prepared = preparation.prepare(self.rows(rows), self.tokenizer, name, limits)
         return score_thumbs(self.ensemble, prepared, self.thumbs, preparation, progress=progress)
+
+    def score_rewards(
+        self,
+        rows: Any,
+        kind: str = "mean",
+        *,
+        lcb_width: float = 1.0,
+        name: str = "dataset",
+        progress: Progress = _ignore,
+    ) -> list[RewardScore]:
+        """Every answer's reward under each member, their mean, spread and lower confidence bound.
+
+        Args:
+            rows: of `prompt` and `completion`: a path, a hub id, a list of dictionaries, or a dataset.
+            kind: what `reward` is: "mean" or "lcb".
+            lcb_width: standard deviations by which the lower confidence bound is below the mean.
+            name: what to call the rows in errors, if they have no name.
+            progress: called after each batch with the number of rows done.
+
+        Raises:
+            ConfigError: a setting is out of range.
+            DataError: a row is malformed, or longer than the base can read.
+            EnsembleFormatError: the members are no reward models, or one gives no finite reward.
+        """
+        name = str(rows) if isinstance(rows, str | Path) else name
+        kept = self.reward
+        ids = rated_rows(self.rows(rows), self.tokenizer, self.ensemble, name)
+        return score_rewards(self.ensemble, ids, self.tokenizer, kept, kind, lcb_width, progress=progress)
+
+    def reward_function(self, kind: str = "lcb", lcb_width: float = 1.0) -> RewardFunction:
+        """A reward function for TRL's GRPOTrainer: `GRPOTrainer(reward_funcs=loaded.reward_function())`.
+
+        Args:
+            kind: "mean", or "lcb": the lower confidence bound, which pays a policy only for what members agree on.
+            lcb_width: as for `score_rewards`.
+
+        Raises:
+            ConfigError: a setting is out of range.
+            EnsembleFormatError: the members are no reward models.
+        """
+        return RewardFunction(self.ensemble, self.tokenizer, self.reward, kind, lcb_width)
 
     def generate(
         self,

@@ -107,6 +107,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "sft": Method(training.RenyiSFTTrainer, training.RenyiSFTConfig),
         "dpo": Method(training.RenyiDPOTrainer, training.RenyiDPOConfig, tokenizer=TokenizerArguments),
         "kto": Method(training.RenyiKTOTrainer, training.RenyiKTOConfig, tokenizer=PaddedTokenizerArguments),
+        "reward": Method(training.RenyiRewardTrainer, training.RenyiRewardConfig),
         "powerflow": Method(
             training.PowerFlowTrainer, training.PowerFlowConfig, PolicyConfig, PaddedTokenizerArguments
         ),

@@ -3,6 +3,7 @@
 from renyi.training.dpo import RenyiDPOConfig, RenyiDPOTrainer
 from renyi.training.kto import RenyiKTOConfig, RenyiKTOTrainer
 from renyi.training.powerflow import PowerFlowConfig, PowerFlowTrainer
+from renyi.training.reward import RenyiRewardConfig, RenyiRewardTrainer
 from renyi.training.sft import RenyiSFTConfig, RenyiSFTTrainer
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "RenyiDPOTrainer",
     "RenyiKTOConfig",
     "RenyiKTOTrainer",
+    "RenyiRewardConfig",
+    "RenyiRewardTrainer",
     "RenyiSFTConfig",
     "RenyiSFTTrainer",
 ]

@@ -32,21 +32,40 @@ _TEMPLATE = """\
 ## Use
 
 ```python
-from renyi import LoraEnsemble
-
-ensemble = LoraEnsemble.load("{folder}")
-log_likelihood = ensemble.log_likelihood(input_ids, attention_mask, labels)  # [members, examples], nats
+{ours}
 ```
 
 Each `member_*` folder is an ordinary PEFT adapter:
 
 ```python
+{theirs}
+```
+"""
+
+
+_WRITES = (
+    """\
+from renyi import LoraEnsemble
+
+ensemble = LoraEnsemble.load("{folder}")
+log_likelihood = ensemble.log_likelihood(input_ids, attention_mask, labels)  # [members, examples], nats""",
+    """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), {first_member})
-```
-"""
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), {first_member})""",
+)
+_RATES = (
+    """\
+import renyi
+
+reward = renyi.load("{folder}").reward_function("lcb")  # a reward function of TRL's GRPOTrainer
+rewards = reward(prompts=["…"], completions=["…"])""",
+    """\
+from peft import AutoPeftModelForSequenceClassification
+
+model = AutoPeftModelForSequenceClassification.from_pretrained({first_member}, num_labels=1)""",
+)
 
 
 class Method(NamedTuple):
@@ -57,12 +76,14 @@ class Method(NamedTuple):
         settings: the settings that matter, by name.
         measured: heading of the measures, with their unit.
         measures: the logged metric, by name. On held-out data the metric's name begins with `eval_`.
+        is_reward: whether members rate texts instead of writing them.
     """
 
     introduction: str
     settings: Mapping[str, str]
     measured: str
     measures: Mapping[str, str]
+    is_reward: bool = False
 
 
 def routed(unit: str) -> Method:
@@ -120,6 +141,9 @@ def write_model_card(
     logged = next(iter(method.measures.values()))
     trained = next((row for row in reversed(log_history) if logged in row), {})
     held_out = next((row for row in reversed(log_history) if f"eval_{logged}" in row), {})
+    ours, theirs = _RATES if method.is_reward else _WRITES
+    folder_name = hub_id or folder.name
+    first_member = f'"{hub_id}", subfolder="member_0"' if hub_id else f'"{folder.name}/member_0"'
     text = _TEMPLATE.format(
         front_matter=yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         title=folder.resolve().name,
@@ -127,8 +151,8 @@ def write_model_card(
         base=base,
         base_link=base if local else f"https://huggingface.co/{base}",
         introduction=method.introduction,
-        folder=hub_id or folder.name,
-        first_member=f'"{hub_id}", subfolder="member_0"' if hub_id else f'"{folder.name}/member_0"',
+        ours=ours.format(folder=folder_name),
+        theirs=theirs.format(base=base, first_member=first_member),
         measured=method.measured,
         settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         measures="\n".join(

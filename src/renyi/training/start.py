@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
-from transformers import PreTrainedModel, set_seed
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import create_model_from_path
 
 from renyi.ensemble import LoraEnsemble
@@ -23,8 +24,16 @@ def as_ensemble(
     args: Any,
     peft_config: PeftConfig | None,
     quantization_config: Any = None,
+    rates: bool = False,
 ) -> LoraEnsemble:
     """The ensemble that a trainer's `model` stands for: itself, a saved one, or fresh members on a base model.
+
+    Args:
+        model: as for the trainer.
+        args: its config.
+        peft_config: of fresh members.
+        quantization_config: how to quantise a base that is named.
+        rates: whether members are reward models: a base that is named is then loaded with a head, drawn if it has none.
 
     Raises:
         ConfigError: an ensemble comes with another number of members or a LoRA config of its own.
@@ -46,7 +55,7 @@ def as_ensemble(
         mesh.share(args.num_members)
     if saved:
         assert isinstance(model, str)
-        base = create_model_from_path(read_ensemble(Path(model)).base_model, **init)
+        base = _base(read_ensemble(Path(model)).base_model, init, rates)
         model = LoraEnsemble.load(model, base=base, mesh=mesh)
     if isinstance(model, LoraEnsemble):
         if peft_config is not None or model.num_members != args.num_members:
@@ -68,15 +77,23 @@ def as_ensemble(
             model.split(mesh)
         return model
     if isinstance(model, str):
-        model = create_model_from_path(model, **init)
+        model = _base(model, init, rates)
     if peft_config is None:
-        peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        task = "SEQ_CLS" if rates else "CAUSAL_LM"
+        peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=task)
     ensemble = LoraEnsemble.from_base(
         model, args.num_members, peft_config, seed=args.seed, mesh=mesh, member_kind=args.member_kind
     )
     if args.initial_std is not None:
         ensemble.stack.set_std(args.initial_std)
     return ensemble
+
+
+def _base(name: str, init: dict[str, Any], rates: bool) -> PreTrainedModel:
+    if not rates:
+        return create_model_from_path(name, **init)
+    with suppress_seqcls_warning():
+        return create_model_from_path(name, AutoModelForSequenceClassification, **{**init, "num_labels": 1})
 
 
 def check_kind(ensemble: LoraEnsemble, args: Any) -> None:

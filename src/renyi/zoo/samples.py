@@ -6,7 +6,7 @@ knows their words.
 
 from typing import Any
 
-from renyi.data import PairPreparation, PromptPreparation, RowPreparation, ThumbPreparation
+from renyi.data import PairPreparation, PromptPreparation, RatedPreparation, RowPreparation, ThumbPreparation
 from renyi.zoo.half_known import HalfKnown
 from renyi.zoo.preferences import PreferenceWorld
 from renyi.zoo.world import World
@@ -20,7 +20,7 @@ def sample_rows(kind: type[RowPreparation]) -> list[dict[str, Any]]:
     Args:
         kind: the trainer's `preparation_class`.
     """
-    if issubclass(kind, PairPreparation):
+    if issubclass(kind, (PairPreparation, RatedPreparation)):
         return PreferenceWorld().dataset(NUM_ROWS).to_list()
     if issubclass(kind, ThumbPreparation):
         return PreferenceWorld().thumbs(NUM_ROWS).to_list()

@@ -1,0 +1,48 @@
+"""The loss of reward models on preference pairs, and the confidence bound on a reward that policies are trained on.
+
+A reward model gives a text a number r. The label "chosen is better than rejected" has the Bradley–Terry likelihood
+(Ouyang et al. 2022, arXiv 2203.02155, eq. 1; the margin of Touvron et al. 2023, arXiv 2307.09288, eq. 2)
+
+    ℓ_m = log σ(r_m(chosen) − r_m(rejected) − margin)                             `reward_log_likelihood`
+
+and the members of an ensemble enter the α-Rényi loss by ℓ_m. With `center`, a penalty center · (r(chosen) +
+r(rejected))² is subtracted, as in TRL's RewardTrainer.
+
+A constant added to all rewards of a member changes no ℓ_m. So rewards of different members can be compared only after
+each has been centred, by its own mean over the same texts. A policy that maximises the mean of centred rewards exploits
+what a single member is wrong about. The lower bound mean − k · std takes back what members do not agree on (Coste et
+al. 2023, arXiv 2310.02743).
+
+Read next: `training/reward.py`, the trainer.
+"""
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+def reward_log_likelihood(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, center: float | None = None
+) -> Tensor:
+    """ℓ of each pair under each member, [M, B], nats.
+
+    Args:
+        chosen: rewards of the chosen texts, [M, B].
+        rejected: rewards of the rejected texts, [M, B].
+        margin: by how much the chosen reward should be greater, [B].
+        center: weight of the penalty on (chosen + rejected)²; None for no penalty.
+    """
+    ell_MB = logsigmoid(chosen - rejected - margin)
+    return ell_MB if center is None else ell_MB - center * (chosen + rejected).square()
+
+
+def reward_bounds(rewards: Tensor, weights: Tensor, width: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, standard deviation and lower confidence bound mean − width · std of members' rewards, each [B].
+
+    Args:
+        rewards: centred by member, [M, B].
+        weights: of the mixture, [M].
+        width: k, standard deviations below the mean.
+    """
+    mean_B = weights @ rewards
+    std_B = (weights @ (rewards - mean_B).square()).sqrt()
+    return mean_B, std_B, mean_B - width * std_B
