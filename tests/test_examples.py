@@ -50,6 +50,14 @@ def test_the_prompts_are_understood(planned: Callable[[str, str], str]) -> None:
     assert "what does mira ? <assistant> «…»" in printed
 
 
+@pytest.mark.slow  # a process of its own
+def test_rewards_train_a_policy(tmp_path: Path) -> None:
+    command = (sys.executable, "examples/reward_for_grpo.py", "--output_dir", str(tmp_path))
+    printed = run(*command, "--steps", "2")
+    assert "lower bound of the reward, first and last step" in printed
+    assert (tmp_path / "rewards" / "reward.json").is_file()
+
+
 @pytest.mark.slow
 def test_the_loop_finds_the_schools() -> None:
     *_, first, second = run(sys.executable, "examples/loop.py").splitlines()

@@ -2,7 +2,8 @@
 
 Rows are prepared as they were for the ensemble's training; flags are needed only to prepare them otherwise. With
 --choice_by, rows are multiple-choice questions, and a line has the likelihood of every option under every member. For
-an ensemble trained on thumbs, rows with a `label` get rewards and probabilities of thumbs up.
+an ensemble trained on thumbs, rows with a `label` get rewards and probabilities of thumbs up. Reward models give each
+answer a reward (--reward): the mean over members, or a lower confidence bound.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from renyi.cli.reading import (
     progress_bar,
     write_lines,
 )
+from renyi.errors import ConfigError
 from renyi.text import plural
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ def run(argv: Sequence[str]) -> int:
         quiet_progress_bars()
         rows = load_rows(args)
         loaded = load_ensemble(args)
+    if loaded.ensemble.gives_rewards:
+        return _score_rewards(args, loaded, rows, err)
     if args.choice_by is not None:
         return _score_questions(args, loaded, rows, err)
     if loaded.thumbs is not None and "label" in rows.column_names:
@@ -71,6 +75,25 @@ def run(argv: Sequence[str]) -> int:
     err.print(members_table(members, "What the members make of it", _in_short(summary)))
     if args.output:
         err.print(f"\n{plural(len(scores), 'line')} in {args.output}", soft_wrap=True)
+    return 0
+
+
+def _score_rewards(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset", err: Console) -> int:
+    """Write a line for each answer with its reward under every member, their mean, spread and lower bound."""
+    for key in ("choice_by", *args.preparation):
+        if args.preparation.get(key, getattr(args, key, None)) is not None:
+            hint = "Leave it out: a reward is read at the end of a whole answer."
+            raise ConfigError("is no setting of reward models", where=f"--{key}", hint=hint)
+    with progress_bar(err, "rating", len(rows)) as progress, naming_flags(args):
+        scores = loaded.score_rewards(rows, args.reward, lcb_width=args.lcb_width, name=args.data, progress=progress)
+    write_lines((s._asdict() for s in scores), args.output)
+    mean, spread = (sum(getattr(s, name) for s in scores) / len(scores) for name in ("mean", "std"))
+    if args.json:
+        emit_json({"answers": len(scores), "mean": mean, "std": spread}, stderr=args.output is None)
+        return 0
+    err.print(f"{plural(len(scores), 'answer')} · mean reward {mean:.3f} · mean spread of the members {spread:.3f}")
+    if args.output:
+        err.print(f"{plural(len(scores), 'line')} in {args.output}", soft_wrap=True)
     return 0
 
 
@@ -116,6 +139,8 @@ def parser() -> StrictParser:
     for name, (_, text) in _PREPARATION.items():
         kept.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS)
     parser.add_argument("--choice_by", help="score the options of questions: letter, text or text_normalised")
+    parser.add_argument("--reward", default="mean", help="what reward models' `reward` is: mean, or lcb (lower bound)")
+    parser.add_argument("--lcb_width", default="1.0", help="standard deviations that the lower bound is below the mean")
     add_draw_flags(parser)
     return parser
 
@@ -124,6 +149,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args = parse_strictly(parser(), argv)
     if args.choice_by is not None:
         converted(args.choice_by, str, ("letter", "text", "text_normalised"), "--choice_by")
+    converted(args.reward, str, ("mean", "lcb"), "--reward")
+    args.lcb_width = converted(args.lcb_width, float, None, "--lcb_width")
     args.preparation = {
         name: converted(getattr(args, name), hint, None, f"--{name}")
         for name, (hint, _) in _PREPARATION.items()

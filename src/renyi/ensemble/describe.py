@@ -61,7 +61,7 @@ def describe(path: str | Path) -> Description:
     manifest = read_ensemble(folder)
     members = [read_adapter(folder / name) for name in manifest.members]
     _check_same_layers(folder, manifest, members)
-    config, weights, _ = members[0]
+    config, weights, *_ = members[0]
     gram = update_gram(members)
     norms = gram.diagonal().clamp(min=0).sqrt()
     square_distances = norms.square()[:, None] + norms.square()[None, :] - 2 * gram
@@ -113,7 +113,7 @@ def update_gram(members: Sequence[Adapter]) -> Tensor:
 
 
 def _check_same_layers(folder: Path, manifest: Manifest, members: Sequence[Adapter]) -> None:
-    shapes = [{n: (A.shape[1], len(B)) for n, (A, B) in weights.items()} for _, weights, _ in members]
+    shapes = [{n: (A.shape[1], len(B)) for n, (A, B) in weights.items()} for _, weights, *_ in members]
     for name, shape in zip(manifest.members, shapes, strict=True):
         if shape != shapes[0]:
             odd = next(iter(dict(shape.items() ^ shapes[0].items())))

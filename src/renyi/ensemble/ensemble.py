@@ -518,7 +518,7 @@ class LoraEnsemble(TrainableModel, JointModel):
         """
         how: dict[str, Any] = {"seed": seed, "streamer": streamer, "on_token": on_token, "tokenizer": tokenizer}
         how |= {"generation_config": generation_config, **settings}
-        self._needs_to_write()
+        self.check_writes()
         if member is not None:
             if mixture != "member":
                 raise ConfigError(f'goes with mixture="member", not {mixture!r}', where="member")

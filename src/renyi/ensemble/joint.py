@@ -121,7 +121,8 @@ class JointModel(nn.Module):
         """Whether members have reward heads, so that they rate texts instead of writing them."""
         return isinstance(getattr(self.base, HEAD_NAME, None), MemberHead)
 
-    def _needs_to_write(self) -> None:
+    def check_writes(self) -> None:
+        """Raise `ConfigError` if members have reward heads: they rate texts and cannot write or predict them."""
         if self.gives_rewards:
             raise ConfigError(
                 "is a reward model: it rates texts and cannot write or predict them",
@@ -160,7 +161,7 @@ class JointModel(nn.Module):
 
     def score_states(self, hidden_MBTD: Tensor, targets_BT: Tensor) -> JointOutput:
         """Score the tokens [B, T] that follow hidden states [M, B, T, D]; −100 where there is nothing to score."""
-        self._needs_to_write()
+        self.check_writes()
         targets_BT = targets_BT.to(hidden_MBTD.device)
         mask_BT = targets_BT != IGNORED
         # Only rows with a target go through the head, because the head is the largest matrix of a small model.
@@ -232,7 +233,7 @@ class JointModel(nn.Module):
 
         Entry t is log p_m(label_t | x_<t); it is zero at t = 0 and where the label is −100.
         """
-        self._needs_to_write()
+        self.check_writes()
         log_probs = self(input_ids, attention_mask, labels).log_probs
         return torch.cat([log_probs.new_zeros(*log_probs.shape[:2], 1), log_probs], dim=-1)
 
@@ -251,7 +252,7 @@ class JointModel(nn.Module):
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token logits [M, B, T, V] as the model's own forward computes them; for small inputs only."""
-        self._needs_to_write()
+        self.check_writes()
         num_members = self._num_active()
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= self._positions(attention_mask, input_ids.shape[1])
@@ -271,7 +272,7 @@ class JointModel(nn.Module):
         Yields:
             float32 [M, n, V], nats. All chunks concatenated on their second dimension are the positions, row by row.
         """
-        self._needs_to_write()
+        self.check_writes()
         hidden_MND = self.hidden_states(input_ids, attention_mask)[:, positions]
         head: Any = self.base.get_output_embeddings()
         chunk = max(1, LOGITS_PER_CHUNK // (len(hidden_MND) * head.weight.shape[0]))

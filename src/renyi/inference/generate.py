@@ -111,6 +111,7 @@ def generate(
         ConfigError: as `LoraEnsemble.generate`, or `batch_size` is below 1.
         EnsembleFormatError: a member's logits are no numbers.
     """
+    ensemble.check_writes()
     if batch_size < 1:
         raise ConfigError(f"is {batch_size}", where="batch_size", hint="Give an integer above 0.")
     by_member = settings.get("mixture") == "member" and settings.get("member") is None

@@ -105,7 +105,8 @@ def draw_members(
     model.requires_grad_(False)
     if has_head(resolved):
         own: Any = getattr(model, HEAD_NAME)
-        model.add_module(HEAD_NAME, MemberHead(own.weight.detach().repeat(len(members), 1, 1), selection))
+        head = own.weight.detach().to(torch.promote_types(own.weight.dtype, torch.float32))
+        model.add_module(HEAD_NAME, MemberHead(head.repeat(len(members), 1, 1), selection))
         resolved.modules_to_save = [HEAD_NAME]
     for layer in joint_layers(model).values():
         layer.members.requires_grad_(True)

@@ -148,7 +148,8 @@ def export_merged(
         tokenizer = load_tokenizer_of(source.folder, source.base)
         for member, folder in zip(source.members, source.folders, strict=True):
             plain = loaded.merged(member)
-            plain.generation_config.eos_token_id = _ends(plain.generation_config.eos_token_id, tokenizer)
+            if hasattr(plain, "generation_config"):  # a reward model has none
+                plain.generation_config.eos_token_id = _ends(plain.generation_config.eos_token_id, tokenizer)
             plain.save_pretrained(staging / folder.name)
             tokenizer.save_pretrained(str(staging / folder.name))
     return Export([target / folder.name for folder in source.folders], source.weights, source.base)

@@ -67,6 +67,7 @@ class OurEngine(Engine):
     """
 
     def __init__(self, loaded: Loaded, limits: EngineLimits | None = None):
+        loaded.ensemble.check_writes()
         self._loaded, self._limits = loaded, limits or EngineLimits()
         self._in_flight = InFlight(loaded.ensemble)
         # Tokenizers are not made for two threads. The thread of the model has `loaded.tokenizer`, to prepare rows.

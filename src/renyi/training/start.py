@@ -93,7 +93,8 @@ def _base(name: str, init: dict[str, Any], rates: bool) -> PreTrainedModel:
     if not rates:
         return create_model_from_path(name, **init)
     with suppress_seqcls_warning():
-        return create_model_from_path(name, AutoModelForSequenceClassification, **{**init, "num_labels": 1})
+        kind: Any = AutoModelForSequenceClassification
+        return create_model_from_path(name, kind, **{**init, "num_labels": 1})
 
 
 def check_kind(ensemble: LoraEnsemble, args: Any) -> None:
