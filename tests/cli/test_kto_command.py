@@ -219,3 +219,26 @@ def test_a_dry_run_writes_nothing_and_csv_labels_are_read(settings: Settings, tm
     assert "4 thumbs, 2 of them up" in flat(ended.out)
     assert "A step on the longest examples" in ended.out
     assert not (tmp_path / "out").exists()
+
+
+def test_the_thumbs_of_a_user_share_one_responsibility(settings: Settings, tmp_path: Path) -> None:
+    """User a likes short answers, user b long ones; each gave 24 thumbs."""
+    rows = [{**row, "user": user} for user in "ab" for row in thumb_rows(24, seed=ord(user))]
+    rows = [{**row, "label": row["label"] == (row["user"] == "a")} for row in rows]
+    file, scores = write_rows(tmp_path / "users.jsonl", rows), tmp_path / "scores.jsonl"
+    given = {"dataset_name": file, "routing_group": "user", "max_steps": 40, "alpha_hold_ratio": 0.0, "beta": 0.5}
+    ended = kto(settings(**given, learning_rate=2e-2, per_device_train_batch_size=24, save_strategy="no"))
+    assert ended.code == 0, ended
+    assert renyi("score", tmp_path / "out", file, "--output", scores).code == 0
+    lines = [json.loads(line) for line in scores.read_text().splitlines()]
+    for user in "ab":
+        of_user = [line for line, row in zip(lines, rows, strict=True) if row["user"] == user]
+        sums = torch.tensor([line["log_likelihood"] for line in of_user]).sum(dim=0)
+        for line in of_user:
+            assert line["group"] == user
+            assert line["group_responsibilities"] == pytest.approx((0.8 * sums).softmax(0).tolist(), abs=1e-4)
+    assert lines[0]["group_responsibilities"][0] + lines[-1]["group_responsibilities"][0] == pytest.approx(1, abs=0.1)
+    assert abs(lines[0]["group_responsibilities"][0] - lines[-1]["group_responsibilities"][0]) > 0.9
+    bad = write_rows(tmp_path / "bad.jsonl", [rows[0], {**rows[1], "user": None}, rows[2]])
+    assert_refused(kto(settings(**{**given, "dataset_name": bad})), "bad.jsonl", "row 2, column user: is empty")
+    assert_refused(kto(settings(**{**given, "routing_group": "who"})), "routing_group", "who")

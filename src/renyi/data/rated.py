@@ -49,6 +49,9 @@ class RatedPreparation(RowPreparation):
 
     @staticmethod
     def _with_margin(form: Form) -> Form:
+        if form.kept:
+            hint = "Drop the column, or train by `renyi dpo`, which reads votes."
+            raise DataError("is not read by reward models", where=f"column {form.kept[0]}", hint=hint)
         if MARGIN not in form.left_out:
             return form
         left_out = tuple(c for c in form.left_out if c != MARGIN)

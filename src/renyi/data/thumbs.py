@@ -13,6 +13,7 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from renyi.data.files import new_fingerprint
+from renyi.data.groups import GROUP_COLUMN, check_groups, check_has_group, group_of, with_group
 from renyi.data.prepare import (
     NO_LIMITS,
     Limits,
@@ -54,9 +55,12 @@ class ThumbPreparation(RowPreparation):
 
     Attributes:
         max_length: number of tokens after which a prompt with its completion is cut; None for the model's limit only.
+        routing_group: the column of the groups whose rows share a responsibility, such as the user who gave the thumbs;
+            None if every row has its own.
     """
 
     max_length: int | None = 1024
+    routing_group: str | None = None
 
     def __post_init__(self) -> None:
         check_cut(self.max_length, "keep_start")
@@ -69,6 +73,8 @@ class ThumbPreparation(RowPreparation):
         for row, at in numbered_rows(rows, (*form.columns, *RIVALS), name):
             read_row(row, of_row, at, exact=exact)
             read_label(row, at)
+        if self.routing_group is not None:
+            check_groups(rows, self.routing_group, name)
         return form
 
     def form(self, rows: Any, name: str = "dataset") -> Form:
@@ -84,12 +90,15 @@ class ThumbPreparation(RowPreparation):
         if form.name != "prompt-completion":
             raise DataError(f"has a column {form.columns[0]}", where=name, hint=f"{_A_THUMB}; drop that column.")
         left_out = tuple(c for c in form.left_out if c != LABEL)
-        return Form("thumbs", (*form.columns, LABEL), left_out)
+        return with_group(Form("thumbs", (*form.columns, LABEL), left_out), rows, self.routing_group)
 
     def readable(self, rows: Any, name: str = "dataset") -> Any:
         if set(PREPARED_THUMBS) <= set(columns_of(rows)):
             return rows
-        kept = {*self.form(rows, name).columns, *RIVALS, ROW_COLUMN, FILE_COLUMN}
+        form = self.form(rows, name)
+        if self.routing_group is not None:
+            check_has_group(rows, self.routing_group, name)
+        kept = {*form.columns, *form.kept, *RIVALS, ROW_COLUMN, FILE_COLUMN}
         return rows.remove_columns([c for c in columns_of(rows) if c not in kept])
 
     def within(self, limits: Limits) -> Self:
@@ -149,21 +158,25 @@ def prepare_thumbs(
     """
     if set(PREPARED_THUMBS) <= set(columns_of(rows)):
         return rows
-    settings.form(rows, name)
+    grouped = settings.form(rows, name).kept
     whole = Preparation(max_length=None, completion_only_loss=True)
     numbers: list[str] = [c for c in (ROW_COLUMN, FILE_COLUMN) if c in columns_of(rows)]
-    keep = [LABEL, *numbers]
+    keep = [LABEL, *grouped, *numbers]
     tokens: Any = prepare(rows, tokenizer, whole, name, Limits(None, limits.vocabulary), keep, num_proc)
     split = _Split(name, settings.within(limits), raises=not isinstance(rows, Dataset))
     if not isinstance(rows, Dataset):
-        return tokens.map(split, with_indices=True, remove_columns=["input_ids", "labels", WHOLE_LENGTH, *numbers])
+        gone = ["input_ids", "labels", WHOLE_LENGTH, *grouped, *numbers]
+        return tokens.map(split, with_indices=True, remove_columns=gone)
     ids = List(Value("int32"))
     prepared = tokens.map(
         split,
         with_indices=True,
         fn_kwargs={"version": _VERSION},
         remove_columns=tokens.column_names,
-        features=Features({"prompt_ids": ids, "completion_ids": ids, LABEL: Value("bool")}),
+        features=Features(
+            {"prompt_ids": ids, "completion_ids": ids, LABEL: Value("bool")}
+            | ({GROUP_COLUMN: Value("string")} if grouped else {})
+        ),
         num_proc=num_proc,
         new_fingerprint=new_fingerprint(tokens),
         desc=f"Splitting {name}",
@@ -187,7 +200,10 @@ class _Split:
         longest = self.settings.max_length
         if self.raises and max(begin, 1) >= min(len(ids), longest or len(ids)):
             raise DataError("no trained token is left", where=where, hint=_lost_hint(self.settings))
-        return {"prompt_ids": ids[:begin], "completion_ids": ids[begin:], LABEL: read_label(row, where)}
+        made = {"prompt_ids": ids[:begin], "completion_ids": ids[begin:], LABEL: read_label(row, where)}
+        if self.settings.routing_group is not None and self.settings.routing_group in row:
+            made[GROUP_COLUMN] = group_of(row, self.settings.routing_group, where)
+        return made
 
 
 def _lost_hint(settings: ThumbPreparation) -> str:

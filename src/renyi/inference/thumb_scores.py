@@ -18,6 +18,7 @@ from renyi.data import Limits, ThumbPreparation, count_cut_thumbs, told_cut
 from renyi.ensemble import KeptThumbs, LoraEnsemble, completion_labels, evaluating
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length
+from renyi.inference.group_scores import with_groups
 from renyi.measures import token_uncertainty
 from renyi.objectives import example_responsibilities, renyi_loss, thumb_log_likelihood, thumb_logit
 
@@ -39,6 +40,8 @@ class ThumbScore(NamedTuple):
         mixture_nll: −log Σ_m π_m exp(ℓ_m), in the unit of the loss.
         total: entropy of the mixture's probability of thumbs up, nats.
         epistemic: its part that is the members' disagreement (mutual information), nats.
+        group: the group that shares a responsibility with this row (`routing_group`); None if the rows have none.
+        group_responsibilities: of that group as a whole, [M].
     """
 
     index: int  # type: ignore[assignment]
@@ -52,6 +55,8 @@ class ThumbScore(NamedTuple):
     mixture_nll: float
     total: float
     epistemic: float
+    group: str | None = None
+    group_responsibilities: list[float] | None = None
 
 
 def score_thumbs(
@@ -85,7 +90,7 @@ def score_thumbs(
     if told:
         logger.warning("%s", told)
     collate = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=preparation.max_length)
-    thumbs = thumbs.select_columns(["prompt_ids", "completion_ids", "label"])
+    rows_and_groups, thumbs = thumbs, thumbs.select_columns(["prompt_ids", "completion_ids", "label"])
     lengths = [
         len(p) + len(c) for b in thumbs.iter(1000) for p, c in zip(b["prompt_ids"], b["completion_ids"], strict=True)
     ]
@@ -95,7 +100,7 @@ def score_thumbs(
             batch = {name: x.to(ensemble.device) for name, x in collate(list(thumbs.select(rows))).items()}
             scores += _score_batch(ensemble, rows, batch, kept)
             progress(len(scores))
-    return sorted(scores)
+    return with_groups(sorted(scores, key=lambda score: score.index), rows_and_groups, ensemble)
 
 
 def _score_batch(

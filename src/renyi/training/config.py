@@ -258,10 +258,9 @@ class EnsembleConfig(_BeforeConfig):
         require("routing", self.routing, self.routing != "raced", whole)
         points = f"'point' {beside}: what is kept of other rows would be of other draws"
         require("member_kind", self.member_kind, self.member_kind == "point", points)
-        plain = f"'random' {beside}: batches are made of whole groups"
-        require(
-            "train_sampling_strategy", args.train_sampling_strategy, args.train_sampling_strategy == "random", plain
-        )
+        default = type(args).__dataclass_fields__["train_sampling_strategy"].default
+        plain, order = f"{default!r} {beside}: batches are made of whole groups", args.train_sampling_strategy
+        require("train_sampling_strategy", order, order == default, plain)
         alone = "it to one process: a group's rows would be in several"
         require("routing_group", group, args.world_size == 1, alone)
 

@@ -141,8 +141,9 @@ class RenyiKTOTrainer(ReferencedTrainer, KTOTrainer):
         point_M = torch.tensor(inputs[POINT], dtype=ratio_MB.dtype, device=ratio_MB.device)
         logit_MB = thumb_logit(ratio_MB, point_M.repeat_interleave(draws), loss_of)
         ell_MB = thumb_log_likelihood(logit_MB, is_good_B, loss_of)
-        loss_B, r_MB = self.objective.of_examples(ell_MB, output.label_mask.sum(dim=1), alpha)
-        loss = self.minimised(share_of(inputs) * loss_B.mean(), ell_MB, r_MB, inputs, num_items_in_batch)
+        loss_B, r_MB = self.routed_loss(ell_MB, output.label_mask.sum(dim=1), alpha, inputs)
+        loss = share_of(inputs) * loss_B.sum() / ell_MB.shape[1]
+        loss = self.minimised(loss, ell_MB, r_MB, inputs, num_items_in_batch)
         pair_sums = self.pair_sums(loss, routed, r_MB)
         sums = self._thumb_sums(output, logps_MB.detach(), ratio_MB.detach(), logit_MB.detach(), is_good_B)
         sums |= {f"kl/{m}": (z * len(is_good_B), torch.ones_like(z) * len(is_good_B)) for m, z in enumerate(point_M)}
