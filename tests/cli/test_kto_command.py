@@ -240,5 +240,6 @@ def test_the_thumbs_of_a_user_share_one_responsibility(settings: Settings, tmp_p
     assert lines[0]["group_responsibilities"][0] + lines[-1]["group_responsibilities"][0] == pytest.approx(1, abs=0.1)
     assert abs(lines[0]["group_responsibilities"][0] - lines[-1]["group_responsibilities"][0]) > 0.9
     bad = write_rows(tmp_path / "bad.jsonl", [rows[0], {**rows[1], "user": None}, rows[2]])
+    given["output_dir"] = tmp_path / "refused"
     assert_refused(kto(settings(**{**given, "dataset_name": bad})), "bad.jsonl", "row 2, column user: is empty")
     assert_refused(kto(settings(**{**given, "routing_group": "who"})), "routing_group", "who")

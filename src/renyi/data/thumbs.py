@@ -158,7 +158,7 @@ def prepare_thumbs(
     """
     if set(PREPARED_THUMBS) <= set(columns_of(rows)):
         return rows
-    grouped = settings.form(rows, name).kept
+    grouped: tuple[str, ...] = settings.form(rows, name).kept
     whole = Preparation(max_length=None, completion_only_loss=True)
     numbers: list[str] = [c for c in (ROW_COLUMN, FILE_COLUMN) if c in columns_of(rows)]
     keep = [LABEL, *grouped, *numbers]

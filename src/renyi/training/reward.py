@@ -48,9 +48,7 @@ class RenyiRewardConfig(EnsembleConfig, RewardConfig):
         center = self.center_rewards_coefficient
         expected = "a number of at least 0, or leave it out"
         require("center_rewards_coefficient", center, center is None or 0 <= center < math.inf, expected)
-        require(
-            "routing_group", self.routing_group, self.routing_group is None, "none: a reward's rows are routed alone"
-        )
+        require("routing_group", self.routing_group, self.routing_group is None, "none: each pair is routed alone")
         require("prior_std", self.prior_std, self.prior_std is None, "none: reward heads have no prior")
         alone = self.member_parallel == 1 and not self.shard_base
         key = "member_parallel" if self.member_parallel > 1 else "shard_base"
