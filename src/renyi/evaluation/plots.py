@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from renyi.evaluation.metrics import ReliabilityBin
 from renyi.evaluation.sections import shortened
+from renyi.evaluation.vote_quality import ShareBin
 from renyi.text import printable
 
 MIXTURE, ACCENT, OTHERS = "#1f4e79", "#c8553d", "#9aa5b1"
@@ -34,6 +35,24 @@ def draw_reliability(systems: Mapping[str, Sequence[ReliabilityBin]]) -> bytes:
         panel.set_title(plain(name), fontsize=10)
         _bare(panel)
     panels[0].set_ylabel("share right")
+    return _png(figure)
+
+
+def draw_vote_shares(systems: Mapping[str, Sequence[ShareBin]]) -> bytes:
+    """The annotators' share against the predicted one, one panel for each system. A dot's area is its bin's share."""
+    figure = Figure(figsize=(3.4 * len(systems), 3.9), dpi=130, layout="constrained")
+    panels = figure.subplots(1, len(systems), squeeze=False)[0]
+    for panel, (name, bins) in zip(panels, systems.items(), strict=True):
+        total = sum(b.pairs for b in bins)
+        predicted, annotators = [b.predicted for b in bins], [b.annotators for b in bins]
+        panel.plot([0, 1], [0, 1], color="grey", lw=0.8, ls=":")
+        panel.vlines(predicted, predicted, annotators, color=ACCENT, lw=2, alpha=0.5)
+        panel.scatter(predicted, annotators, s=[12 + 500 * b.pairs / total for b in bins], color=MIXTURE, alpha=0.85)
+        panel.set(xlim=(-0.02, 1.02), ylim=(-0.03, 1.05), xlabel="predicted share")
+        panel.set_box_aspect(1)
+        panel.set_title(plain(name), fontsize=10)
+        _bare(panel)
+    panels[0].set_ylabel("annotators' share")
     return _png(figure)
 
 

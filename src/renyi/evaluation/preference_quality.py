@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from renyi.evaluation.member_groups import rows_by_group
 from renyi.evaluation.metrics import calibration_error
+from renyi.evaluation.vote_quality import VoteQuality
 from renyi.inference.pair_scores import PairScore
 from renyi.measures import token_uncertainty
 from renyi.objectives import renyi_loss
@@ -73,6 +74,8 @@ class PreferenceEvaluation(NamedTuple):
         most_contested: `PairScore.index` of all pairs, those with the most epistemic uncertainty first.
         groups: of each group, in alphabetical order, if groups were given.
         contested: how well uncertainty finds contested pairs, if these were given.
+        worst_group: the least accuracy of a group, if groups were given.
+        votes: how well votes are foretold, of the mixture first, if pairs have votes; see `vote_quality.py`.
     """
 
     pairs: int
@@ -83,6 +86,8 @@ class PreferenceEvaluation(NamedTuple):
     most_contested: list[int]
     groups: list[GroupQuality] | None = None
     contested: ContestedAUROC | None = None
+    worst_group: float | None = None
+    votes: list[VoteQuality] | None = None
 
 
 def evaluate_preference(
@@ -93,6 +98,8 @@ def evaluate_preference(
 ) -> PreferenceEvaluation:
     """Evaluate preferences, in float64, from the members' margins and the mixture weights.
 
+    If most votes of a pair are for its rejected completion, its sides are exchanged first.
+
     Args:
         scores: of N ≥ 1 pairs, under M members.
         weights: mixture weights [M]; those that `score_pairs` mixed with are the ensemble's.
@@ -102,12 +109,15 @@ def evaluate_preference(
     Raises:
         ValueError: lengths do not match, or all pairs are contested, or none.
     """
+    turned_N = torch.tensor([s.votes is not None and s.votes[1] > s.votes[0] for s in scores])
     margin_MN = torch.tensor([s.margin for s in scores], dtype=torch.float64).T
+    margin_MN = torch.where(turned_N, -margin_MN, margin_MN)
     log_weights = weights.detach().cpu().double().log()
     log_p_MN2 = logsigmoid(torch.stack([margin_MN, -margin_MN], dim=-1))  # of preferring the chosen, the rejected one
     log_mixture_N2 = -renyi_loss(log_p_MN2, 1.0, log_weights)
     total_N, epistemic_N, share_N = _uncertainty(log_p_MN2, log_weights)
     worst_first = epistemic_N.argsort(descending=True, stable=True).tolist()
+    of_groups = None if groups is None else _of_groups(groups, log_mixture_N2, epistemic_N)
     return PreferenceEvaluation(
         pairs=len(scores),
         mixture=_quality(log_mixture_N2),
@@ -115,8 +125,9 @@ def evaluate_preference(
         epistemic=float(epistemic_N.mean()),
         epistemic_share=float(share_N.mean()),
         most_contested=[scores[i].index for i in worst_first],
-        groups=None if groups is None else _of_groups(groups, log_mixture_N2, epistemic_N),
+        groups=of_groups,
         contested=None if contested is None else _found(contested, epistemic_N, share_N, total_N),
+        worst_group=None if of_groups is None else min(group.accuracy for group in of_groups),
     )
 
 

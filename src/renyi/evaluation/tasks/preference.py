@@ -10,17 +10,21 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from renyi.errors import DataError
 from renyi.evaluation.files import File, Groups, column_values, group_names
-from renyi.evaluation.sections import Cell, Column, Example, Examples, Note, Report, Section, Table, shortened
+from renyi.evaluation.sections import Cell, Chart, Column, Example, Examples, Note, Report, Section, Table, shortened
 from renyi.evaluation.shared_sections import calibration_charts, detection, who_knows_what
-from renyi.evaluation.task import Grouped, Models, Resampled, Task, as_json, is_positive, setting
+from renyi.evaluation.task import Compared, Grouped, Models, Resampled, Task, as_json, is_positive, setting
 from renyi.text import plural
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from datasets import Dataset
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
     from renyi.evaluation.preference_quality import PreferenceEvaluation
+    from renyi.evaluation.task import Model
+    from renyi.evaluation.vote_quality import VoteQuality
     from renyi.inference import PairScore
     from renyi.objectives import PreferenceLoss
 
@@ -30,7 +34,7 @@ LEAD = 30  # characters shown of what both completions begin with
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceSettings(Grouped, Resampled):
+class PreferenceSettings(Grouped, Resampled, Compared):
     """Settings of the preference task."""
 
     contested: str | None = setting(None, "true where annotators contradict each other: is that found?", "COLUMN")
@@ -61,6 +65,7 @@ class Asked(NamedTuple):
     against: str
     pairs: "Dataset"
     tokenizer: "PreTrainedTokenizerBase"
+    baselines: "dict[str, Asked]"
 
 
 class Preference(Task):
@@ -75,16 +80,24 @@ class Preference(Task):
         return Read(file, groups, _contested(file, settings.contested) if settings.contested else None)
 
     def ask(self, models: Models, data: Read, settings: PreferenceSettings) -> Asked:
+        asked = self._scores(models, models.model, models.folder, data, settings)
+        for name, other in models.baselines(settings.baseline):
+            asked.baselines[name] = self._scores(models, other, other.folder, data, settings)
+        return asked
+
+    def _scores(
+        self, models: Models, model: "Model", folder: "Path | None", data: Read, settings: PreferenceSettings
+    ) -> Asked:
         from renyi.data import Limits, PairPreparation
         from renyi.ensemble import Reference, read_preference
         from renyi.inference import score_pairs
         from renyi.objectives import PreferenceLoss
 
-        folder, ensemble, tokenizer = models.folder, models.model.ensemble, models.model.tokenizer
+        ensemble, tokenizer = model.ensemble, model.tokenizer
         if folder is None:
             preparation, loss, reference = PairPreparation(), PreferenceLoss(), Reference(ensemble)
         else:
-            preparation = PairPreparation.read(folder)
+            preparation = replace(PairPreparation.read(folder), routing_group=None)  # a score for each row
             loss, reference = read_preference(folder, ensemble)
         loss = loss if settings.beta is None else replace(loss, beta=settings.beta)
         reference = reference if settings.reference == "kept" else Reference(ensemble)
@@ -92,13 +105,21 @@ class Preference(Task):
         with models.progress("scoring", len(pairs)) as progress:
             scores = score_pairs(ensemble, pairs, loss, reference, preparation, progress=progress)
         against = "base" if reference.start is None else "start"
-        return Asked(scores, ensemble.weights, loss, against, pairs, tokenizer)
+        return Asked(scores, ensemble.weights, loss, against, pairs, tokenizer, {})
 
     def evaluate(self, data: Read, answers: Asked, settings: PreferenceSettings) -> "PreferenceEvaluation":
         from renyi.evaluation.preference_quality import evaluate_preference
+        from renyi.evaluation.vote_quality import evaluate_votes
 
         groups = data.groups.of_rows if data.groups else None
-        return evaluate_preference(answers.scores, answers.weights, groups, data.contested)
+        found = evaluate_preference(answers.scores, answers.weights, groups, data.contested)
+        if answers.scores[0].votes is None:
+            return found
+        systems = {"mixture": answers, **answers.baselines}
+        votes = [evaluate_votes(a.scores, a.weights, a.loss.tie_strength, name) for name, a in systems.items()]
+        if len(answers.weights) > 1:
+            votes.insert(1, evaluate_votes(*_moments(answers), name="members' mean and variance"))
+        return found._replace(votes=votes)
 
     def result(
         self, data: Read, answers: Asked, found: "PreferenceEvaluation", settings: PreferenceSettings
@@ -117,12 +138,18 @@ class Preference(Task):
             f"epistemic uncertainty {found.epistemic:.4f} nats a pair, "
             f"on average {found.epistemic_share:.1%} of a pair's uncertainty"
         )
-        sections: list[Section] = [_quality(found, answers.weights.tolist()), Note("How much is disagreement?", doubt)]
+        sections: list[Section] = [
+            _quality(found, answers.weights.tolist()),
+            *_votes(found),
+            Note("How much is disagreement?", doubt),
+        ]
         if data.groups and found.groups is not None:
             rows: list[list[Cell]] = [[shortened(g.group, 40), g.pairs, g.accuracy, g.epistemic] for g in found.groups]
             figures = [Column("pairs", ","), Column("accuracy", ".1%"), Column("epistemic", ".4f")]
             sizes = [g.pairs for g in found.groups]
-            sections.append(Table(f"By {data.groups.name}", [data.groups.name, *figures], rows, sizes=sizes))
+            worst = f"worst: {found.worst_group:.1%}"
+            title = f"By {data.groups.name}"
+            sections.append(Table(title, [data.groups.name, *figures], rows, worst, sizes=sizes))
         if found.contested is not None:
             names = ("epistemic uncertainty", "its share of the total", "total uncertainty")
             values = (found.contested.epistemic, found.contested.epistemic_share, found.contested.total)
@@ -137,7 +164,7 @@ class Preference(Task):
             f"{plural(found.pairs, 'pair')} · {' + '.join(answers.loss.loss_type)}, beta {answers.loss.beta:g} · "
             f"margins against {margins}"
         )
-        return Report("Preferences", subtitle, sections, lambda: _page(data, answers, settings))
+        return Report("Preferences", subtitle, sections, lambda: _page(data, answers, settings, found))
 
 
 def _contested(file: File, name: str) -> list[bool]:
@@ -184,7 +211,68 @@ def _quality(found: "PreferenceEvaluation", weights: Sequence[float]) -> Table:
     return Table("How good are the preferences?", columns, rows, note)
 
 
-def _page(data: Read, answers: Asked, settings: PreferenceSettings) -> list[Section]:
+def _votes(found: "PreferenceEvaluation") -> list[Section]:
+    """How well every system foretells the annotators' votes; nothing without votes."""
+    if found.votes is None:
+        return []
+    rows: list[list[Cell]] = [
+        [
+            *(shortened(v.name, 32), v.accuracy, v.nll, v.nll_held_out, v.calibration, v.probability_calibration),
+            *(v.split_auroc, v.split_auroc_total),
+        ]
+        for v in found.votes
+    ]
+    columns: list[Column | str] = [
+        "",
+        Column("majority", ".1%", "high"),
+        Column("NLL", ".4f", "low"),
+        Column("held out", ".4f", "low"),
+        Column("calibration", ".4f", "low"),
+        Column("of P", ".4f", "low"),
+        Column("split: epistemic", ".3f", "high"),
+        Column("total", ".3f", "high"),
+    ]
+    note = (
+        "majority: preferred as most annotators do · NLL in nats a label; held out: given the pair's other labels · "
+        "calibration: mean squared difference of the share of members that prefer a completion and the share of "
+        "annotators; of P: the mixture's probability instead · split: AUROC for pairs that annotators split on"
+    )
+    return [Table("How are votes foretold?", columns, rows, note)]
+
+
+def _vote_chart(votes: "Sequence[VoteQuality]") -> Chart:
+    def draw() -> bytes:
+        from renyi.evaluation import plots
+
+        return plots.draw_vote_shares({v.name: v.share_bins for v in votes})
+
+    return Chart(
+        "Does it know how many would prefer it?",
+        "vote_shares",
+        draw,
+        "On the diagonal, as many annotators prefer a completion as the system's probability says.",
+    )
+
+
+def _moments(answers: Asked) -> "tuple[list[PairScore], Tensor, float]":
+    """One member in place of all: a reward that is Gaussian, with the mean and the variance of the members' margins.
+
+    Its probability E σ(Δ) is taken by MacKay's approximation, σ(mean / √(1 + π variance / 8)).
+    """
+    import torch
+
+    weights = answers.weights.double().cpu()
+    margin_MN = torch.tensor([s.margin for s in answers.scores], dtype=torch.float64).T
+    mean_N = (weights[:, None] * margin_MN).sum(dim=0)
+    variance_N = (weights[:, None] * (margin_MN - mean_N).square()).sum(dim=0)
+    margin_N = mean_N / (1 + torch.pi / 8 * variance_N).sqrt()
+    scores = [s._replace(margin=[m]) for s, m in zip(answers.scores, margin_N.tolist(), strict=True)]
+    return scores, torch.ones(1), answers.loss.tie_strength
+
+
+def _page(
+    data: Read, answers: Asked, settings: PreferenceSettings, evaluation: "PreferenceEvaluation"
+) -> list[Section]:
     """The page's additional sections. A pair counts as a question whose right answer is the chosen completion."""
     import torch
     from torch.nn.functional import logsigmoid
@@ -198,6 +286,8 @@ def _page(data: Read, answers: Asked, settings: PreferenceSettings) -> list[Sect
     found = evaluate_choice(opinion, right, groups=groups, resamples=settings.resamples)
     sections: list[Section] = [detection(found.systems, settings.resamples > 0)]
     sections += calibration_charts(found.systems, opinion, found.most_contested, right, None)
+    if evaluation.votes is not None:
+        sections.append(_vote_chart(evaluation.votes))
     if data.groups and found.specialisation is not None:
         sections += who_knows_what(found.specialisation, data.groups.name, "pairs")
     return sections

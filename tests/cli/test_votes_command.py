@@ -1,0 +1,55 @@
+"""Votes through the real command line: train on annotations by annotator, and evaluate against a baseline."""
+
+import json
+
+import pytest
+from tiny import pair_rows, tiny_model, tiny_tokenizer
+
+from renyi.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("votes")
+    base = tiny_model()
+    base.save_pretrained(folder / "base")
+    tiny_tokenizer().save_pretrained(folder / "base")
+    rows = []
+    for i, row in enumerate(pair_rows(24)):
+        labels = ["chosen", "rejected", "tie"] if i % 3 == 0 else ["chosen", "chosen", "chosen"]
+        annotations = [{"annotator": name, "label": label} for name, label in zip("abc", labels, strict=True)]
+        rows.append({**row, "annotations": annotations, "topic": f"t{i % 2}"})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_annotators_are_routed_and_votes_evaluated(world, capsys):
+    settings = ["--model_name_or_path", world / "base", "--dataset_name", world / "pairs.jsonl", "--num_members", "2"]
+    settings += ["--max_steps", "3", "--use_cpu", "true", "--lora_r", "2", "--output_dir"]
+    assert main(["dpo", *map(str, settings), str(world / "grouped"), "--routing_group", "annotator"]) == 0
+    kept = json.loads((world / "grouped" / "preference.json").read_text())
+    assert kept["tie_strength"] == pytest.approx(2 * 8 / 64)
+    assert json.loads((world / "grouped" / "preparation.json").read_text())["routing_group"] == "annotator"
+    capsys.readouterr()
+
+    asked = ["--task", "preference", "--json", "--group", "topic", "--output", str(world / "lines.jsonl")]
+    asked += ["--baseline", str(world / "grouped")]
+    assert main(["evaluate", str(world / "grouped"), str(world / "pairs.jsonl"), *asked]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [v["name"] for v in found["votes"]] == ["mixture", "members' mean and variance", "grouped"]
+    assert found["votes"][0] == {**found["votes"][2], "name": "mixture"}
+    assert found["worst_group"] == min(g["accuracy"] for g in found["groups"])
+    lines = [json.loads(line) for line in (world / "lines.jsonl").read_text().splitlines()]
+    assert [line["votes"] for line in lines[:2]] == [[1, 1, 1], [3, 0, 0]]
+    assert len(lines) == 24  # a row a pair, not a label
+
+
+def test_a_bad_annotation_is_named_by_file_and_row(world, capsys):
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    rows[4]["annotations"][1] = {"annotator": "a", "label": "rejected"}
+    (world / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = ["--model_name_or_path", str(world / "base"), "--dataset_name", str(world / "bad.jsonl")]
+    assert main(["dpo", *settings, "--output_dir", str(world / "out"), "--use_cpu", "true"]) != 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "bad.jsonl, row 5, column annotations" in said
+    assert not (world / "out").exists()
