@@ -62,6 +62,19 @@ def test_prompts_that_ask_the_same_in_other_words_are_near():
     assert len(group.prompts) == 2
 
 
+def test_a_row_that_was_copied_in_other_words_with_another_fact_is_near():
+    things = [f"{a} {b}" for a in ("happy", "slow", "old", "red", "tame", "loud") for b in ("dog", "cat", "hen", "cow")]
+    template = "Name the lexical class of the first word in this phrase: the {}"
+    rows = [asked(template.format(t), f"The word {t.split()[0]} is an adjective of degree.") for t in things]
+    original = asked(template.format("quick fox"), "The word quick is an adjective of degree.")
+    copy = asked("Say which lexical class the word has: the quick fox", "The word quick is an adverb of degree.")
+    (group,) = audit([*rows, original, copy]).groups  # and not prompts of one form, about other things each
+    assert group.kind == "near_duplicate_conflict"
+    assert group.rows == [24, 25]
+    other = asked(copy["prompt"], "It tells how something is done, so it goes with verbs.")
+    assert not audit([*rows, original, other]).groups
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -204,7 +217,7 @@ def test_nothing_of_the_data_runs_or_steers_in_what_is_written(tmp_path):
     assert not {"\x1b", "\u202e"} & set(page + (tmp_path / "audit.md").read_text())
     rows = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     assert [r["is_contested"] for r in rows] == [True, True]
-    assert set(rows[0]) == {"index", "file", "row", "score", "is_contested", "group", "side", "kind"}
+    assert set(rows[0]) == {"index", "file", "row", "score", "is_contested", "group", "side", "kind", "hint"}
     groups = [json.loads(line) for line in (tmp_path / "groups.jsonl").read_text().splitlines()]
     assert groups[0]["kind"] in KINDS
 
@@ -233,6 +246,27 @@ def test_the_command_finds_writes_and_fails_when_asked(tmp_path, capsys):
     assert {p.name for p in out.iterdir()} == {"audit.jsonl", "groups.jsonl", "audit.md", "report.html"}
     assert main(["audit", one, "--drop", "nonsense", "--write", str(kept)]) == 2
     assert "duplicate_conflict" in capsys.readouterr().err
+
+
+def test_rows_are_written_with_their_sides_and_without_errors(tmp_path, capsys):
+    rows = [
+        asked("Is it?", "Yes."),
+        asked("Why?", "Because."),
+        asked("Is it?", "No."),
+        asked("Why?", "Because."),
+        asked("How?", ""),
+    ]
+    data, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    assert main(["audit", data, "--write", str(out), "--sides", "--drop", "errors", "duplicates"]) == 0
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prompt"] for row in written] == ["Is it?", "Why?", "Is it?"]
+    assert [row["side"] for row in written] == [0, 0, 1]
+    assert written[0]["group"] == written[2]["group"] != written[1]["group"]
+    again = write(tmp_path / "again.jsonl", [row | {"side": 3} for row in rows])
+    assert main(["audit", again, "--write", str(out), "--sides"]) == 2
+    assert "again.jsonl:1" in capsys.readouterr().err
+    assert main(["audit", data, "--sides"]) == 2
+    assert "--write" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not ALPACA.exists(), reason="the Alpaca rows are not in ../shared/data")

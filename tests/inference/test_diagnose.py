@@ -15,9 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from renyi import LoraEnsemble
 from renyi.data import PairPreparation
 from renyi.ensemble import Reference
+from renyi.ensemble.curvature import AdapterSpace
 from renyi.errors import ConfigError, DataError
-from renyi.inference import diagnose, score_pairs
-from renyi.inference.diagnose import Diagnosis, Pairs, memory_needed, recommended_alpha, spread
+from renyi.inference import diagnose, score, score_pairs
+from renyi.inference.diagnose import Diagnosis, Pairs, loadings_along, memory_needed, recommended_alpha, spread
 from renyi.objectives import PreferenceLoss
 
 MODULE = importlib.import_module("renyi.inference.diagnose")
@@ -123,6 +124,36 @@ def test_examples_are_named_with_their_likelihoods(found: Diagnosis, fitted: Lor
         assert fitted.log_likelihood(**example).item() == pytest.approx(ell, rel=1e-4)
 
 
+def test_rows_are_laid_along_directions_as_finite_differences_are(found: Diagnosis, fitted: LoraEnsemble) -> None:
+    rows, v, step = answered(40, seed=2), found.directions[:, :2], 0.02
+    ell, loadings = loadings_along(fitted, rows, v)
+    offsets = torch.cat([step * v.T, -step * v.T])
+    with fitted.acting_as(AdapterSpace(fitted).displaced(offsets)):
+        moved = torch.tensor([s.log_likelihood for s in score(fitted, rows)])
+    torch.testing.assert_close(loadings, (moved[:, :2] - moved[:, 2:]) / (2 * step), rtol=0.02, atol=0.02)
+    assert ell.tolist() == pytest.approx([s.log_likelihood[0] for s in score(fitted, rows)], rel=1e-4, abs=1e-4)
+
+
+def test_pairs_are_laid_along_directions_as_finite_differences_are(
+    annotated: tuple[LoraEnsemble, Dataset, Pairs],
+) -> None:
+    ensemble, rows, pairs = annotated
+    rows, space, step = rows.select(range(30)), AdapterSpace(ensemble, 1), 0.02
+    v = torch.randn(space.size, 2, generator=torch.Generator().manual_seed(0)) / space.size**0.5
+    ell, loadings = loadings_along(ensemble, rows, v, pairs, member=1)
+
+    def moved(offset: torch.Tensor) -> torch.Tensor:
+        """Of each label under member 1, moved; its reference is the one of its place."""
+        with ensemble.acting_as(space.displaced(offset.expand(2, -1))):
+            return torch.tensor([s.log_likelihood[1] for s in score_pairs(ensemble, rows, *pairs)])
+
+    slopes = torch.stack([moved(step * u) - moved(-step * u) for u in v.T], dim=1) / (2 * step)
+    torch.testing.assert_close(loadings, slopes, rtol=0.05, atol=2e-3)
+    assert ell.tolist() == pytest.approx(
+        [s.log_likelihood[1] for s in score_pairs(ensemble, rows, *pairs)], rel=1e-4, abs=1e-4
+    )
+
+
 def test_the_hessian_and_half_precision_agree(found: Diagnosis, fitted: LoraEnsemble, held_out: Dataset) -> None:
     settings: dict[str, Any] = {"num_directions": 16, "max_examples": 512}
     fisher = diagnose(fitted, held_out, **settings)
@@ -223,8 +254,8 @@ def annotated() -> tuple[LoraEnsemble, Dataset, Pairs]:
     scores = score_pairs(ensemble, rows, *pairs)
     generator = torch.Generator().manual_seed(0)
     chosen, rejected = [], []
-    for row, score in zip(rows, scores, strict=True):
-        odds = torch.tensor(score.margin[1]).sigmoid()
+    for row, scored in zip(rows, scores, strict=True):
+        odds = torch.tensor(scored.margin[1]).sigmoid()
         sides = [row["chosen_ids"], row["rejected_ids"]]
         if torch.rand((), generator=generator) > odds:
             sides.reverse()

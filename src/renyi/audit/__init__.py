@@ -10,12 +10,28 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
-from renyi.audit.findings import CONTESTED, KINDS, Audit, Group, RowVerdict, Side, verdicts_of
-from renyi.audit.pages import write_audit
+from renyi.audit.findings import CONTESTED, KINDS, SETS, Audit, Group, RowVerdict, Side, verdicts_of
+from renyi.audit.next_step import next_command
+from renyi.audit.pages import said_by_model, write_audit
 from renyi.audit.reading import Rows, find_conflicts
 from renyi.errors import ConfigError, DataError
 
-__all__ = ["CONTESTED", "KINDS", "Audit", "Group", "RowVerdict", "Side", "audit", "cleaned", "read_rows", "write_audit"]
+__all__ = [
+    "CONTESTED",
+    "KINDS",
+    "SETS",
+    "Audit",
+    "Group",
+    "RowVerdict",
+    "Side",
+    "audit",
+    "cleaned",
+    "marked",
+    "next_command",
+    "read_rows",
+    "said_by_model",
+    "write_audit",
+]
 
 
 def audit(
@@ -107,11 +123,33 @@ def cleaned(result: Audit, drop: Iterable[str]) -> list[int]:
 
     Args:
         result: of an audit.
-        drop: kinds of `KINDS`.
+        drop: kinds of `KINDS`, or names of `SETS`.
     """
-    kinds = set(drop)
+    kinds = {kind for name in drop for kind in SETS.get(name, (name,))}
     gone: set[int] = set()
     for group in result.groups:
         if group.kind in kinds:
             gone |= set(group.rows[1:] if group.kind == "duplicate" else group.rows)
     return [v.index for v in result.verdicts if v.index not in gone]
+
+
+def marked(rows: Rows, result: Audit, kept: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Rows with two more columns: `group`, the number of the row's group, and `side`, its side there; both may be None.
+
+    Args:
+        rows: that were audited.
+        result: of the audit.
+        kept: numbers of the rows to give, counted from 0.
+
+    Raises:
+        DataError: a row has such a column already.
+    """
+    for index in kept:
+        row, verdict = rows[index], result.verdicts[index]
+        if taken := {"group", "side"} & row.keys():
+            raise DataError(
+                f"has a column {sorted(taken)[0]!r} already",
+                where=_place(verdict.file, verdict.row),
+                hint="Rename it, or write the rows without their sides.",
+            )
+        yield {**row, "group": verdict.group, "side": verdict.side}

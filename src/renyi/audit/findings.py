@@ -16,12 +16,16 @@ CONTESTED = 0.5  # a row of a lower score is contested
 KINDS = {
     "duplicate_conflict": "the same prompt has answers that differ",
     "near_duplicate_conflict": "prompts with the same words that matter have answers that differ",
+    "systematic_variation": "many rows answer in one way and many in another, and each way is consistent",
+    "probable_error": "the answer fits prompts of other rows as well as its own",
     "preference_cycle": "answers to one prompt are preferred in a circle",
     "shared_answer": "prompts that differ in what decides the answer share one answer",
     "empty": "there is no prompt, or no answer",
     "cut": "the answer stops in the middle of a sentence, where others end with a full stop",
     "duplicate": "the row says the same as an earlier one",
 }
+# Names for several kinds at once, as `--drop` takes them.
+SETS = {"errors": ("empty", "cut", "probable_error"), "duplicates": ("duplicate",)}
 
 
 class Side(NamedTuple):
@@ -46,6 +50,8 @@ class Group:
         prompts: of the group, shortened, each once.
         sides: the competing answers; one, where nothing competes.
         sentence: what was found, in a sentence that can be read alone.
+        where: "file:row" of each side's rows, the row counted from 1.
+        owners: the members that explain each side; None without an ensemble.
     """
 
     kind: str
@@ -53,7 +59,8 @@ class Group:
     prompts: list[str]
     sides: list[Side]
     sentence: str = ""
-    where: list[list[str]] = field(default_factory=list)  # "file:row" of each side's rows, row counted from 1
+    where: list[list[str]] = field(default_factory=list)
+    owners: list[list[int]] | None = None
 
     @property
     def rows(self) -> list[int]:
@@ -72,6 +79,7 @@ class RowVerdict(NamedTuple):
         group: number of the group that gave the score; None if there is none.
         side: its side in that group, counted from 0.
         kind: of that group.
+        hint: that group's sentence; None if it is in no group.
     """
 
     index: int  # type: ignore[assignment]
@@ -82,6 +90,7 @@ class RowVerdict(NamedTuple):
     group: int | None
     side: int | None
     kind: str | None
+    hint: str | None
 
 
 @dataclass
@@ -93,12 +102,19 @@ class Audit:
         groups: the worst first.
         statements: how many answers were compared.
         settings: the thresholds in force.
+        measures: what a model measured, by the number of the row; empty without a model. `fit`, in [0, 1]: how much
+            better the answer fits its own prompt than others, or the probability of a pair's label. `nll`, nats, of
+            `tokens`. `loadings` on the leading directions, in units of the root mean square, and whether the row was
+            `held_out` from the adapter. `responsibilities` [M], `owner`, and `epistemic`, nats.
+        stability: figures of the stability diagnosis: `critical_alpha`, `low`, `high` and more; None without one.
     """
 
     verdicts: list[RowVerdict]
     groups: list[Group]
     statements: int
     settings: dict[str, Any]
+    measures: dict[int, dict[str, Any]] = field(default_factory=dict)
+    stability: dict[str, Any] | None = None
 
     @property
     def share_contested(self) -> float:
@@ -138,7 +154,8 @@ def verdicts_of(groups: Sequence[Group], places: Sequence[tuple[str, int]]) -> l
         if index in worst:
             score, number, side_of = worst[index]
             contested = score < CONTESTED
-            verdicts.append(RowVerdict(index, file, row, score, contested, number, side_of, groups[number].kind))
+            group = groups[number]
+            verdicts.append(RowVerdict(index, file, row, score, contested, number, side_of, group.kind, group.sentence))
         else:
-            verdicts.append(RowVerdict(index, file, row, 1.0, False, None, None, None))
+            verdicts.append(RowVerdict(index, file, row, 1.0, False, None, None, None, None))
     return verdicts

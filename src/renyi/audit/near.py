@@ -3,6 +3,8 @@
 Read next: `reading.py`, which compares the answers to such prompts.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,15 +15,20 @@ from scipy.sparse.csgraph import connected_components
 
 from renyi.audit.statements import deciding, words_of
 
-PERMUTATIONS, ROWS_A_BAND = 64, 4
+PERMUTATIONS = 64
 BLOCK = 8192  # digests that are computed at a time
+BEGINNING = 240  # characters of an answer that are compared
+COUNTED = 50_000  # prompts whose words are counted
+# Prompts whose answers share this many of their words, if they have so many, ask the same if they share so many theirs.
+ALIKE_ANSWERS, FEWEST_WORDS, COPIED = 0.5, 3, 0.35
 
 
 class NearIndex:
     """Digests of word sets, which are added one by one.
 
     A digest has 64 minima. Two sets of Jaccard similarity s agree in a share s of them on average. They agree in all
-    four minima of at least one of 16 bands with probability 1 − (1 − s⁴)¹⁶, which is 0.9998 at s = 0.8.
+    r minima of at least one of b = 64/r bands with probability 1 − (1 − sʳ)ᵇ: 0.9998 at s = 0.8 and r = 4, 0.94 at
+    s = 0.5 and r = 3.
     """
 
     def __init__(self, seed: int = 0):
@@ -40,11 +47,12 @@ class NearIndex:
             self._digests.append(np.array(matrix.to_rows(), dtype=np.uint32))
             self._waiting = []
 
-    def candidates(self, threshold: float) -> NDArray[np.int64]:
+    def candidates(self, threshold: float, rows_a_band: int = 4) -> NDArray[np.int64]:
         """Pairs [n, 2] of sets that may have a Jaccard similarity of at least `threshold`, each once.
 
         Both sets of a pair share a band. The share of minima in which they agree is at most three standard errors below
-        the threshold. Only neighbours in a band's bucket are paired, so the work is linear in the number of sets.
+        the threshold. Bands of fewer rows find sets that are less similar. Only sets that lie at most
+        three places apart in a band's bucket are paired, so the work is linear in the number of sets.
         """
         self._digest()
         if not self._digests:
@@ -52,13 +60,14 @@ class NearIndex:
         digests_ND = np.concatenate(self._digests)
         self._digests = []
         found = []
-        for start in range(0, PERMUTATIONS, ROWS_A_BAND):
-            band = np.ascontiguousarray(digests_ND[:, start : start + ROWS_A_BAND])
+        for start in range(0, PERMUTATIONS - rows_a_band + 1, rows_a_band):
+            band = np.ascontiguousarray(digests_ND[:, start : start + rows_a_band])
             # Sorted by this band, then by the next band: so the most similar sets of a large bucket are neighbours.
-            beside = np.roll(digests_ND, -start - ROWS_A_BAND, axis=1)[:, 0]
+            beside = np.roll(digests_ND, -start - rows_a_band, axis=1)[:, 0]
             order = np.lexsort((beside, *band.T))
-            same = (band[order[1:]] == band[order[:-1]]).all(axis=1)
-            a, b = order[:-1][same], order[1:][same]
+            a, b = (
+                np.concatenate(ends) for ends in zip(*(_together(band, order, gap) for gap in (1, 2, 3)), strict=True)
+            )
             alike = np.concatenate(
                 [
                     (digests_ND[a[i : i + BLOCK]] == digests_ND[b[i : i + BLOCK]]).mean(axis=1)
@@ -70,25 +79,87 @@ class NearIndex:
         return np.unique(np.concatenate(found), axis=0)
 
 
-def near_groups(index: NearIndex, prompt: Callable[[int], str], size: int, threshold: float) -> list[list[int]]:
-    """Groups of prompts that are linked: they share enough words, and their deciding words are equal.
+def _together(band: NDArray[np.uint32], order: NDArray[np.int64], gap: int) -> tuple[NDArray[np.int64], ...]:
+    """The sets that lie `gap` places apart in one bucket."""
+    first, second = order[:-gap], order[gap:]
+    same = (band[first] == band[second]).all(axis=1)
+    return first[same], second[same]
+
+
+class Rarity:
+    """How rare words are in prompts: log(1 + n / f), for a word that f of n prompts have.
+
+    Only the first `COUNTED` prompts are counted, so that the memory is bounded.
+    """
+
+    def __init__(self) -> None:
+        self._count: Counter[str] = Counter()
+        self._prompts = 0
+
+    def add(self, words: frozenset[str]) -> None:
+        if self._prompts < COUNTED:
+            self._prompts += 1
+            self._count.update(words)
+
+    def __call__(self, word: str) -> float:
+        return math.log1p(self._prompts / max(1, self._count[word]))
+
+
+def near_groups(
+    prompts: NearIndex,
+    whole: NearIndex,
+    text: Callable[[int], tuple[str, str]],
+    size: int,
+    threshold: float,
+    rarity: Callable[[str], float],
+) -> list[list[int]]:
+    """Groups of prompts that are linked: they ask nearly the same.
+
+    Two prompts do if they share enough words, or if they share fewer and their answers are nearly the same as well. The
+    second is how a row looks that was copied in other words and with another fact. Rare words count for more there,
+    because many prompts of one form, about other things each, also share many words; and no answer repeats a word that
+    only its own prompt has. In both cases the deciding words are equal.
 
     Args:
-        index: of the words of N prompts.
-        prompt: the prompt at a place, 0 to N − 1.
+        prompts: of the words of N prompts.
+        whole: of `words_of_both` of the same prompts and their answers.
+        text: prompt and answer at a place, 0 to N − 1.
         size: N.
-        threshold: least Jaccard similarity of their words, in (0, 1].
+        threshold: least Jaccard similarity of the words of two prompts, in (0, 1].
+        rarity: of a word in prompts.
     """
-    return groups_of(
-        [(a, b) for a, b in index.candidates(threshold).tolist() if _alike(prompt(a), prompt(b), threshold)], size
-    )
+    links = {(a, b) for a, b in prompts.candidates(threshold).tolist() if _alike(text(a)[0], text(b)[0], threshold)}
+    links |= {(a, b) for a, b in whole.candidates(COPIED, rows_a_band=3).tolist() if _copied(text(a), text(b), rarity)}
+    return groups_of(sorted(links), size)
+
+
+def words_of_both(prompt: str, answer: str) -> frozenset[str]:
+    """The words of a prompt and of the beginning of its answer, told apart."""
+    return words_of(prompt) | {f"\0{word}" for word in words_of(answer[:BEGINNING])}
 
 
 def _alike(one: str, other: str, threshold: float) -> bool:
-    first, second = words_of(one), words_of(other)
-    if len(first & second) < threshold * len(first | second):
-        return False
-    return deciding(one).is_same(deciding(other))
+    return _shared(words_of(one), words_of(other)) >= threshold and deciding(one).is_same(deciding(other))
+
+
+def _copied(one: tuple[str, str], other: tuple[str, str], rarity: Callable[[str], float]) -> bool:
+    asked = words_of(one[0]), words_of(other[0])
+    answers = words_of(one[1][:BEGINNING]), words_of(other[1][:BEGINNING])
+    # An answer that repeats a word of its own prompt alone is about that word.
+    speaks_of_its_own = (asked[0] - asked[1]) & answers[0] or (asked[1] - asked[0]) & answers[1]
+    return (
+        answers[0] != answers[1]
+        and len(answers[0]) >= FEWEST_WORDS
+        and not speaks_of_its_own
+        and _shared(*answers) >= ALIKE_ANSWERS
+        and _shared(*asked, rarity) >= COPIED
+        and deciding(one[0]).is_same(deciding(other[0]))
+    )
+
+
+def _shared(first: frozenset[str], second: frozenset[str], weight: Callable[[str], float] = lambda word: 1.0) -> float:
+    """The Jaccard similarity of two sets of words, whose words may count differently."""
+    return sum(map(weight, first & second)) / sum(map(weight, first | second))
 
 
 def groups_of(links: Sequence[tuple[int, int]], size: int) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """The folder that an audit writes: two files of JSON lines, a short page of text, and a page to browse.
 
-OUT/audit.jsonl     a line a row: index, file, row, score, is_contested, group, side, kind
+OUT/audit.jsonl     a line a row: index, file, row, score, is_contested, group, side, kind, hint
 OUT/groups.jsonl    a line a group: the worst first
 OUT/audit.md        the shortest account that is still useful, for a review
 OUT/report.html     one page that needs nothing else; see `report.html` beside this file
@@ -8,7 +8,7 @@ OUT/report.html     one page that needs nothing else; see `report.html` beside t
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ def write_audit(result: Audit, folder: str | Path, title: str) -> None:
     out = Path(folder)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / "audit.jsonl", (json.dumps(v._asdict(), ensure_ascii=False) + "\n" for v in result.verdicts))
-        _write(out / "groups.jsonl", (json.dumps(g, ensure_ascii=False) + "\n" for g in _groups(result)))
+        _write(
+            out / "audit.jsonl", (_line({**v._asdict(), **result.measures.get(v.index, {})}) for v in result.verdicts)
+        )
+        _write(out / "groups.jsonl", (_line(group) for group in _groups(result)))
         _write(out / "audit.md", [in_short(result, title)])
         _write(out / "report.html", [_page(result, title)])
     except OSError as error:
@@ -52,6 +54,10 @@ def _write(path: Path, parts: Iterable[str]) -> None:
     os.replace(part, path)
 
 
+def _line(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
+
+
 def _groups(result: Audit) -> Iterable[dict[str, Any]]:
     for number, group in enumerate(result.groups):
         yield {
@@ -60,11 +66,36 @@ def _groups(result: Audit) -> Iterable[dict[str, Any]]:
             "score": group.score,
             "prompts": group.prompts,
             "sides": [
-                {"answer": side.answer, "rows": where, "indices": side.rows}
-                for side, where in zip(group.sides, group.where, strict=True)
+                {"answer": side.answer, "rows": where, "indices": side.rows, "owners": owners}
+                for side, where, owners in zip(group.sides, group.where, _owners(group), strict=True)
             ],
             "sentence": group.sentence,
         }
+
+
+def _owners(group: Group) -> list[list[int] | None]:
+    """The members that own each side; None where there is no ensemble."""
+    return [None] * len(group.sides) if group.owners is None else list(group.owners)
+
+
+def _members(owners: Sequence[int]) -> str:
+    return f"member{'' if len(owners) == 1 else 's'} {', '.join(map(str, owners))}"
+
+
+def said_by_model(result: Audit) -> str:
+    """How many rows a model read, which, and what the stability diagnosis says; empty without a model."""
+    if not result.measures:
+        return ""
+    text = f"{len(result.measures):,} rows were read by {printable(str(result.settings['model']))}: "
+    text += f"{result.settings['drawn']}."
+    if result.stability is None:
+        return text
+    s = result.stability
+    says = "contradict the model" if s["contradicted"] else "are too few to decide" if s["undecided"] else "fit it"
+    return (
+        f"{text} The critical alpha is {s['critical_alpha']:.2f} ({s['low']:.2f} to {s['high']:.2f}, from "
+        f"{s['rows']:,} rows): the rows {says}."
+    )
 
 
 def in_short(result: Audit, title: str) -> str:
@@ -77,6 +108,8 @@ def in_short(result: Audit, title: str) -> str:
         f"{rows:,} rows, {result.statements:,} answers. {share} A score of 1 means that nothing was found.",
         "",
     ]
+    if result.measures:
+        lines += [said_by_model(result), ""]
     if not result.groups:
         return "\n".join([*lines, "Nothing was found.", ""])
     lines += ["| kind | groups | rows | what it is |", "|---|---|---|---|"]
@@ -84,8 +117,9 @@ def in_short(result: Audit, title: str) -> str:
     for number, group in enumerate(result.groups[:IN_SHORT]):
         lines += ["", f"## Group {number}: {group.kind}, score {group.score:g}", "", group.sentence, ""]
         lines += [f"- Prompt: {_code(p)}" for p in group.prompts[:3]]
-        for side, where in zip(group.sides, group.where, strict=True):
+        for side, where, owners in zip(group.sides, group.where, _owners(group), strict=True):
             more = f" and {len(where) - PLACES:,} more" if len(where) > PLACES else ""
+            more += f" ({_members(owners)})" if owners else ""
             lines.append(f"- {_code(side.answer) + ': ' if side.answer else ''}{', '.join(where[:PLACES])}{more}")
     if len(result.groups) > IN_SHORT:
         lines += ["", f"{len(result.groups) - IN_SHORT:,} more groups are in groups.jsonl and report.html."]
@@ -107,6 +141,7 @@ def _page(result: Audit, title: str) -> str:
         "contested": sum(v.is_contested for v in result.verdicts),
         "kinds": [{"kind": k, "about": KINDS[k], **n} for k, n in result.counts().items()],
         "settings": result.settings,
+        "model": said_by_model(result),
         "groups": [_for_page(number, group) for number, group in enumerate(result.groups)],
     }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
@@ -117,5 +152,8 @@ def _page(result: Audit, title: str) -> str:
 
 
 def _for_page(number: int, group: Group) -> list[Any]:
-    sides = [[side.answer, where[:200], len(where)] for side, where in zip(group.sides, group.where, strict=True)]
+    sides = [
+        [side.answer, where[:200], len(where), owners or []]
+        for side, where, owners in zip(group.sides, group.where, _owners(group), strict=True)
+    ]
     return [number, group.kind, group.score, group.prompts, sides, group.sentence, len(group.rows)]

@@ -17,7 +17,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from renyi.audit.findings import Group, Side, shortened
-from renyi.audit.near import NearIndex, near_groups
+from renyi.audit.near import NearIndex, Rarity, near_groups, words_of_both
 from renyi.audit.statements import (
     NEGATIONS,
     Statement,
@@ -71,7 +71,7 @@ def find_conflicts(
     Raises:
         DataError: a row has no known form.
     """
-    index, shared, faults = NearIndex(), _SharedAnswers(), _Faults()
+    index, whole, rarity, shared, faults = NearIndex(), NearIndex(), Rarity(), _SharedAnswers(), _Faults()
     seen: set[int] = set()
     at, place_of, keys, firsts = array("q"), array("i"), array("Q"), array("q")  # numpy reads them without a copy
     for number, row in enumerate(rows):
@@ -80,7 +80,10 @@ def find_conflicts(
             key = _keys(stated)
             if stated.prompt is not None and key[0] not in seen:
                 seen.add(key[0])
-                index.add(words_of(stated.prompt))
+                words = words_of(stated.prompt)
+                index.add(words)
+                rarity.add(words)
+                whole.add(words_of_both(stated.prompt, stated.answer))
                 firsts.append(len(at))
                 shared.add(len(at), stated)
             faults.add(len(at), stated)
@@ -101,7 +104,7 @@ def find_conflicts(
 
     groups = _duplicates(read, statement)
     groups += _different_answers(read, statement)
-    groups += _near_conflicts(read, statement, index, firsts, near)
+    groups += _near_conflicts(read, statement, index, whole, rarity, firsts, near)
     groups += _preference_cycles(read, statement)
     groups += shared.groups(read, statement)
     groups += faults.groups(read, statement)
@@ -164,15 +167,18 @@ def _near_conflicts(
     read: Read,
     statement: Callable[[int], Statement],
     index: NearIndex,
+    whole: NearIndex,
+    rarity: Rarity,
     firsts: Sequence[int],
     near: float,
 ) -> list[Group]:
     """Groups of prompts that ask nearly the same and were answered in different ways."""
 
-    def prompt(i: int) -> str:
-        return statement(firsts[i]).prompt or ""
+    def text(i: int) -> tuple[str, str]:
+        stated = statement(firsts[i])
+        return stated.prompt or "", stated.answer
 
-    linked = near_groups(index, prompt, len(firsts), near)
+    linked = near_groups(index, whole, text, len(firsts), near, rarity)
     if not linked:
         return []
     of_prompt: dict[int, list[int]] = defaultdict(list)
@@ -195,7 +201,7 @@ def _conflict(read: Read, statement: Callable[[int], Statement], places: NDArray
     for i in places.tolist():
         sides[int(read.answer[i])].append(i)
     texts = [statement(i[0]).answer for i in sides.values()]
-    score, why = _how_compatible(texts)
+    score, why = how_compatible(texts)
     prompts = list(dict.fromkeys(shortened(statement(int(i)).prompt or "") for i in places[: 4 * COMPARED]))
     asked = (
         "One prompt has" if kind == "duplicate_conflict" else f"{len(prompts)} prompts that ask nearly the same have"
@@ -213,7 +219,7 @@ def _sides(read: Read, answers: Iterable[str], statements: Iterable[Sequence[int
     ]
 
 
-def _how_compatible(answers: Sequence[str]) -> tuple[float, str]:
+def how_compatible(answers: Sequence[str]) -> tuple[float, str]:
     """How compatible the two least compatible answers are, in [0, 1], and the same in words."""
     return min(_compatible(a, b) for a, b in combinations(answers[:COMPARED], 2))
 

@@ -1,21 +1,25 @@
 """`renyi audit`: find where a fine-tuning dataset contradicts itself, before it is trained on.
 
-DATA are files as `renyi sft` and `renyi dpo` read them, or Alpaca records. No model is needed. It finds prompts with
+DATA are files as `renyi sft` and `renyi dpo` read them, or Alpaca records. Without a model it finds prompts with
 different answers, preferences that go in a circle, answers that several prompts cannot share, duplicates, and rows that
-are empty or cut. Every finding names its rows as file:row. --output writes everything to a folder, with a page to
-browse.
+are empty or cut. With --model it also fits adapters and finds answers that do not fit their prompts, prompts that ask
+the same in other words, and rows that answer in two consistent ways. With --ensemble or --members it also says which
+members own which side. Every finding names its rows as file:row. --output writes everything to a folder, with a page
+to browse.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.text import Text
 
-from renyi.cli.console import emit_json, stream
+from renyi.cli.console import emit_json, quiet_progress_bars, stream
 from renyi.cli.parser import StrictParser, converted, parse_strictly
-from renyi.cli.reading import check_output, progress_bar, write_lines
+from renyi.cli.reading import check_output, naming_flags, progress_bar, write_lines
 from renyi.cli.tables import figures_table, shortened, titled
 from renyi.errors import ConfigError
 from renyi.text import number_text, plural, printable
@@ -23,6 +27,14 @@ from renyi.text import number_text, plural, printable
 if TYPE_CHECKING:
     from renyi.audit import Audit
 
+# Settings of the fits: their types, and what they are.
+_FIT: dict[str, tuple[Any, str]] = {
+    "learning_rate": (float, "of the fits; 5e-4"),
+    "num_train_epochs": (float, "of the fits; 1"),
+    "lora_r": (int, "rank of the adapters; 4"),
+    "max_length": (int, "tokens after which a row is cut; 512"),
+    "alpha": (float, "with --members: the order of training; 0.8"),
+}
 OVER = 1  # exit code if more rows are contested than --fail_over allows
 
 
@@ -31,22 +43,28 @@ def run(argv: Sequence[str]) -> int:
     args = _parse(argv)
     err = stream(stderr=True)
     with err.status("loading"):
-        from renyi.audit import audit, cleaned, read_rows, write_audit
+        from renyi.audit import audit, cleaned, marked, next_command, read_rows, write_audit
 
         rows, places = read_rows(args.data, args.split)
     with progress_bar(err, "reading", len(rows)) as progress:
         found = audit(rows, near=args.near, text_field=args.dataset_text_field, places=places, progress=progress)
+    if args.model or args.ensemble:
+        found = _with_model(args, found, rows, err)
     title = ", ".join(Path(name).name for name in args.data)
     if args.output:
         write_audit(found, args.output, title)
     if args.write:
         kept = cleaned(found, args.drop)
-        write_lines((rows[i] for i in kept), args.write)
+        write_lines(marked(rows, found, kept) if args.sides else (rows[i] for i in kept), args.write)
+    command = next_command(found, rows[0], args.data)
     too_many = args.fail_over is not None and found.share_contested > args.fail_over
     if args.json:
-        emit_json(_summary(found))
+        emit_json(_summary(found, command))
         return OVER if too_many else 0
     _show(found, title, args.show)
+    if command and found.groups:
+        err.print(Text("\nto fit the rows as they are:"))
+        err.print(Text(f"  {printable(command)}"), soft_wrap=True)
     if args.output:
         err.print(Text(f"\nthe page to browse is {args.output / 'report.html'}"), soft_wrap=True)
     if args.write:
@@ -59,9 +77,50 @@ def run(argv: Sequence[str]) -> int:
     return OVER if too_many else 0
 
 
+def _with_model(args: argparse.Namespace, found: "Audit", rows: Any, err: Console) -> "Audit":
+    """What adapters or an ensemble add."""
+    with err.status("loading"):
+        from renyi.cli.progress import Progress
+        from renyi.runs import audited
+        from renyi.runs.build import Watch
+
+        quiet_progress_bars()
+
+    class Shown(Watch):
+        """A status line for short work, and a bar for training."""
+
+        def doing(self, what: str) -> AbstractContextManager[Any]:
+            return err.status(what)
+
+        @contextmanager
+        def training(self) -> Iterator[Sequence[Any]]:
+            if args.json:
+                yield []
+                return
+            with Progress() as progress:
+                yield [progress]
+
+    common = {
+        "folder": args.output,
+        "text_field": args.dataset_text_field,
+        "max_examples": args.max_examples,
+        "seed": args.seed,
+        "stages": lambda what, total: progress_bar(err, what, total),
+    }
+    with naming_flags(args):
+        if args.ensemble:
+            return audited.audit_with_ensemble(found, rows, args.ensemble, base=args.model, **common)
+        settings = {name: getattr(args, name) for name in _FIT if getattr(args, name) is not None}
+        if args.members:
+            return audited.audit_with_members(
+                found, rows, args.model, args.members, watch=Shown(), **common, **settings
+            )
+        return audited.audit_with_adapter(found, rows, args.model, watch=Shown(), **common, **settings)
+
+
 def parser() -> StrictParser:
     """What the command reads."""
-    from renyi.audit.findings import KINDS
+    from renyi.audit.findings import KINDS, SETS
 
     parser = StrictParser(prog="renyi audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", metavar="DATA", nargs="+", help="json, jsonl, csv or parquet files, or hub datasets")
@@ -75,34 +134,77 @@ def parser() -> StrictParser:
     parser.add_argument("--split", help="split to read; by default train if there is one")
     parser.add_argument("--dataset_text_field", default="text", help="the column of a row of text; text")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the rows that stay, as jsonl")
-    parser.add_argument("--drop", nargs="+", default=[], metavar="KIND", help=f"with --write: {', '.join(KINDS)}")
+    parser.add_argument(
+        "--drop", nargs="+", default=[], metavar="KIND", help=f"with --write: {', '.join((*SETS, *KINDS))}"
+    )
+    parser.add_argument("--sides", action="store_true", help="with --write: add the columns group and side")
     parser.add_argument("--fail_over", metavar="SHARE", help="exit with 1 if more of the rows are contested")
+    model = parser.add_argument_group("with a model")
+    model.add_argument("--model", metavar="BASE", help="base model: fit adapters to it, which then read the rows")
+    model.add_argument("--ensemble", metavar="DIR", help="an ensemble that reads the rows; --model is then its base")
+    model.add_argument(
+        "--members", metavar="M", help="with --model: train an ensemble of M members, which reads the rows"
+    )
+    model.add_argument(
+        "--max_examples",
+        default="512",
+        metavar="N",
+        help="the most rows that a model uses: those that reading found in a conflict, up to half of N, and others at "
+        "random; 512",
+    )
+    model.add_argument("--seed", default="0", help="of every random choice; 0")
+    for name, (_, text) in _FIT.items():
+        model.add_argument(f"--{name}", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
     return parser
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    from renyi.audit.findings import KINDS
+    from renyi.audit.findings import KINDS, SETS
 
     args = parse_strictly(parser(), argv)
     args.near = converted(args.near, float, None, "--near")
     args.show = converted(args.show, int, None, "--show")
+    for name, least in (("max_examples", 4), ("seed", 0), ("members", 2)):
+        if getattr(args, name) is not None:
+            setattr(args, name, converted(getattr(args, name), int, None, f"--{name}"))
+            if getattr(args, name) < least:
+                what = f"is {getattr(args, name)}"
+                raise ConfigError(what, where=f"--{name}", hint=f"Give a number from {least} on.")
+    for name, (kind, _) in _FIT.items():
+        if getattr(args, name) is not None:
+            setattr(args, name, converted(getattr(args, name), kind, None, f"--{name}"))
+    _check_model_flags(args)
     args.fail_over = converted(args.fail_over, float | None, None, "--fail_over")
     if args.show < 0:
         raise ConfigError(f"is {args.show}", where="--show", hint="Give a number of groups, or 0 for none.")
     if args.fail_over is not None and not 0 <= args.fail_over <= 1:
         raise ConfigError(f"is {args.fail_over:g}", where="--fail_over", hint="Give a share between 0 and 1.")
-    if unknown := [kind for kind in args.drop if kind not in KINDS]:
-        raise ConfigError(f"there is no kind {unknown[0]!r}", where="--drop", hint=f"The kinds are {', '.join(KINDS)}.")
-    if args.drop and not args.write:
-        raise ConfigError("drops nothing by itself", where="--drop", hint="Add --write FILE.")
+    if unknown := [kind for kind in args.drop if kind not in (*SETS, *KINDS)]:
+        known = ", ".join((*SETS, *KINDS))
+        raise ConfigError(f"there is no kind {unknown[0]!r}", where="--drop", hint=f"The kinds are {known}.")
+    for flag in ("drop", "sides"):
+        if getattr(args, flag) and not args.write:
+            raise ConfigError("writes nothing by itself", where=f"--{flag}", hint="Add --write FILE.")
     if args.output is not None and args.output.is_file():
         raise ConfigError(f"{args.output} is a file", where="--output", hint="Name a folder; it is made if needed.")
     check_output(args.write)
     return args
 
 
-def _summary(found: "Audit") -> dict[str, object]:
+def _check_model_flags(args: argparse.Namespace) -> None:
+    if args.members and not args.model:
+        raise ConfigError("trains on a base model", where="--members", hint="Add --model BASE.")
+    if args.members and args.ensemble:
+        raise ConfigError("is for a new ensemble", where="--members", hint="Leave it out, or leave out --ensemble.")
+    if args.alpha is not None and not args.members:
+        raise ConfigError("is for the training of members", where="--alpha", hint="Add --members M.")
+    given = [name for name in _FIT if getattr(args, name) is not None]
+    if given and (args.ensemble or not args.model):
+        raise ConfigError("is for fits", where=f"--{given[0]}", hint="Add --model BASE, or leave it out.")
+
+
+def _summary(found: "Audit", command: str | None) -> dict[str, object]:
     return {
         "rows": len(found.verdicts),
         "answers": found.statements,
@@ -111,16 +213,20 @@ def _summary(found: "Audit") -> dict[str, object]:
         "groups": len(found.groups),
         "kinds": found.counts(),
         "settings": found.settings,
+        "stability": found.stability,
+        "next": command,
     }
 
 
 def _show(found: "Audit", title: str, many: int) -> None:
-    from renyi.audit import KINDS
+    from renyi.audit import KINDS, said_by_model
 
     out = stream()
     contested = sum(v.is_contested for v in found.verdicts)
     out.print(titled(f"Audit of {printable(title)}"))
     out.print(f"{plural(len(found.verdicts), 'row')}, {plural(found.statements, 'answer')}", style="dim")
+    if found.measures:
+        out.print(Text(said_by_model(found)))
     if not found.groups:
         out.print("\nnothing was found")
         return

@@ -17,7 +17,15 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from renyi.data import GROUP_COLUMN, VOTE_COLUMNS, PairPreparation
 from renyi.ensemble import LoraEnsemble, Reference, completion_labels
-from renyi.ensemble.curvature import AdapterSpace, Batch, Curvature, Projected, Score, diagnose_curvature
+from renyi.ensemble.curvature import (
+    AdapterSpace,
+    Batch,
+    Curvature,
+    Projected,
+    Score,
+    diagnose_curvature,
+    per_example_gradients,
+)
 from renyi.errors import ConfigError, DataError, RenyiError
 from renyi.inference.batches import batches_by_length, padded
 from renyi.labels import IGNORED
@@ -280,6 +288,49 @@ def _summed(
         projected.basis,
     )
     return names, sums, summed(torch.tensor(tokens, device=group_N.device)).tolist()
+
+
+def loadings_along(
+    ensemble: LoraEnsemble,
+    rows: Dataset,
+    directions: Tensor,
+    pairs: Pairs | None = None,
+    *,
+    member: int = 0,
+    tokens_per_batch: int = 1024,
+    progress: Callable[[int], object] = lambda done: None,
+) -> tuple[Tensor, Tensor]:
+    """The log-likelihood of each row, [N] in nats, and its derivative along each of k directions, [N, k].
+
+    It takes one forward and one backward of each row, for any k.
+
+    Args:
+        ensemble: as for `diagnose`.
+        rows: prepared, as for `diagnose`; all of them are used.
+        directions: in the adapter's parameters, [P, k], such as `Diagnosis.directions`.
+        pairs: as for `diagnose`; the log-likelihood is then that of the label. Votes are not looked at.
+        member: number of the member.
+        tokens_per_batch: limit on the tokens of one pass. At most 16 rows are in a pass, for each of which two floats a
+            parameter of the adapter are kept.
+        progress: called with the number of rows done.
+    """
+    space, rows_per_example = AdapterSpace(ensemble, member), 1 if pairs is None else 2
+    batches_of = _sequence_batches if pairs is None else _pair_batches(pairs)
+    margin = None if pairs is None else _margin(pairs, member)
+    directions = directions.to(space.origin)
+    ell_N, loadings_Nk = torch.zeros(len(rows)), torch.zeros(len(rows), directions.shape[1])
+    done = 0
+    with _explained("fisher"):
+        for numbers, batch in batches_of(ensemble, rows, list(range(len(rows))), tokens_per_batch, 16):
+            values_B, gradients_BP = per_example_gradients(space, batch, margin, rows_per_example)
+            along_Bk = gradients_BP @ directions
+            if margin is not None:  # of log σ(Δ), from those of Δ
+                along_Bk = torch.sigmoid(-values_B)[:, None] * along_Bk
+                values_B = torch.nn.functional.logsigmoid(values_B)
+            ell_N[numbers], loadings_Nk[numbers] = values_B.float().cpu(), along_Bk.float().cpu()
+            done += len(numbers)
+            progress(done)
+    return ell_N, loadings_Nk
 
 
 def recommended_alpha(critical_alpha: float) -> float:
