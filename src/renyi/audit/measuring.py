@@ -190,18 +190,19 @@ class _Tokens:
 
 def laid(judge: Judge, examples: Examples, directions: Any, kept: Kept, name: str, progress: Progress) -> Floats:
     """What every example loads on each of k directions, [N, k]: the derivative of its log-likelihood."""
-    parts, tokens, n = [], _Tokens(judge, examples.content), len(examples.rows)
-
-    def compute(start: int, stop: int) -> list[list[float]]:
-        found = loadings_along(judge.ensemble, tokens.rows.select(range(start, stop)), directions, judge.pairs)
-        values: list[list[float]] = found[1].tolist()
-        return values
-
+    parts: list[list[float]] = []
+    tokens, n = _Tokens(judge, examples.content), len(examples.rows)
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
-        parts.append(np.array(kept.get(f"{name}/laid/{start}", lambda start=start, stop=stop: compute(start, stop))))  # type: ignore[misc]
+
+        def compute(start: int = start, stop: int = stop) -> list[list[float]]:
+            found = loadings_along(judge.ensemble, tokens.rows.select(range(start, stop)), directions, judge.pairs)
+            values: list[list[float]] = found[1].tolist()
+            return values
+
+        parts += kept.get(f"{name}/laid/{start}", compute)
         progress(stop)
-    return np.concatenate(parts)
+    return np.array(parts)
 
 
 # ---- Prompts that ask the same in other words ------------------------------------------------------------------------

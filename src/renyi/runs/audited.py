@@ -34,7 +34,7 @@ from renyi.runs.single import run
 from renyi.training import RenyiDPOTrainer
 
 MAX_EXAMPLES = 512
-NUM_DIRECTIONS = 16
+NUM_DIRECTIONS = 8
 # One pass over half of the rows, with a small rank: enough to learn what rows have in common, too little to learn them
 # by heart.
 FIT: Mapping[str, Any] = {
