@@ -19,7 +19,9 @@ from tiny import (
     member_distance,
     padded_batch,
     pair_rows,
+    powerflow_trainer_of,
     scatter_members,
+    sft_config,
     text_rows,
     tiny_model,
     trainer_of,
@@ -240,6 +242,16 @@ def test_settings_that_do_not_fit_are_refused_by_key(tmp_path, settings, key):
     with pytest.raises(ConfigError) as refused:
         trainer_of(tmp_path, **{"num_members": 2, **settings})
     assert refused.value.where == key
+
+
+def test_auto_and_policies_are_for_points(tmp_path):
+    with pytest.raises(ConfigError, match="auto is for points|'auto' is not allowed") as refused:
+        sft_config(tmp_path, alpha="auto", **RANDOM)
+    assert refused.value.where == "alpha"
+    start = LoraEnsemble.from_base(tiny_model(), 2, lora(), member_kind="gaussian")
+    with pytest.raises(ConfigError, match="one adapter"):
+        powerflow_trainer_of(tmp_path, model=start, num_members=2)
+    powerflow_trainer_of(tmp_path, model=start.mean(), num_members=2)
 
 
 def test_an_ensemble_that_is_given_keeps_its_kind(tmp_path):

@@ -233,6 +233,8 @@ class EnsembleConfig(_BeforeConfig):
     def _check_kind(self) -> None:
         start, rate, warmup = self.initial_std, self.std_learning_rate, self.kl_warmup_ratio
         kind_of(self.member_kind)
+        chosen = self.alpha == AUTO and self.member_kind != "point"
+        require("alpha", self.alpha, not chosen, "a number; auto is for points, whose curvature it measures")
         require("num_draws", self.num_draws, self.num_draws >= 1, "at least 1")
         require("initial_std", start, start is None or 0 <= start < math.inf, "a number of at least 0, or leave it out")
         require("std_learning_rate", rate, 0 <= rate < math.inf, "a number of at least 0")

@@ -123,6 +123,12 @@ class EnsembleTrainer(RoutedSteps):
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
         ensemble.alpha, ensemble.routing_quantity = args.alpha, args.routing_quantity
         check_kind(ensemble, args)
+        if not self.splits_batches and ensemble.stack.kind != "point":
+            raise ConfigError(
+                f"the members of the given ensemble are {ensemble.stack.kind}, and a policy is one adapter",
+                where="member_kind",
+                hint="Save its means first: ensemble.mean().save(folder).",
+            )
         if args.compile_blocks is not None:
             # Scoring and training are different graphs. With lengths as variables they stay within torch's limit.
             ensemble.compile(dynamic=None if args.routing == "dense" else True, **args.compile_blocks)
