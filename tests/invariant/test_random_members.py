@@ -245,7 +245,7 @@ def test_settings_that_do_not_fit_are_refused_by_key(tmp_path, settings, key):
 
 
 def test_auto_and_policies_are_for_points(tmp_path):
-    with pytest.raises(ConfigError, match="auto is for points|'auto' is not allowed") as refused:
+    with pytest.raises(ConfigError, match="auto") as refused:
         sft_config(tmp_path, alpha="auto", **RANDOM)
     assert refused.value.where == "alpha"
     start = LoraEnsemble.from_base(tiny_model(), 2, lora(), member_kind="gaussian")
