@@ -106,7 +106,9 @@ class Replica:
 
     def __init__(self, address: ReplicaAddress, key: str | None, prefix: str, members: Sequence[str]):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(10.0, read=None)
+        # A connection that is kept may be closed by vLLM just when the next request takes it.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        timeout = httpx.Timeout(60.0, read=None)
         self.address, self._prefix, self._members = address, prefix, members
         self._http = httpx.AsyncClient(headers=headers, limits=limits, timeout=timeout, trust_env=False)
         self._records: dict[str, asyncio.Queue[Record | EngineError]] = {}
@@ -236,7 +238,7 @@ class Replica:
                         for token, log_prob in zip(choice.get("token_ids") or [], log_probs, strict=True):
                             yield MemberToken(token, log_prob)
         except httpx.HTTPError as error:
-            raise EngineError(f"the connection to vLLM was lost ({error or type(error).__name__})") from error
+            raise EngineError(f"the connection to vLLM was lost ({str(error) or type(error).__name__})") from error
 
     async def prompt_log_probs(self, model: str, tokens: Sequence[int]) -> list[float]:
         """log p(token | those before it) of each token but the first under a model, nats.
@@ -248,7 +250,7 @@ class Replica:
         try:
             response = await self._http.post(f"{self.address.api}/v1/completions", json=body)
         except httpx.HTTPError as error:
-            raise EngineError(f"the connection to vLLM was lost ({error or type(error).__name__})") from error
+            raise EngineError(f"the connection to vLLM was lost ({str(error) or type(error).__name__})") from error
         if response.status_code != 200:
             raise EngineError(_refusal(response.status_code, response.content))
         found = response.json()["choices"][0]["prompt_logprobs"]
