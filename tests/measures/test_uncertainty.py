@@ -280,3 +280,11 @@ def test_a_dropped_member_does_not_spread(at, value):
     ell = torch.cat([kept[:at], torch.full((1, 2), value, dtype=torch.float64), kept[at:]])
     weights = torch.full((3,), 0.5).index_fill(0, torch.tensor(at), 0.0)
     assert log_likelihood_spread(ell, torch.tensor([4, 7]), weights.log()).tolist() == pytest.approx([0.5, 0.0])
+
+
+def test_members_that_agree_have_no_spread_at_all():
+    """Whatever the rounding of their weights' sum."""
+    ell = -100 * torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for log_weights in (None, torch.tensor([0.3, -2.0, 1.1, 0.7, 0.0])):
+        spread = log_likelihood_spread(ell.expand(5, 200), 3, log_weights)
+        assert torch.equal(spread, torch.zeros(200, dtype=torch.float64))

@@ -175,7 +175,7 @@ def _check_fields(manifest: Manifest) -> None:
     if not isinstance(manifest.members, list) or not all(isinstance(name, str) for name in names):
         raise TypeError("a name is not text")
     for name in manifest.members:
-        if name in ("", ".", "..") or set(name) & set("/\\\0") or Path(name).is_absolute():
+        if name in ("", ".", "..") or set(name) & set("/\\\0"):
             raise ValueError(f"the member name {name!r} leads out of the folder")
     if len(set(manifest.members)) < len(manifest.members):
         raise ValueError("a member is named twice")
