@@ -7,14 +7,13 @@ OUT/report.html     one page that needs nothing else; see `report.html` beside t
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from renyi.audit.findings import KINDS, Audit, Group
-from renyi.errors import SaveError
+from renyi.files import write_whole
 from renyi.text import printable
 
 IN_SHORT = 20  # groups that audit.md shows
@@ -33,25 +32,11 @@ def write_audit(result: Audit, folder: str | Path, title: str) -> None:
         SaveError: something could not be written.
     """
     out = Path(folder)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _write(
-            out / "audit.jsonl", (_line({**v._asdict(), **result.measures.get(v.index, {})}) for v in result.verdicts)
-        )
-        _write(out / "groups.jsonl", (_line(group) for group in _groups(result)))
-        _write(out / "audit.md", [in_short(result, title)])
-        _write(out / "report.html", [_page(result, title)])
-    except OSError as error:
-        raise SaveError(
-            f"could not be written ({error})", where=str(out), hint="Free some space, or name another."
-        ) from error
-
-
-def _write(path: Path, parts: Iterable[str]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    with part.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(parts)
-    os.replace(part, path)
+    verdicts = ({**v._asdict(), **result.measures.get(v.index, {})} for v in result.verdicts)
+    write_whole(out / "audit.jsonl", (_line(verdict) for verdict in verdicts))
+    write_whole(out / "groups.jsonl", (_line(group) for group in _groups(result)))
+    write_whole(out / "audit.md", [in_short(result, title)])
+    write_whole(out / "report.html", [_page(result, title)])
 
 
 def _line(value: dict[str, Any]) -> str:

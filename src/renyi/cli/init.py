@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
     args = parse_strictly(parser(), argv)
     out, err = stream(), stream(stderr=True)
     with err.status("loading"):
-        from renyi.runs.record import write_whole
+        from renyi.files import write_whole
         from renyi.runs.settings import METHODS
 
         method = converted(args.method, str, list(METHODS), "METHOD")

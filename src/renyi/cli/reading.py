@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from renyi.cli.parser import StrictParser, converted
-from renyi.errors import ConfigError, SaveError
+from renyi.errors import ConfigError
+from renyi.files import write_whole
 from renyi.text import printable
 
 if TYPE_CHECKING:
@@ -123,16 +124,7 @@ def write_lines(lines: Iterable[Mapping[str, Any]], output: Path | None) -> None
         for text in texts:
             print(text, end="")
         return
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(texts)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(output)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise SaveError(f"could not be written ({error})", where=str(output), hint="Free some space.") from error
+    write_whole(output, texts)
 
 
 def finite(value: Any) -> Any:

@@ -18,9 +18,9 @@ from renyi.cli.command import TrainingCommand
 from renyi.cli.console import as_text, bytes_text, facts, headed
 from renyi.cli.progress import Progress
 from renyi.data import sample, told_cut, told_tokenizer
+from renyi.files import write_whole
 from renyi.runs.auto import Chosen
 from renyi.runs.build import Rows, Run, Watch
-from renyi.runs.record import write_whole
 from renyi.runs.report import LEARNED_FILE
 from renyi.runs.settings import Settings
 from renyi.text import number_text, plural

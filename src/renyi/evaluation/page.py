@@ -10,7 +10,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from renyi.errors import SaveError
 from renyi.evaluation.sections import (
     Chart,
     Example,
@@ -25,6 +24,7 @@ from renyi.evaluation.sections import (
     note_of,
 )
 from renyi.evaluation.stored import SECTIONS_FILE, sections_json
+from renyi.files import write_whole
 from renyi.text import printable
 
 _STYLE = """
@@ -58,15 +58,15 @@ def write_report(folder: Path, report: Report, result: Mapping[str, Any]) -> Pat
         SaveError: something could not be written. Files that were written before stay.
     """
     page = folder / "report.html"
-    _write(folder, "evaluation.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_whole(folder / "evaluation.json", (json.dumps(result, indent=1) + "\n").encode())
     sections = [*report.sections, *report.page_only()]
     drawn = [_drawn(section) if isinstance(section, Chart) else b"" for section in sections]
     for section, png in zip(sections, drawn, strict=True):
         if isinstance(section, Chart) and isinstance(png, bytes):
-            _write(folder, f"{section.name}.png", png)
+            write_whole(folder / f"{section.name}.png", png)
     kept = sections_json(report.title, report.subtitle, sections)
-    _write(folder, SECTIONS_FILE, kept.encode("utf-8", "surrogatepass"))
-    _write(folder, page.name, _html_of(report, sections, drawn))
+    write_whole(folder / SECTIONS_FILE, kept.encode("utf-8", "surrogatepass"))
+    write_whole(folder / page.name, _html_of(report, sections, drawn))
     return page
 
 
@@ -78,22 +78,12 @@ def write_page(file: Path, report: Report) -> None:
     """
     sections = [*report.sections, *report.page_only()]
     drawn = [_drawn(section) if isinstance(section, Chart) else b"" for section in sections]
-    _write(file.absolute().parent, file.name, _html_of(report, sections, drawn))
+    write_whole(file.absolute(), _html_of(report, sections, drawn))
 
 
 def _html_of(report: Report, sections: Sequence[Section], drawn: Sequence[bytes | str]) -> bytes:
     body = "\n".join(_html(section, png) for section, png in zip(sections, drawn, strict=True))
     return _page(report.title, report.subtitle, body).encode()
-
-
-def _write(folder: Path, name: str, content: bytes) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(folder / name)
-    except OSError as error:
-        raise SaveError(f"could not be written ({error})", where=str(folder), hint="Free some space.") from error
 
 
 def _drawn(chart: Chart) -> bytes | str:

@@ -5,12 +5,12 @@
 """
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from renyi.errors import ConfigError, EnsembleFormatError, SaveError
+from renyi.files import write_whole
 from renyi.layout import ABSTENTION_FILE
 
 if TYPE_CHECKING:
@@ -75,16 +75,7 @@ def write_abstention(folder: Path, kept: Mapping[str, Any]) -> Path:
         SaveError: it could not be written; the file is then as it was.
     """
     file = folder / ABSTENTION_FILE
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as out:
-            out.write(json.dumps(kept) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise SaveError(f"could not be written ({error})", where=str(file), hint="Free some space.") from error
+    write_whole(file, (json.dumps(kept) + "\n").encode())
     return file
 
 

@@ -18,10 +18,11 @@ from datasets import Dataset
 from renyi import data
 from renyi.ensemble.curvature import AdapterSpace
 from renyi.errors import ConfigError, EnsembleFormatError
+from renyi.files import write_whole
 from renyi.inference.diagnose import Diagnosis, Pairs, diagnose, spread
 from renyi.layout import MANIFEST_FILE
 from renyi.runs.build import Watch, build, save, train
-from renyi.runs.record import Record, defaults, write_whole
+from renyi.runs.record import Record, defaults
 from renyi.runs.settings import Settings
 from renyi.training import RenyiDPOTrainer
 

@@ -19,11 +19,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from renyi.errors import ConfigError, EnsembleFormatError, TrainingDivergedError
 from renyi.evaluation.sweep_choice import Cell, HeldOut, SweepEvaluation, evaluate_sweep, why
 from renyi.evaluation.task import as_json
+from renyi.files import write_whole
 from renyi.inference import score, score_pairs
 from renyi.inference.confidence import token_confidence
 from renyi.runs.build import Run, Watch, save, train
 from renyi.runs.output import no_empty_folder
-from renyi.runs.record import HARMLESS, given_and_deciding, write_whole
+from renyi.runs.record import HARMLESS, given_and_deciding
 from renyi.runs.settings import SweepSettings
 from renyi.runs.single import prepare
 from renyi.training import RenyiDPOTrainer

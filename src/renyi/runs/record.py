@@ -10,7 +10,6 @@ file. For them `output.py` compares what their checkpoints say.
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from datasets import Dataset
 
 from renyi import __version__
 from renyi.data.rows import ROW_COLUMN
-from renyi.errors import ConfigError, SaveError
+from renyi.errors import ConfigError
+from renyi.files import write_whole
 from renyi.layout import MANIFEST_FILE
 from renyi.runs.settings import METHODS, Settings, SweepArguments
 from renyi.training.checkpoints import find_checkpoints
@@ -235,22 +235,3 @@ def holds_work(folder: Path) -> bool:
     return (
         find_checkpoints(folder).newest is not None or (folder / MANIFEST_FILE).exists() or (folder / "auto").is_dir()
     )
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file completely or not at all.
-
-    Raises:
-        SaveError: it could not be written.
-    """
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as part:
-            part.write(content)
-            part.flush()
-            os.fsync(part.fileno())
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise SaveError(f"could not be written ({error})", where=str(file), hint="Free some space.") from error
