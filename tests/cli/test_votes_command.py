@@ -53,3 +53,20 @@ def test_a_bad_annotation_is_named_by_file_and_row(world, capsys):
     said = " ".join(capsys.readouterr().err.split())
     assert "bad.jsonl, row 5, column annotations" in said
     assert not (world / "out").exists()
+
+
+def test_a_diagnosis_measures_whole_groups(world, capsys):
+    rows = [{**row, "annotator": f"a{i % 48}"} for i, row in enumerate(pair_rows(144))]
+    (world / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--num_directions", "4", "--max_examples", "126", "--output", str(world / "diagnosed.jsonl"), "--json"]
+    assert main(["diagnose", str(world / "grouped"), str(world / "named.jsonl"), *asked]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["groups"], found["examples"]) == (21, 63)  # half of 42 groups of three rows
+    lines = [json.loads(line) for line in (world / "diagnosed.jsonl").read_text().splitlines()]
+    by_group: dict[str, set[float]] = {}
+    for line in lines:
+        assert line["group"] == rows[line["index"]]["annotator"]
+        by_group.setdefault(line["group"], set()).add(line["group_loading"])
+    assert all(len(loadings) == 1 for loadings in by_group.values())
+    assert main(["diagnose", str(world / "grouped"), str(world / "pairs.jsonl"), "--num_directions", "4"]) != 0
+    assert "a row for each annotation" in " ".join(capsys.readouterr().err.split())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from renyi.zoo.annotators import measure_annotators, train_annotators
+from renyi.zoo.annotators import measure_annotators, named_rows, train_annotators
 from renyi.zoo.preferences import PreferenceWorld
 
 
@@ -30,3 +30,10 @@ def test_members_become_the_groups(tmp_path, seed):
     assert abs(found["alpha_0"].groups_found) <= 0.1
     assert found["renyi"].mixture_nll < min(found["single"].mixture_nll, found["alpha_0"].mixture_nll)
     assert found["renyi"].auroc_epistemic_share >= 0.95
+
+
+def test_named_rows_are_of_one_group_each():
+    rows, group_of = named_rows(PreferenceWorld(contested=1.0).pairs(100), 10)
+    assert len(rows) == 100
+    assert sorted(group_of.values()) == [0] * 5 + [1] * 5
+    assert all(rows["annotator"].count(name) == 10 for name in group_of)

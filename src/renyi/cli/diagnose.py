@@ -49,7 +49,7 @@ _PREPARATION = {
     "assistant_only_loss": (bool, "whether only the assistant's messages are trained"),
 }
 _NUMBERS = {"num_directions": 1, "max_examples": 4, "tokens_per_batch": 1}  # and the least of each
-_OF_EXAMPLES = ("examples", "loadings", "log_likelihood", "directions")  # `--output` has them
+_OF_EXAMPLES = ("examples", "loadings", "log_likelihood", "directions", "group_loadings")  # most are in `--output`
 
 
 class _Case(NamedTuple):
@@ -98,6 +98,12 @@ def run(argv: Sequence[str]) -> int:
     if args.output:
         lines = zip(found.examples, found.loadings, found.log_likelihood, strict=True)
         named = [{"index": case.numbers[i], "loading": x, "log_likelihood": ell} for i, x, ell in sorted(lines)]
+        if found.groups is not None:
+            from renyi.data import GROUP_COLUMN
+
+            of_rows, loading = case.rows[GROUP_COLUMN], dict(zip(found.groups, found.group_loadings or (), strict=True))
+            for line, i in zip(named, sorted(found.examples), strict=True):
+                line |= {"group": of_rows[i], "group_loading": loading[of_rows[i]]}
         write_lines(named, args.output)
     if args.figure:
         _draw(found, args.figure)
@@ -221,12 +227,39 @@ def _read(args: argparse.Namespace) -> _Case:
     if args.adapter is not None:
         _check_adapter(args.adapter)
     loaded = load_ensemble(args)
+    numbers = _whole_groups(args, loaded.folder, rows) or numbers
     if args.member >= loaded.ensemble.num_members:
         what = f"there is no member {args.member} of {loaded.ensemble.num_members}"
         raise ConfigError(what, where="--member", hint="They are counted from 0.")
     # Rows are numbered before some are chosen, so that a message names a row by its number in the file.
     prepared, pairs = _prepared(args, loaded, number_rows(rows).select(numbers))
     return _Case(args, loaded, prepared, numbers, len(rows), pairs, _is_fitted_to(args, loaded.folder, rows))
+
+
+def _whole_groups(args: argparse.Namespace, folder: Path, rows: "Dataset") -> list[int] | None:
+    """Rows of whole groups, drawn at random up to `--max_examples`; None if training shared nothing over these rows.
+
+    There are enough groups to measure, even if their rows are more than asked for.
+
+    Raises:
+        ConfigError: a row is labelled by several annotators, each of which is a group.
+    """
+    from renyi.data import PairPreparation
+    from renyi.inference.diagnose import whole_groups
+
+    group = PairPreparation.read(folder).routing_group
+    if group is None:
+        return None
+    if group not in rows.column_names:
+        if group == "annotator" and "annotations" in rows.column_names:
+            raise ConfigError(
+                "has rows of several annotators, and each annotator is a group",
+                where=args.data,
+                hint="Give a row for each annotation, with a column `annotator` and a vote.",
+            )
+        return None
+    drawn = whole_groups(list(map(str, rows[group])), args.max_examples, args.seed)
+    return sorted(row for rows_of_group in drawn for row in rows_of_group)
 
 
 def _check_adapter(name: str) -> None:
@@ -355,6 +388,7 @@ def _as_json(
     case: _Case, found: "Diagnosis", sides: Sequence[Sequence[LoadedExample]], doubts: Sequence[Doubt]
 ) -> dict[str, Any]:
     kept = {name: value for name, value in found._asdict().items() if name not in _OF_EXAMPLES}
+    kept["groups"] = None if found.groups is None else len(found.groups)
     positive, negative = ([{**e._asdict(), "text": e.text.plain} for e in side] for side in sides)
     return {
         "adapter": str(case.loaded.folder),

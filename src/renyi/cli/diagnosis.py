@@ -99,8 +99,11 @@ def findings(found: "Diagnosis", kind: str, seconds: float) -> RenderableType:
         meaning = f"1: as sure as right; above {OVERCONFIDENT}: too sure; below {UNDERCONFIDENT}: not sure enough"
         style = "" if UNDERCONFIDENT <= found.calibration <= OVERCONFIDENT else "yellow"
         add("calibration", f"{found.calibration:.3g}", meaning, style)
+    measured = plural(len(found.examples), kind)
+    if found.groups is not None:
+        measured = f"{plural(len(found.groups), 'group')} of {measured}"
     subtitle = (
-        f"{plural(len(found.examples), kind)} along {plural(len(found.eigenvalues), 'direction')} that others chose · "
+        f"{measured} along {plural(len(found.eigenvalues), 'direction')} that others chose · "
         f"{seconds:.1f} s · brackets: 95 % interval"
     )
     return Group(titled("Diagnosis"), Text(subtitle, "dim"), table)

@@ -147,7 +147,9 @@ def diagnose(
     if num_directions < 1 or max_examples < 4:
         raise ConfigError("is too few", where="num_directions" if num_directions < 1 else "max_examples")
     of_rows = list(map(str, rows[GROUP_COLUMN])) if GROUP_COLUMN in rows.column_names else None
-    measured, spanning, number = _drawn(of_rows or list(range(len(rows))), max_examples, seed)
+    drawn = whole_groups(of_rows or list(range(len(rows))), max_examples, seed)
+    number = len(drawn) // 2
+    measured, spanning = ([row for group in part for row in group] for part in (drawn[:number], drawn[number:]))
     if number < FEWEST_MEASURED:
         kind = "rows" if of_rows is None else "groups"
         raise DataError(
@@ -245,11 +247,15 @@ def diagnose(
     )
 
 
-def _drawn(of_rows: Sequence[Any], most: int, seed: int) -> tuple[list[int], list[int], int]:
-    """Rows to measure and rows that span directions, in whole groups, and how many groups are measured.
+def whole_groups(of_rows: Sequence[Any], most: int, seed: int) -> list[list[int]]:
+    """The rows of groups that are drawn at random until there are `most` rows.
 
-    Groups are drawn at random. Of large ones, enough are taken for a measurement even if their rows are more than asked
-    for.
+    Of large groups, enough are drawn for a measurement, even if their rows are more.
+
+    Args:
+        of_rows: the group of each row, [N].
+        most: rows.
+        seed: of the draw.
     """
     rows_of: dict[Any, list[int]] = {}
     for row, group in enumerate(of_rows):
@@ -263,9 +269,7 @@ def _drawn(of_rows: Sequence[Any], most: int, seed: int) -> tuple[list[int], lis
             break
         drawn.append(groups[i])
         rows += len(groups[i])
-    half = len(drawn) // 2
-    measured, spanning = drawn[:half], drawn[half:]
-    return [row for group in measured for row in group], [row for group in spanning for row in group], half
+    return drawn
 
 
 def _summed(

@@ -6,16 +6,19 @@ Read next: `preferences.py`, the world.
 """
 
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from datasets import Dataset
 from peft import LoraConfig
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 from transformers import PrinterCallback, ProgressCallback
 
 from renyi.data import PairPreparation
-from renyi.inference import PairScore, score_pairs
+from renyi.inference import PairScore, group_scores, score_pairs
 from renyi.training import RenyiDPOConfig, RenyiDPOTrainer
 from renyi.zoo.base import load_base
 from renyi.zoo.preferences import Pair, PreferenceWorld
@@ -52,9 +55,15 @@ class Annotators(NamedTuple):
 
 
 def train_annotators(
-    world: PreferenceWorld, num_members: int, alpha: float, output_dir: Path, seed: int = 0, **overrides: Any
+    world: PreferenceWorld,
+    num_members: int,
+    alpha: float,
+    output_dir: Path,
+    seed: int = 0,
+    rows: Dataset | None = None,
+    **overrides: Any,
 ) -> tuple[RenyiDPOTrainer, float]:
-    """Train the zoo's base on the world's preferences; returns the trainer and its seconds."""
+    """Train the zoo's base on the world's preferences, or on these rows; returns the trainer and its seconds."""
     base, tokenizer = load_base()
     settings: dict[str, Any] = {
         "num_members": num_members,
@@ -76,7 +85,7 @@ def train_annotators(
     trainer = RenyiDPOTrainer(
         base,
         RenyiDPOConfig(str(output_dir), **settings),
-        train_dataset=world.dataset(TRAIN_PAIRS, seed),
+        train_dataset=world.dataset(TRAIN_PAIRS, seed) if rows is None else rows,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         processing_class=tokenizer,
     )
@@ -85,6 +94,39 @@ def train_annotators(
     started = time.perf_counter()
     trainer.train()
     return trainer, time.perf_counter() - started
+
+
+def named_rows(pairs: Sequence[Pair], labels_each: int) -> tuple[Dataset, dict[str, int]]:
+    """Pairs as rows with a column `annotator`, and the group of each annotator.
+
+    An annotator is of one group and gives `labels_each` labels. Pairs that are left over are left out.
+    """
+    rows, group_of = [], dict[str, int]()
+    for group in (0, 1):
+        own = [pair for pair in pairs if pair.group == group]
+        for i in range(len(own) // labels_each * labels_each):
+            name = f"annotator {2 * (i // labels_each) + group}"
+            group_of[name] = group
+            pair = own[i]
+            row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected, "annotator": name}
+            rows.append(row)
+    return Dataset.from_list(rows), group_of
+
+
+def groups_of_annotators(trainer: RenyiDPOTrainer, world: PreferenceWorld, labels_each: int, number: int = 40) -> float:
+    """Adjusted Rand index of the member that explains all labels of an annotator best, and the annotator's group.
+
+    The annotators are new, and so are the people that their pairs are about.
+    """
+    pairs = world.pairs(number * labels_each, trainer.args.seed, held_out=True)
+    rows, group_of = named_rows(pairs, labels_each)
+    preparation = replace(PairPreparation.of(trainer.args), routing_group="annotator")
+    tokenizer: Any = trainer.processing_class
+    prepared = preparation.prepare(rows, tokenizer)
+    scores = score_pairs(trainer.model, prepared, trainer.args.preference_loss, trainer.reference, preparation)
+    found = group_scores(scores, [str(s.group) for s in scores], trainer.model)
+    best = [int(np.argmax(np.array(g.log_likelihood))) for g in found]
+    return float(adjusted_rand_score([group_of[g.group] for g in found], best))
 
 
 def measure_annotators(trainer: RenyiDPOTrainer, world: PreferenceWorld, seconds: float = 0.0) -> Annotators:
