@@ -9,7 +9,7 @@ WORKERS ?= 2
 # worksteal gives each worker one stretch of files, so that a module's fixtures are made once. A worker that is done takes
 # tests from the other.
 
-.PHONY: help setup docs dist demo test lint format slow vllm bench studies clean
+.PHONY: help setup docs dist demo test lint format slow coverage vllm bench studies clean
 
 help:
 	@echo "make demo    train the three ensembles of the demo and look at runs/demo/demo.png (minutes)"
@@ -18,6 +18,7 @@ help:
 	@echo "make test    lint, type-check and test"
 	@echo "make lint    ruff, import-linter and mypy alone"
 	@echo "make slow    the tests that take minutes: real data, three seeds of the demo"
+	@echo "make coverage  the tests again, and which lines none of them runs (a figure to look at, not a goal)"
 	@echo "make vllm    the tests against a real vLLM, VLLM_PYTHON=… (minutes)"
 	@echo "make mutants change one thing at a time in the library, and show what no test notices (hours; SAMPLE=20: minutes)"
 	@echo "make bench   what training and decoding cost, beside their peers (minutes)"
@@ -63,6 +64,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# How much of the library the quick tests run. A figure to look at: a line that is run may still be tested by nothing.
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist worksteal --cov renyi --cov-report term:skip-covered
 
 slow: $(READY)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m slow
