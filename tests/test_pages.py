@@ -16,10 +16,21 @@ from peft import LoraConfig
 from tiny import lora, pair_rows, scatter_members, tiny_model, tiny_tokenizer
 
 from renyi import LoraEnsemble
+from renyi.data import Preparation
+from renyi.evaluation import running
+from renyi.members import KINDS
 from renyi.objectives import renyi_loss
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/ensembles.md"]
+# Other pages with Python on them. What needs a server is not run; long answers and a run of its own length are slow.
+NOT_RUN = ("OpenAI(",)
+SLOW = ("docs/answers.md", "docs/fine-tuning.md")
+OTHERS = [
+    pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
+    for page in sorted(str(f.relative_to(ROOT)) for f in (ROOT / "docs").glob("*.md"))
+    if page not in PAGES and "```python" in (ROOT / page).read_text(encoding="utf-8")
+]
 LONGEST = 6  # lines, without blank ones
 CHATS = [
     {"messages": [{"role": "user", "content": f"w{n} w2"}, {"role": "assistant", "content": f"w{n + 3}"}]}
@@ -73,6 +84,42 @@ def test_the_pages_code_runs(page: str, world: dict[str, Any]) -> None:
     assert Path("runs/preferred/preference.json").is_file()
     assert world["score"].tokens > 0
     assert len(world["score"].log_likelihood) == 4
+
+
+@pytest.mark.parametrize("page", OTHERS)
+def test_the_code_of_every_other_page_runs(page: str, world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("renyi.members.kind.KINDS", dict(KINDS))  # what a page registers
+    monkeypatch.setattr(running, "_REGISTERED", {})
+    more_of_the_world(world)
+    for number, block in enumerate(blocks(page), start=1):
+        if not any(name in block for name in NOT_RUN):
+            exec(compile(block, f"{page}, block {number}", "exec"), world)
+
+
+def more_of_the_world(world: dict[str, Any]) -> None:
+    """What pages name that the first ones do not make: a trained folder, an exported one, and rows of other kinds."""
+    made = LoraEnsemble.load("made")
+    made.save("runs/mine")
+    tiny_tokenizer().save_pretrained("runs/mine")
+    Preparation().write(Path("runs/mine"))
+    shutil.copytree("made", "exported")
+    tiny_tokenizer().save_pretrained("made")
+    tiny_model().save_pretrained("gpt2")
+    tiny_tokenizer().save_pretrained("gpt2")
+    shutil.copy("my_chats.jsonl", "rows.jsonl")
+    thumbs = [{"prompt": f"w{n}", "completion": f" w{n + 1}", "label": n % 2 == 0} for n in range(8)]
+    world |= {
+        "ensemble": made,
+        "inputs": tiny_tokenizer()(["w1 w2"], return_tensors="pt"),
+        "keys": {
+            "model_name_or_path": "gpt2",
+            "dataset_name": "rows.jsonl",
+            "output_dir": "swept",
+            "test_split_size": 0.5,
+        },
+        "prompts": Dataset.from_list([{"prompt": f"w{n}"} for n in range(8)]),
+        "thumbs": Dataset.from_list(thumbs),
+    }
 
 
 def test_what_users_need_first_is_short() -> None:
