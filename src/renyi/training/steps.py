@@ -71,7 +71,7 @@ class RoutedSteps(Trainer):
         for number, part in enumerate(parts, 1):
             # Processes exchange gradients once, after the last part.
             self.accelerator.gradient_state._set_sync_gradients(syncs and number == len(parts))
-            places = part.pop(PLACES, None)
+            places = part.pop(PLACES, None) if isinstance(part, dict) else None  # GRPO gives a list of prompts
             with (
                 self._drawn(self.state.global_step, part, first, places),
                 self.accelerator.no_sync(model) if number < len(parts) else nullcontext(),
