@@ -25,10 +25,10 @@ from renyi.audit.with_model import Diagnosed, Stages, judged, no_stages
 from renyi.data import load_tokenizer
 from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.reference import read_preference
+from renyi.files import write_whole
 from renyi.inference.diagnose import FEWEST_MEASURED, Pairs, diagnose
 from renyi.runs.build import Watch
 from renyi.runs.load import load
-from renyi.runs.record import write_whole
 from renyi.runs.settings import Settings
 from renyi.runs.single import run
 from renyi.training import RenyiDPOTrainer
