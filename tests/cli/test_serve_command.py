@@ -46,7 +46,7 @@ def test_a_server_runs_and_ends_at_sigterm(tmp_path: Path) -> None:
         assert httpx.get(f"{url}/v1/models").status_code == 401
     finally:
         process.send_signal(signal.SIGTERM)
-        err = process.communicate(timeout=30)[1]
+        err = process.communicate(timeout=120)[1]
     assert process.returncode == 0
     lines = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
     ended = [(line["route"], line["status"]) for line in lines]
