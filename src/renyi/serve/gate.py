@@ -23,6 +23,7 @@ from renyi.serve.telemetry import Telemetry
 logger = logging.getLogger(__name__)
 
 _CLIENT_GONE = 499  # nginx's, for the log and the metrics; nobody receives it
+_MOST_DISCARDED = 16  # times the largest body; more of one that is too large is not read
 _OPEN = ("/health/live", "/health/ready")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -117,23 +118,27 @@ class Gate:
         limit = self._settings.body_bytes
         length = headers.get("content-length", "0")
         too_large = (413, "body_too_large", f"The body has more than {limit:,} bytes.", {"connection": "close"})
-        if length.isdecimal() and int(length) > limit:
-            await _answer_error(send, *too_large)
-            return None
         parts: list[bytes] = []
         size = 0
+        if length.isdecimal() and int(length) > _MOST_DISCARDED * limit:
+            await _answer_error(send, *too_large)
+            return None
         try:
             async with asyncio.timeout(self._settings.body_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
+                    part, has_more = message.get("body", b""), message.get("more_body", False)
+                    size += len(part)
+                    # What is too large is read on and thrown away: a client that still writes would not see the answer.
+                    parts.append(part)
                     if size > limit:
+                        parts.clear()
+                    if size > limit and (not has_more or size > _MOST_DISCARDED * limit):
                         await _answer_error(send, *too_large)
                         return None
-                    if not message.get("more_body", False):
+                    if not has_more:
                         return b"".join(parts)
         except TimeoutError:
             message_text = f"The body did not arrive within {self._settings.body_seconds:g} s."
