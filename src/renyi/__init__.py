@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from renyi.lazy import lazy_names
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "LoraEnsemble",
     "PowerFlowConfig",
