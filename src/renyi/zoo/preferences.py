@@ -32,6 +32,8 @@ from renyi.zoo.world import ATTRIBUTES, PEOPLE, YESTERDAY, Attribute, Message
 MANNERS = ("reserved", "open")
 ASPECTS = ("style", "length", "safety")
 
+THUMBS_OF_A_USER = 10
+
 TRAINING_PEOPLE, HELD_OUT_PEOPLE = PEOPLE[:16], PEOPLE[16:]
 
 
@@ -77,13 +79,15 @@ class PreferenceWorld:
     def thumbs(self, num_thumbs: int, seed: int = 0, held_out: bool = False) -> Dataset:
         """One answer of each pair with the thumb that its annotator gives it, by turns up and down.
 
-        Rows of `prompt`, `completion` and `label`, as TRL's KTOTrainer takes them, and `group` and `contested` of the
-        pair, which training does not read.
+        Rows of `prompt`, `completion` and `label`, as TRL's KTOTrainer takes them; `user`, who gives `THUMBS_OF_A_USER`
+        thumbs; and `group` and `contested` of the pair, which training does not read.
         """
-        rows = []
+        rows, seen = [], [0, 0]
         for number, pair in enumerate(self.pairs(num_thumbs, seed, held_out)):
             up = number % 2 == 0
-            of_pair = {"group": pair.group, "contested": pair.contested}
+            user = f"{pair.group}.{seen[pair.group] // THUMBS_OF_A_USER}"
+            seen[pair.group] += 1
+            of_pair = {"user": user, "group": pair.group, "contested": pair.contested}
             answer = pair.chosen if up else pair.rejected
             rows.append({"prompt": pair.prompt, "completion": answer, "label": up, **of_pair})
         return Dataset.from_list(rows)
