@@ -20,7 +20,7 @@ help:
 	@echo "make slow    the tests that take minutes: real data, three seeds of the demo"
 	@echo "make coverage  the tests again, and which lines none of them runs (a figure to look at, not a goal)"
 	@echo "make vllm    the tests against a real vLLM, VLLM_PYTHON=… (minutes)"
-	@echo "make mutants change one thing at a time in the library, and show what no test notices (hours; SAMPLE=20: minutes)"
+	@echo "make mutants change one thing at a time in the library, and show what no test notices (SAMPLE=20: 20 mutants of each file)"
 	@echo "make bench   what training and decoding cost, beside their peers (minutes)"
 	@echo "make studies the longer experiments of the docs (hours)"
 
