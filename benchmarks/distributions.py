@@ -31,10 +31,16 @@ from renyi.objectives import renyi_loss
 from renyi.zoo import World
 from renyi.zoo.demo import train
 from renyi.zoo.measure import answer_log_probs, held_out_log_likelihood
-from renyi.zoo.world import YESTERDAY
+from renyi.zoo.world import NUM_FORMS, YESTERDAY
 
 GAUSSIAN: dict[str, Any] = {"member_kind": "gaussian", "initial_std": 0.05, "prior_std": 0.2, "kl_warmup_ratio": 0.2}
-LANGEVIN: dict[str, Any] = {"member_kind": "langevin", "prior_std": 0.2, "max_grad_norm": 0.0, "adam_beta1": 0.0}
+LANGEVIN: dict[str, Any] = {
+    "member_kind": "langevin",
+    "prior_std": 0.2,
+    "max_grad_norm": 0.0,
+    "adam_beta1": 0.0,
+    "adam_epsilon": 1e-3,
+}
 RUNS: dict[str, dict[str, Any]] = {
     "four points": {},
     "two points": {"num_members": 2},
@@ -75,21 +81,24 @@ def line(trainer: Any, world: World, draws: int, seconds: float) -> str:
     stds = [layer.members.std() for layer in members.stack.layers.values()]
     points = members.draw(draws, seed=1) if members.stack.is_random else members
     trainer.model = points
-    probes = [*world.probes(), *YESTERDAY.probes()[3 * world.num_facts :]]
-    log_p_MPV, values_PS = answer_log_probs(points, trainer.processing_class, probes)
+    known, others = world.probes(), YESTERDAY.probes()[NUM_FORMS * world.num_facts :]
+    log_p_MKV, values_KS = answer_log_probs(points, trainer.processing_class, known)
+    log_p_MPV = torch.cat([log_p_MKV, answer_log_probs(points, trainer.processing_class, others)[0]], dim=1)
     log_weights = points.weights.log()
     found = token_uncertainty(log_p_MPV, log_weights)
     within = draw_uncertainty(log_p_MPV, log_weights, points.num_draws).within_members
-    names = {person for person, *_ in (probe.fact for probe in world.probes())}
     rare_facts = set(world.rare_facts)
-    contested = torch.tensor([p.fact.contested for p in probes])
-    rare = torch.tensor([p.fact in rare_facts for p in probes])
-    unseen = torch.tensor([p.fact.person not in names for p in probes])
+    unseen = torch.arange(len(known) + len(others)) >= len(known)
+    contested, rare = unseen.clone(), unseen.clone()
+    contested[: len(known)] = torch.tensor([probe.fact.contested for probe in known])
+    rare[: len(known)] = torch.tensor([probe.fact in rare_facts for probe in known])
+    contested, rare = contested & ~unseen, rare & ~unseen
     agreed = ~(contested | rare | unseen)
     columns = [
         f"{found.epistemic[part].mean():.3f} ({within[part].mean():.3f})" for part in (contested, agreed, rare, unseen)
     ]
-    right = renyi_loss(log_p_MPV, 1.0, log_weights).argmin(dim=-1) == values_PS[:, 0]
+    right = unseen.clone()
+    right[: len(known)] = renyi_loss(log_p_MKV, 1.0, log_weights).argmin(dim=-1) == values_KS[:, 0]
     either = contested | rare
     nll = renyi_loss(held_out_log_likelihood(trainer), 1.0, log_weights).mean().item() / world.statements
     auroc = roc_auc_score(contested[either], found.epistemic[either])

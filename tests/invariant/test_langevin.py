@@ -12,7 +12,7 @@ from renyi import LoraEnsemble
 from renyi.errors import ConfigError
 from renyi.training.langevin import add_noise
 
-QUICK = {"num_members": 2, "member_kind": "langevin", "max_steps": 8, "alpha": 0.0}
+QUICK = {"num_members": 2, "member_kind": "langevin", "max_steps": 8, "alpha": 0.0, "adam_epsilon": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_noise_has_the_size_of_the_step_and_members_have_their_own(tmp_path):
 @pytest.mark.slow  # the resume of random members is tested in test_random_members.py
 def test_resuming_after_a_kill_changes_nothing(tmp_path):
     expected, killed = tmp_path / "expected", tmp_path / "killed"
-    settings = {"member_kind": "langevin", "keep_snapshots": 2}
+    settings = {"member_kind": "langevin", "keep_snapshots": 2, "optim": "sgd"}
     assert run(interrupted_run, str(expected), None, "sft", settings) == [0]
     assert run(interrupted_run, str(killed), ("between micro-batches", 5), "sft", settings) == [KILLED]
     assert run(interrupted_run, str(killed), None, "sft", settings) == [0]
@@ -106,6 +106,7 @@ def test_snapshots_along_the_way_become_members(tmp_path):
         ({"langevin_temperature": -1.0}, "langevin_temperature"),
         ({"optim": "adafactor"}, "optim"),
         ({"num_draws": 2}, "num_draws"),
+        ({"adam_epsilon": 1e-8}, "adam_epsilon"),
     ],
     ids=str,
 )

@@ -21,6 +21,29 @@ from renyi.errors import ConfigError
 SNAPSHOTS = "snapshots"
 
 
+def check_noise(args: Any, units: int) -> None:
+    """Raise `ConfigError` if a step could move an entry without gradient by more than a tenth of the prior's width.
+
+    Adam divides by √v̂ + ε, and the noise by its root. Where the gradient is 0, as in A while B is 0, only ε is left.
+    Its usual value, 1e-8, would let the noise destroy A in the first step.
+
+    Args:
+        args: an `EnsembleConfig`.
+        units: N.
+    """
+    if str(getattr(args.optim, "value", args.optim)) == "sgd":
+        return
+    limit = 0.1 * (args.prior_std or 0.1)
+    variance = 2 * args.learning_rate * args.langevin_temperature / units
+    if variance > limit**2 * args.adam_epsilon:
+        raise ConfigError(
+            f"is {args.adam_epsilon:g}: noise would move an entry without gradient by "
+            f"{(variance / args.adam_epsilon) ** 0.5:.2g} in a step",
+            where="adam_epsilon",
+            hint=f"Give at least {variance / limit**2:.1g}, or a lower learning_rate or langevin_temperature.",
+        )
+
+
 class LangevinNoise(TrainerCallback):
     """Moves the members by noise after each optimizer step.
 

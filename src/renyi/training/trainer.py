@@ -43,7 +43,7 @@ from renyi.training.clipping import clip_by_member
 from renyi.training.config import AUTO
 from renyi.training.group_batches import ROUTED_ROW, GroupBatches, WithColumns
 from renyi.training.hub import push_checkpoint, pushed, refused_by_the_hub, without_token
-from renyi.training.langevin import KeepSnapshots, LangevinNoise
+from renyi.training.langevin import KeepSnapshots, LangevinNoise, check_noise
 from renyi.training.log import TrainingLog
 from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
 from renyi.training.objective import Objective, Prior
@@ -177,7 +177,9 @@ class EnsembleTrainer(RoutedSteps):
         self.objective = Objective(self.model, args, prior, learned_weights)
         self._snapshots = KeepSnapshots(self.model, args.keep_snapshots) if args.keep_snapshots else None
         if args.member_kind == "langevin":
-            self.add_callback(LangevinNoise(self.model, self.loss_units(), args.langevin_temperature))
+            units = self.loss_units()
+            check_noise(args, units)
+            self.add_callback(LangevinNoise(self.model, units, args.langevin_temperature))
         if self._snapshots is not None:
             self.add_callback(self._snapshots)
 
