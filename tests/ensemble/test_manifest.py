@@ -287,6 +287,14 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path):
     assert caught.value.where == str(tmp_path / "file")
 
 
+def test_a_file_in_the_place_of_the_staging_folder_is_an_error_of_ours(tmp_path):
+    (tmp_path / ".partial").write_text("mine")
+    with pytest.raises(SaveError, match="could not be written") as caught:
+        written(tmp_path, "one")
+    assert caught.value.where == str(tmp_path)
+    assert (tmp_path / ".partial").read_text() == "mine"
+
+
 def test_members_that_cannot_be_moved_are_still_complete_beside(tmp_path, monkeypatch):
     def fails(*_: object) -> None:
         raise OSError("busy")
