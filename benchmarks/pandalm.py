@@ -1,6 +1,6 @@
 """Votes of three annotators on a real chat model: what do coupled members add to one adapter?
 
-    python benchmarks/pandalm.py [--model FOLDER] [--data pandalm.json] [--folds 5] [--pairs 300] [--tokens 128]
+    python benchmarks/pandalm.py [--model FOLDER] [--data pandalm.json] [--folds 5] [--pairs 300] [--tokens 160]
 
 PandaLM's test set: 999 pairs of answers, each with three labels (answer one, answer two, tie); 120 pairs split the
 annotators. Five folds by instruction, so that no instruction is in both halves. Each fold trains one adapter, an
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="PandaLM's testset-v1.json")
     parser.add_argument("--folds", type=int, default=5, help="how many of the five folds to run")
     parser.add_argument("--pairs", type=int, default=300)
-    parser.add_argument("--tokens", type=int, default=128, help="most tokens of a prompt with its answer")
+    parser.add_argument("--tokens", type=int, default=160, help="most tokens of a prompt with its answer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     disable_progress_bars()
@@ -109,11 +109,16 @@ def read_pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         question = f"{row['instruction']}\n{row['input']}"
         labels = [row[f"annotator{i}"] for i in (1, 2, 3)]
-        if max(len(tokenizer(f"{question}{text}")["input_ids"]) for text in texts) > args.tokens - 16:
-            continue  # 16 for the chat template
+        prompt = [{"role": "user", "content": question.strip()}]
+        chats = [[*prompt, {"role": "assistant", "content": text}] for text in texts]
+        if (
+            max(len(tokenizer(tokenizer.apply_chat_template(c, tokenize=False))["input_ids"]) for c in chats)
+            > args.tokens
+        ):
+            continue
         rows.append(
             {
-                "prompt": [{"role": "user", "content": question.strip()}],
+                "prompt": prompt,
                 "chosen": [{"role": "assistant", "content": texts[0]}],
                 "rejected": [{"role": "assistant", "content": texts[1]}],
                 "votes_chosen": labels.count(1),
