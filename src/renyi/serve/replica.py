@@ -21,8 +21,8 @@ from renyi.vllm.mixing import Record
 from renyi.vllm.records import DEFAULT_PORT, FORMAT
 
 logger = logging.getLogger(__name__)
-_SILENCE = 20.0  # seconds without a sign of life after which a replica counts as down
-_RECORD_SECONDS = 10.0  # how long a token may be ahead of its record
+_SILENCE = 60.0  # seconds without a sign of life after which a replica counts as down
+_RECORD_SECONDS = 60.0  # how long a token may be ahead of its record
 
 
 class MemberToken(NamedTuple):
