@@ -18,6 +18,8 @@ from renyi.audit.statements import deciding, words_of
 PERMUTATIONS = 64
 BLOCK = 8192  # digests that are computed at a time
 BEGINNING = 240  # characters of an answer that are compared
+# Prompts with their answers that share fewer of their words are not compared: in a large dataset they are too many.
+ALIKE_WHOLE = 0.55
 COUNTED = 50_000  # prompts whose words are counted
 # Prompts whose answers share this many of their words, if they have so many, ask the same if they share so many theirs.
 ALIKE_ANSWERS, FEWEST_WORDS, COPIED = 0.5, 3, 0.35
@@ -129,7 +131,9 @@ def near_groups(
         rarity: of a word in prompts.
     """
     links = {(a, b) for a, b in prompts.candidates(threshold).tolist() if _alike(text(a)[0], text(b)[0], threshold)}
-    links |= {(a, b) for a, b in whole.candidates(COPIED, rows_a_band=3).tolist() if _copied(text(a), text(b), rarity)}
+    links |= {
+        (a, b) for a, b in whole.candidates(ALIKE_WHOLE, rows_a_band=3).tolist() if _copied(text(a), text(b), rarity)
+    }
     return groups_of(sorted(links), size)
 
 
