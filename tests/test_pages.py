@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tiny import lora, pair_rows, scatter_members, tiny_model, tiny_tokenizer
 
-from renyi import LoraEnsemble
+from renyi import LoraEnsemble, runs
 from renyi.data import Preparation
 from renyi.evaluation import running
 from renyi.members import KINDS
@@ -23,8 +23,8 @@ from renyi.objectives import renyi_loss
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/ensembles.md"]
-# Other pages with Python on them. What needs a server is not run; long answers and a run of its own length are slow.
-NOT_RUN = ("OpenAI(",)
+# Other pages with Python on them. What needs a server or a GPU is not run. Long answers and whole runs are slow.
+NOT_RUN = ("OpenAI(", "GRPOTrainer(")
 SLOW = ("docs/answers.md", "docs/fine-tuning.md")
 OTHERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
@@ -88,12 +88,16 @@ def test_the_pages_code_runs(page: str, world: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("page", OTHERS)
 def test_the_code_of_every_other_page_runs(page: str, world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("renyi.members.kind.KINDS", dict(KINDS))  # what a page registers
-    monkeypatch.setattr(running, "_REGISTERED", {})
+    monkeypatch.setattr(running, "_REGISTERED", {})  # what a page registers
+    kinds = set(KINDS)
     more_of_the_world(world)
+    if page == "docs/rewards.md":
+        reward_models()
     for number, block in enumerate(blocks(page), start=1):
         if not any(name in block for name in NOT_RUN):
             exec(compile(block, f"{page}, block {number}", "exec"), world)
+    for name in KINDS.keys() - kinds:
+        del KINDS[name]
 
 
 def more_of_the_world(world: dict[str, Any]) -> None:
@@ -120,6 +124,12 @@ def more_of_the_world(world: dict[str, Any]) -> None:
         "prompts": Dataset.from_list([{"prompt": f"w{n}"} for n in range(8)]),
         "thumbs": Dataset.from_list(thumbs),
     }
+
+
+def reward_models() -> None:
+    """The folder that the page's first command leaves."""
+    keys = {"model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct", "dataset_name": "pairs.jsonl", "num_members": 2}
+    runs.run(runs.Settings.of("reward", **keys, output_dir="runs/rewards", max_steps=1, use_cpu=True))
 
 
 def test_what_users_need_first_is_short() -> None:

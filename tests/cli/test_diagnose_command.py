@@ -31,7 +31,7 @@ KEYS = {
         "mean_share",
         "calibration",
     ),
-    *("alpha", "members", "warnings", "positive", "negative", "memory_bytes", "seconds"),
+    *("alpha", "members", "warnings", "positive", "negative", "groups", "memory_bytes", "seconds"),
 }
 
 

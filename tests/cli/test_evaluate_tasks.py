@@ -139,7 +139,9 @@ def test_the_report_is_one_page(files: Files, tmp_path: Path) -> None:
     assert ended.code == 0, ended.err
     assert f"the report is {report / 'report.html'}" in ended.err
     pictures = ["epistemic.png", "members_by_groups.png", "reliability.png", "risk_coverage.png"]
-    assert sorted(f.name for f in report.iterdir()) == sorted([*pictures, "evaluation.json", "report.html"])
+    assert sorted(f.name for f in report.iterdir()) == sorted(
+        [*pictures, "evaluation.json", "report.html", "sections.json"]
+    )
     for name in pictures:
         assert (report / name).read_bytes().startswith(b"\x89PNG")
     page = (report / "report.html").read_text(encoding="utf-8")

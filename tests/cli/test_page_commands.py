@@ -23,7 +23,14 @@ ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(f.relative_to(ROOT)) for f in (ROOT / "docs").glob("*.md"))]
 # Not run: what needs a hub dataset, other processes, another program, minutes, or does not end.
 NOT_RUN = ("lm_eval", "serve", "sweep")
-SLOW = {"README.md", "docs/choosing-alpha.md", "docs/evaluation.md", "docs/powerflow.md", "docs/preferences.md"}
+SLOW = {
+    "README.md",
+    "docs/audit.md",
+    "docs/choosing-alpha.md",
+    "docs/evaluation.md",
+    "docs/powerflow.md",
+    "docs/preferences.md",
+}
 LINE = re.compile(rf"(?:^|[ /])renyi (?P<command>{'|'.join(COMMANDS)})(?P<rest>(?: .*)?)$")
 
 
@@ -69,10 +76,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         for name in ("examples", "src"):
             Path(name).symlink_to(ROOT / name)
-        for name in ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B", "MODEL", "BASE"):
+        for name in (
+            "Qwen/Qwen2.5-0.5B-Instruct",
+            "Qwen/Qwen2.5-0.5B",
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+            "MODEL",
+            "BASE",
+        ):
             shutil.copytree(base_path(), name)
         chats = (ROOT / "examples" / "two_schools.jsonl").read_text(encoding="utf-8").splitlines()[:12]
-        for name in ("my_chats", "more_chats", "rows", "candidates"):
+        for name in ("my_chats", "more_chats", "rows", "candidates", "data"):
             Path(f"{name}.jsonl").write_text("\n".join(chats) + "\n", encoding="utf-8")
         asked: list[dict[str, Any]] = [
             {"question": "where does oskar live ?", "choices": ["cairo", "oslo"], "answer": n % 2} for n in range(12)
@@ -84,10 +97,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         thumbs = [{"prompt": "home of ines ?", "completion": " rome .", "label": n % 2 == 0} for n in range(8)]
         for name in ("thumbs", "more_thumbs"):
             write_rows(Path(f"{name}.jsonl"), thumbs)
+        answers = [("rome", "oslo"), ("oslo", "rome")] * 4
+        pairs = [{"prompt": "home of ines ?", "chosen": f" {a} .", "rejected": f" {b} ."} for a, b in answers]
+        write_rows(Path("pairs.jsonl"), pairs)
+        write_rows(Path("to_rate.jsonl"), [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
         quick = ["--max_steps", "1", "--eval_strategy", "no"]
         assert renyi("sft", "--config", "examples/two_schools.yaml", "--output_dir", "runs/mine", *quick).code == 0
-        for name in ("runs/alpha_0", "OUT"):
+        for name in ("runs/alpha_0", "runs/my_ensemble", "OUT"):
             shutil.copytree("runs/mine", name)
+        random = ["--member_kind", "gaussian", "--prior_std", "0.2", "--output_dir", "runs/gaussian"]
+        assert renyi("sft", "--config", "examples/two_schools.yaml", *random, *quick).code == 0
         shutil.copytree("runs/mine/member_0", "PEFT_FOLDER")
         yield folder
 

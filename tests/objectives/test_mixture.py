@@ -544,5 +544,5 @@ def test_whole_examples_are_routed_by_default():
     assert torch.equal(example_loss(log_likelihood, tokens, 0.8), renyi_loss(log_likelihood, 0.8))
     shares = example_responsibilities(log_likelihood, tokens, 0.8)
     assert torch.equal(shares, responsibilities(log_likelihood, 0.8))
-    with pytest.raises(ValueError, match="quantity is 'token'"):
-        example_loss(log_likelihood, tokens, 0.8, quantity="token")
+    with pytest.raises(ValueError, match="quantity is 'word'"):
+        example_loss(log_likelihood, tokens, 0.8, quantity="word")
