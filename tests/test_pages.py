@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/ensembles.md"]
 # Other pages with Python on them. What needs a server or a GPU is not run. Long answers and whole runs are slow.
 NOT_RUN = ("OpenAI(", "GRPOTrainer(")
-SLOW = ("docs/answers.md", "docs/fine-tuning.md")
+SLOW = ("docs/answers.md", "docs/fine-tuning.md", "docs/powerflow.md")
 OTHERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
     for page in sorted(str(f.relative_to(ROOT)) for f in (ROOT / "docs").glob("*.md"))

@@ -356,6 +356,7 @@ def test_a_score_of_ones_own_is_said() -> None:
 # ---- The same command again ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # two whole runs and a fresh process; tests/invariant/test_powerflow_resume.py kills in this one
 def test_a_killed_run_goes_on_and_a_finished_one_does_not(quick: Settings, tmp_path: Path) -> None:
     config = quick(max_steps=40, save_steps=10, logging_steps=5)
     assert powerflow(config, "--output_dir", tmp_path / "whole").code == 0

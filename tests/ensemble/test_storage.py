@@ -633,3 +633,10 @@ def test_a_folder_of_an_earlier_version_loads_and_resumes(tmp_path):
     assert torch.equal(scores(resumed), scores(ensemble))
     resumed.save(tmp_path)
     assert torch.equal(scores(LoraEnsemble.load(tmp_path, base=tiny_model())), scores(ensemble))
+
+
+def test_the_targets_of_an_adapter_are_written_in_order(tmp_path):
+    """PEFT holds them as a set. Its order changes with the hash of strings, so with every process."""
+    tiny_ensemble(2, target_modules=["v_proj", "q_proj", "up_proj", "down_proj", "k_proj"]).save(tmp_path)
+    kept = json.loads((tmp_path / "member_0" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert kept["target_modules"] == ["down_proj", "k_proj", "q_proj", "up_proj", "v_proj"]

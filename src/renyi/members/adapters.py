@@ -259,6 +259,9 @@ def write_adapter(folder: Path, adapter: Adapter) -> None:
     folder.mkdir(parents=True)
     config = copy.deepcopy(config)
     config.inference_mode = True
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # its order differs from run to run, and the file should not
+            setattr(config, name, sorted(value))
     config.save_pretrained(str(folder))
     tensors = {}
     for name, (lora_A, lora_B) in weights.items():
