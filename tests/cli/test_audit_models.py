@@ -58,7 +58,7 @@ def test_members_are_trained_and_own_sides(base: Path, schools: Path, tmp_path: 
     line = lines_of(tmp_path / "out")[0]
     assert sum(line["responsibilities"]) == pytest.approx(1)
     assert line["epistemic"] >= 0
-    assert "to fit the rows as they are" in ended.err
+    assert "to train on these rows" in ended.err
 
 
 def test_an_ensemble_that_is_there_reads_the_rows(trained: tuple[Path, object], schools: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import yaml
 from conftest import Ended, assert_refused, renyi
 
 from renyi.cli.command import command_of
+from renyi.cli.console import typed
 from renyi.cli.init import groups_of_keys
 from renyi.cli.main import COMMANDS, GROUPS
 from renyi.keys import EXTRAS, install_line
@@ -154,6 +155,23 @@ def test_what_training_says_to_do_next_works(
         ended = renyi(*command)
         assert ended.code == 0, (command, ended)
     (folder / "run.html").unlink()
+
+
+def test_next_steps_name_the_program_as_it_was_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In an environment that is not activated, the shell finds neither `renyi` nor its `pip`."""
+    hint = "Train some by `renyi reward`, or pip install 'renyi[serve]'. Upgrade renyi."
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.argv", [".venv/bin/renyi", "sft"])
+    expected = (
+        "Train some by `.venv/bin/renyi reward`, or .venv/bin/python -m pip install 'renyi[serve]'. Upgrade renyi."
+    )
+    assert typed(hint) == expected
+    assert "See .venv/bin/renyi score --help." in renyi("score").err
+    monkeypatch.setattr("sys.argv", ["a folder/renyi/__main__.py", "sft"])
+    monkeypatch.setattr("sys.executable", "/opt/my python")
+    assert typed("Run renyi diagnose") == "Run '/opt/my python' -m renyi diagnose"
+    (tmp_path / "renyi").touch(mode=0o755)
+    assert typed(hint) == hint  # the shell finds it
 
 
 def test_the_help_that_an_error_names_is_there(base: Path) -> None:

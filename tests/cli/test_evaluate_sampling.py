@@ -335,7 +335,7 @@ def test_the_tables(folder: Path, data: Path, given: Path, tmp_path: Path) -> No
         ({}, ["--batch_size", "0"], ["--batch_size: is 0"]),
         ({}, ["--resamples", "-1"], ["--resamples: is -1"]),
         ({}, ["--member", "2"], ["--member: there is no member 2 of 2", "0 to 1"]),
-        ({}, ["--member", "0", "--samples_from", "x.jsonl"], ["--samples_from: goes without --member"]),
+        ({}, ["--member", "0", "--samples_from", "x.jsonl"], ["--samples_from: cannot be combined with --member"]),
         ({}, ["--group", "answer"], ["--group: --task sampling has no such flag", "--task choice, perplexity"]),
         ({}, ["--baseline", "base", "--baseline", "base", *map(str, QUICK)], ["--baseline: base is there already"]),
     ],

@@ -155,7 +155,7 @@ def test_colours_follow_the_scale() -> None:
         (("w1", "--member", "7"), ("member", "there is no member 7 of 3")),
         (("w1", "--batch_size", "0"), ("--batch_size",)),
         (("w1", "--output", "nowhere/out.jsonl"), ("--output", "no folder nowhere")),
-        (("w1", "--input", "prompts.jsonl"), ("--input", "goes without PROMPT")),
+        (("w1", "--input", "prompts.jsonl"), ("--input", "cannot be combined with PROMPT")),
         (("--input", "prompts.jsonl"), ("prompts.jsonl", "there is no such file")),
         ((" ",), ("prompt 1", "is empty")),
         (("w1", "--top_p", "1.5"), ("--top_p", "1.5", "at most 1")),

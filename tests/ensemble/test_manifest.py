@@ -126,7 +126,10 @@ def test_a_folder_without_a_manifest_says_what_it_is(tmp_path):
         read_manifest(tmp_path)
     assert "is a whole model (LlamaForCausalLM, Other), not an ensemble of adapters" in str(caught.value)
     assert caught.value.where == str(tmp_path)
-    assert caught.value.hint == f"Train an ensemble on it: renyi sft --model_name_or_path {tmp_path} …"
+    assert (
+        caught.value.hint
+        == f"Train an ensemble on it: renyi sft --model_name_or_path {tmp_path} --dataset_name DATA --output_dir OUT"
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"architectures": null}'])

@@ -1,8 +1,8 @@
-"""`renyi audit`: find where a fine-tuning dataset contradicts itself, before it is trained on.
+"""`renyi audit`: find the rows of a fine-tuning dataset that contradict each other, before you train on them.
 
-DATA are files as `renyi sft` and `renyi dpo` read them, or Alpaca records. Without a model it finds prompts with
+DATA are files that `renyi sft` and `renyi dpo` read, or Alpaca records. Without a model it finds prompts with
 different answers, preferences that go in a circle, answers that several prompts cannot share, duplicates, and rows that
-are empty or cut. With --model it also fits adapters and finds answers that do not fit their prompts, prompts that ask
+are empty or cut. With --model it also fits adapters. They find answers that do not fit their prompts, prompts that ask
 the same in other words, and rows that answer in two consistent ways. With --ensemble or --members it also says which
 members own which side. Every finding names its rows as file:row. --output writes everything to a folder, with a page
 to browse.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from renyi.cli.console import emit_json, quiet_progress_bars, stream
+from renyi.cli.console import emit_json, quiet_progress_bars, stream, typed
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import check_output, naming_flags, progress_bar, write_lines
 from renyi.cli.tables import figures_table, shortened, titled
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 # Settings of the fits: their types, and what they are.
 _FIT: dict[str, tuple[Any, str]] = {
-    "learning_rate": (float, "of the fits; 5e-4"),
-    "num_train_epochs": (float, "of the fits; 1"),
-    "lora_r": (int, "rank of the adapters; 4"),
-    "max_length": (int, "tokens after which a row is cut; 512"),
-    "alpha": (float, "with --members: the order of training; 0.8"),
+    "learning_rate": (float, "learning rate of the fits (default: 5e-4)"),
+    "num_train_epochs": (float, "epochs of the fits (default: 1)"),
+    "lora_r": (int, "rank of the adapters (default: 4)"),
+    "max_length": (int, "tokens after which a row is cut (default: 512)"),
+    "alpha": (float, "with --members: alpha of their training (default: 0.8)"),
 }
 OVER = 1  # exit code if more rows are contested than --fail_over allows
 
@@ -63,8 +63,8 @@ def run(argv: Sequence[str]) -> int:
         return OVER if too_many else 0
     _show(found, title, args.show)
     if command and found.groups:
-        err.print(Text("\nto fit the rows as they are:"))
-        err.print(Text(f"  {printable(command)}"), soft_wrap=True)
+        err.print(Text("\nto train on these rows:"))
+        err.print(Text(f"  {typed(printable(command))}"), soft_wrap=True)
     if args.output:
         err.print(Text(f"\nthe page to browse is {args.output / 'report.html'}"), soft_wrap=True)
     if args.write:
@@ -125,23 +125,30 @@ def parser() -> StrictParser:
     parser = StrictParser(prog="renyi audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", metavar="DATA", nargs="+", help="json, jsonl, csv or parquet files, or hub datasets")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="leave audit.jsonl, groups.jsonl, audit.md and report.html"
+        "--output", type=Path, metavar="DIR", help="folder for audit.jsonl, groups.jsonl, audit.md and report.html"
     )
     parser.add_argument(
-        "--near", default="0.85", metavar="SHARE", help="of words in common that makes prompts alike; 0.85"
+        "--near",
+        default="0.85",
+        metavar="SHARE",
+        help="share of common words above which prompts are alike (default: 0.85)",
     )
-    parser.add_argument("--show", default="10", metavar="N", help="how many groups to print; 10")
+    parser.add_argument("--show", default="10", metavar="N", help="how many groups to print (default: 10)")
     parser.add_argument("--split", help="split to read; by default train if there is one")
-    parser.add_argument("--dataset_text_field", default="text", help="the column of a row of text; text")
+    parser.add_argument(
+        "--dataset_text_field", default="text", help="the column that holds the text of a row of text (default: text)"
+    )
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the rows that stay, as jsonl")
     parser.add_argument(
         "--drop", nargs="+", default=[], metavar="KIND", help=f"with --write: {', '.join((*SETS, *KINDS))}"
     )
     parser.add_argument("--sides", action="store_true", help="with --write: add the columns group and side")
-    parser.add_argument("--fail_over", metavar="SHARE", help="exit with 1 if more of the rows are contested")
+    parser.add_argument(
+        "--fail_over", metavar="SHARE", help="exit with code 1 if more than this share of the rows is contested"
+    )
     model = parser.add_argument_group("with a model")
-    model.add_argument("--model", metavar="BASE", help="base model: fit adapters to it, which then read the rows")
-    model.add_argument("--ensemble", metavar="DIR", help="an ensemble that reads the rows; --model is then its base")
+    model.add_argument("--model", metavar="BASE", help="base model: adapters are fitted to it and read the rows")
+    model.add_argument("--ensemble", metavar="DIR", help="an ensemble that reads the rows; then --model is its base")
     model.add_argument(
         "--members", metavar="M", help="with --model: train an ensemble of M members, which reads the rows"
     )
@@ -149,10 +156,10 @@ def parser() -> StrictParser:
         "--max_examples",
         default="512",
         metavar="N",
-        help="the most rows that a model uses: those that reading found in a conflict, up to half of N, and others at "
-        "random; 512",
+        help="the most rows that a model reads; up to half of them are rows that reading found in a conflict, and the "
+        "others are random (default: 512)",
     )
-    model.add_argument("--seed", default="0", help="of every random choice; 0")
+    model.add_argument("--seed", default="0", help="seed of every random choice (default: 0)")
     for name, (_, text) in _FIT.items():
         model.add_argument(f"--{name}", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object and no table")
@@ -185,7 +192,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"there is no kind {unknown[0]!r}", where="--drop", hint=f"The kinds are {known}.")
     for flag in ("drop", "sides"):
         if getattr(args, flag) and not args.write:
-            raise ConfigError("writes nothing by itself", where=f"--{flag}", hint="Add --write FILE.")
+            raise ConfigError(
+                "changes what --write writes, and it is missing", where=f"--{flag}", hint="Add --write FILE."
+            )
     if args.output is not None and args.output.is_file():
         raise ConfigError(f"{args.output} is a file", where="--output", hint="Name a folder; it is made if needed.")
     check_output(args.write)
@@ -194,14 +203,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _check_model_flags(args: argparse.Namespace) -> None:
     if args.members and not args.model:
-        raise ConfigError("trains on a base model", where="--members", hint="Add --model BASE.")
+        raise ConfigError("needs a base model to train on", where="--members", hint="Add --model BASE.")
     if args.members and args.ensemble:
-        raise ConfigError("is for a new ensemble", where="--members", hint="Leave it out, or leave out --ensemble.")
+        raise ConfigError(
+            "trains a new ensemble, and --ensemble names one", where="--members", hint="Leave one of the two out."
+        )
     if args.alpha is not None and not args.members:
-        raise ConfigError("is for the training of members", where="--alpha", hint="Add --members M.")
+        raise ConfigError("sets the training that --members starts", where="--alpha", hint="Add --members M.")
     given = [name for name in _FIT if getattr(args, name) is not None]
     if given and (args.ensemble or not args.model):
-        raise ConfigError("is for fits", where=f"--{given[0]}", hint="Add --model BASE, or leave it out.")
+        raise ConfigError(
+            "sets a fit, and nothing is fitted here", where=f"--{given[0]}", hint="Add --model BASE, or leave it out."
+        )
 
 
 def _summary(found: "Audit", command: str | None) -> dict[str, object]:

@@ -74,7 +74,7 @@ class TrainingCommand(ABC):
 
     @abstractmethod
     def next(self, folder: str, dataset_name: str) -> Sequence[str]:
-        """Commands that a user may want to run next."""
+        """Commands that a user may want to run next. Folder and dataset are quoted for a shell."""
 
 
 def command_of(method: str) -> TrainingCommand:

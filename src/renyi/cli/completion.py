@@ -1,10 +1,10 @@
 """`renyi completion`: a script that lets your shell complete commands, flags and file names.
 
 bash:  renyi completion bash > ~/.local/share/bash-completion/completions/renyi
-zsh:   renyi completion zsh > a file named _renyi in a folder of $fpath, such as ~/.zfunc/_renyi
+zsh:   renyi completion zsh > ~/.zfunc/_renyi, or to a file _renyi in another folder of $fpath
 tcsh:  renyi completion tcsh > ~/.renyi.csh, and `source ~/.renyi.csh` in ~/.tcshrc
 
-Open a new shell afterwards. Write the script anew after an update: it knows the flags of the version that wrote it.
+Open a new shell afterwards. After an update of renyi, write the script again: it knows the flags of one version.
 """
 
 import argparse

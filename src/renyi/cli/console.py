@@ -7,10 +7,14 @@ import io
 import json
 import logging
 import os
+import re
+import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -63,8 +67,26 @@ def say(kind: str, style: str, what: str, hint: str | None = None) -> None:
     """One message on stderr, `kind: what`, with its hint below."""
     message = Text.assemble((f"{kind}: ", style), what)
     if hint:
-        message.append(f"\n{hint}", style="dim")
+        message.append(f"\n{typed(hint)}", style="dim")
     stream(stderr=True).print(message, soft_wrap=True)
+
+
+def typed(text: str) -> str:
+    """A text whose command lines work when a user pastes them, also if the environment is not activated.
+
+    If the shell finds no program `renyi`, `renyi` becomes the path by which this one was started, such as
+    `.venv/bin/renyi`, and `pip` becomes that of the same environment.
+    """
+    started, python = Path(sys.argv[0]), shlex.quote(sys.executable)
+    program = f"{python} -m renyi"
+    if started.name == "renyi":
+        program, python = (shlex.quote(str(path)) for path in (started, started.with_name("python")))
+    elif started.parts[-2:] != ("renyi", "__main__.py"):
+        return text
+    if shutil.which("renyi"):
+        return text
+    text = re.sub(r"(?<![\w/.-])renyi(?= [a-z-])", lambda _: program, text)
+    return re.sub(r"(?<![\w/.-])pip install", lambda _: f"{python} -m pip install", text)
 
 
 class _Warnings(logging.Handler):

@@ -5,6 +5,7 @@ It trains three models of a small world and shows what they know (`renyi.zoo.dem
 
 import argparse
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from renyi.cli.console import stream
+from renyi.cli.console import stream, typed
 from renyi.cli.parser import StrictParser, parse_strictly
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 QUICK_STEPS = 40
 _STORY = """
 60 facts about people; two schools agree on half of them and contradict each other on the other half.
-A record is four questions answered by one school, and nobody says which. One adapter alone learns from the records,
-then four independent ones (α = 0), then four that share out the records among them (α = 0.8).
+A record is four questions that one school answers, and the data do not say which school. First one adapter learns from
+the records, then four independent ones (α = 0), then four that share out the records among them (α = 0.8).
 """
 
 
@@ -31,9 +32,11 @@ def parser() -> StrictParser:
     """What the command reads."""
     parser = StrictParser(prog="renyi demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    parser.add_argument("--seed", type=int, default=0, help="of the world, its records and the training (default: 0)")
     parser.add_argument(
-        "--quick", action="store_true", help="a tenth of the steps: shows that all works, not what it does"
+        "--seed", type=int, default=0, help="seed of the world, its records and the training (default: 0)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the steps: shows that everything works, and not what it does"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as one JSON object")
     return parser
@@ -70,7 +73,8 @@ def run(argv: Sequence[str]) -> int:
         soft_wrap=True,
     )
     out.print(f"\nfigure    {args.output_dir / 'demo.png'}\nfigures   {args.output_dir / 'summary.json'}")
-    out.print(f"next      renyi info {args.output_dir / 'alpha_renyi'}")
+    ensemble = shlex.quote(str(args.output_dir / "alpha_renyi"))
+    out.print(f"next      {typed(f'renyi info {ensemble}')}", soft_wrap=True)
     return 0
 
 

@@ -1,12 +1,12 @@
-"""`renyi diagnose`: do the data contradict a fitted adapter, from which alpha on would members part, and over what?
+"""`renyi diagnose`: do the data contradict a fitted adapter, above which alpha would members part, and over what?
 
     renyi diagnose ENSEMBLE DATA [--member 0]
     renyi diagnose --adapter PEFT_FOLDER --model BASE --dataset_name DATA
 
-One member, or an ordinary PEFT adapter, is compared with data like those it was fitted to, held out or not. Half of the
-examples find the directions in which gradients differ most. The other half is measured along them. Rows with `chosen`
-and `rejected` are diagnosed as preference pairs. The adapter should be trained to the end: what it has not learned yet
-looks like a contradiction.
+One member, or an ordinary PEFT adapter, is compared with rows like those of its training. Give held-out rows: on rows
+that the adapter has memorised the figures are wrong. Half of the examples find the directions in which gradients differ
+most. The other half is measured along them. Rows with `chosen` and `rejected` are diagnosed as preference pairs. Train
+the adapter to the end first: what it has not learned yet looks like a contradiction.
 """
 
 import argparse
@@ -128,10 +128,10 @@ def run(argv: Sequence[str]) -> int:
 def _apart() -> StrictParser:
     """Flags that stand for the two arguments."""
     names = StrictParser(prog=PROG, add_help=False)
-    apart = names.add_argument_group("an adapter by itself, in the place of ENSEMBLE and DATA")
+    apart = names.add_argument_group("one adapter, instead of ENSEMBLE and DATA")
     apart.add_argument("--adapter", metavar="FOLDER", help="folder of an ordinary PEFT adapter, or its hub id")
-    apart.add_argument("--model", metavar="BASE", help="its base model, if not the one that it names")
-    apart.add_argument("--dataset_name", metavar="DATA", help="as DATA")
+    apart.add_argument("--model", metavar="BASE", help="its base model, if it is not the one that the adapter names")
+    apart.add_argument("--dataset_name", metavar="DATA", help="the same as DATA")
     return names
 
 
@@ -140,36 +140,46 @@ def parser() -> StrictParser:
     parser = StrictParser(
         prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[_apart()]
     )
-    add_reading_flags(parser, "write one JSON line a measured example here", "print one JSON object and no table")
+    add_reading_flags(
+        parser, "write one JSON line for each measured example here", "print one JSON object and no table"
+    )
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="draw the spectrum and the loadings here")
-    parser.add_argument("--show", default="5", metavar="N", help="how many examples to show of either side; 5")
-    parser.add_argument("--member", default="0", metavar="M", help="which member of the ensemble; 0")
+    parser.add_argument(
+        "--show", default="5", metavar="N", help="how many examples to show of either side (default: 5)"
+    )
+    parser.add_argument("--member", default="0", metavar="M", help="which member of the ensemble (default: 0)")
     how = parser.add_argument_group("the measurement")
     how.add_argument(
         "--curvature",
         default="fisher",
-        help="fisher: the Gauss-Newton matrix; or hessian, which is slower and asks for a well fitted adapter; fisher",
+        help="fisher (the Gauss-Newton matrix), or hessian, which is slower and needs a well fitted adapter "
+        "(default: fisher)",
     )
     how.add_argument(
         "--num_directions",
         default="16",
         metavar="K",
-        help="directions looked at. Memory: about 11 x K floats for every parameter of the adapter; time: K forwards "
-        "over half of the examples, beside a forward and a backward over the others; 16",
+        help="directions to look at. Memory: about 11 x K floats for every parameter of the adapter. Time: K forwards "
+        "over half of the examples, and a forward and a backward over the others (default: 16)",
     )
-    how.add_argument("--max_examples", default="512", metavar="N", help="rows drawn at random; time grows with it; 512")
     how.add_argument(
-        "--tokens_per_batch", default="4096", metavar="T", help="tokens of one pass; bounds its activations; 4096"
+        "--max_examples", default="512", metavar="N", help="rows drawn at random; time grows with it (default: 512)"
+    )
+    how.add_argument(
+        "--tokens_per_batch",
+        default="4096",
+        metavar="T",
+        help="tokens of one pass; bounds its activations (default: 4096)",
     )
     how.add_argument(
         "--routing_quantity",
         help="what responsibilities are taken of: sequence or length_normalised; by default what the ensemble routes",
     )
-    how.add_argument("--seed", default="0", help="of the draw and of the bootstrap; 0")
+    how.add_argument("--seed", default="0", help="seed of the draw and of the bootstrap (default: 0)")
     kept = parser.add_argument_group("preparation, by default as in training")
     for name, (_, text) in _PREPARATION.items():
         kept.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS)
-    kept.add_argument("--beta", help="of pairs: temperature of their margins", default=argparse.SUPPRESS)
+    kept.add_argument("--beta", help="for pairs: temperature of their margins", default=argparse.SUPPRESS)
 
     return parser
 

@@ -1,9 +1,10 @@
-"""`renyi evaluate`: how good an ensemble and each of its members are, and where these contradict each other.
+"""`renyi evaluate`: how good an ensemble and each of its members are, and where the members contradict each other.
 
---task choice: rows are multiple-choice questions. Accuracy, NLL, calibration, and whether uncertainty finds the errors,
-of the mixture, every member and baselines; --target_risk finds the uncertainty above which to abstain.
+--task choice: rows are multiple-choice questions. It reports accuracy, NLL, calibration, and whether uncertainty finds
+the errors, for the mixture, every member and baselines. --target_risk finds the uncertainty above which to abstain.
 
---task perplexity: how likely text is to the mixture, every member and baselines, by group.
+--task perplexity: rows are texts. It reports how likely they are under the mixture, every member and baselines, by
+group.
 
 --task preference: rows are pairs, prepared, cut and compared with the reference as in the ensemble's training. It
 reports accuracy, NLL, Brier score and calibration of the probability that the chosen completion is preferred, for the
@@ -80,9 +81,11 @@ def parser(tasks: Sequence[Task] | None = None) -> StrictParser:
     parser = StrictParser(
         prog="renyi evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_reading_flags(parser, "write one JSON line a row here", "print one JSON object and no table", several=True)
+    add_reading_flags(
+        parser, "write one JSON line for each row here", "print one JSON object and no table", several=True
+    )
     parser.add_argument("--task", required=True, metavar="TASK", help=f"one of: {', '.join(task_names())}")
-    parser.add_argument("--show", default="5", metavar="N", help="how many examples to show; 5")
+    parser.add_argument("--show", default="5", metavar="N", help="how many examples to show (default: 5)")
     parser.add_argument("--report", metavar="DIR", help="write evaluation.json, figures and report.html here")
     for task in tasks:
         _add_flags(parser, task)
@@ -145,7 +148,7 @@ def _help(settings: type[Settings], field: "dataclasses.Field[Any]") -> str:
     if get_origin(hint) is not None and all(isinstance(choice, str) for choice in get_args(hint)):
         text += f": {', '.join(choice for choice in get_args(hint) if choice not in text)}".rstrip(": ")
     default = None if field.default is dataclasses.MISSING else field.default
-    return (text if default is None or default is False else f"{text}; {default}").replace("%", "%%")
+    return (text if default is None or default is False else f"{text} (default: {default})").replace("%", "%%")
 
 
 def _checked(parser: StrictParser, argv: Sequence[str], task: Task) -> argparse.Namespace:

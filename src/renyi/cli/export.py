@@ -1,8 +1,8 @@
 """`renyi export`: an ensemble's members for other programs.
 
---format adapters writes ordinary PEFT adapters. merged writes a plain transformers model for each member. vllm prints
-the command line that serves all members with vLLM; with --output it also writes the adapters, and the command line
-beside them. With --mixture vLLM serves their exact mixture, too, to `renyi serve --engine vllm`.
+--format adapters writes ordinary PEFT adapters. --format merged writes a plain transformers model for each member.
+--format vllm prints the command line that serves all members with vLLM. With --output it also writes the adapters, and
+the command line beside them. With --mixture vLLM also serves their exact mixture to `renyi serve --engine vllm`.
 """
 
 import argparse
@@ -69,14 +69,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.format not in FORMATS:
         raise ConfigError(f"there is no {args.format!r}", where="--format", hint=f"Use one of: {', '.join(FORMATS)}.")
     if args.output is None and args.format != "vllm":
-        raise ConfigError("is missing", where="--output", hint=f"{args.format} needs a folder to write to.")
+        raise ConfigError(
+            "is missing", where="--output", hint=f"--format {args.format} needs a folder to write to: --output DIR."
+        )
     if args.draws is not None and args.output is None:
         raise ConfigError("needs a folder to write draws to", where="--draws", hint="Give --output DIR.")
     if args.pad_rank and (args.format == "merged" or args.output is None):
         why = "merged members have no rank" if args.format == "merged" else "padded adapters need --output DIR"
         raise ConfigError("cannot be used here", where="--pad_rank", hint=f"Leave it out: {why}.")
     if args.mixture and args.format != "vllm":
-        raise ConfigError("cannot be used here", where="--mixture", hint="It goes with --format vllm.")
+        raise ConfigError("cannot be used here", where="--mixture", hint="Add --format vllm, or leave it out.")
     if args.member is not None:
         args.member = [_member(text) for text in args.member]
     return args

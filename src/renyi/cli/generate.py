@@ -1,8 +1,8 @@
 """`renyi generate`: an ensemble's answers, and where its members disagree.
 
 PROMPT is a user's message if the tokenizer has a chat template (--plain: text to continue). Without PROMPT, prompts are
-the rows of --input, or stdin is one prompt. On a terminal, tokens are coloured by epistemic uncertainty. `renyi
-evaluate` can write a threshold to the folder. An answer that is less certain than that is marked, or with --withhold
+the rows of --input, or stdin is one prompt. On a terminal, tokens are coloured by epistemic uncertainty.
+`renyi evaluate` can write a threshold to the folder. An answer above the threshold is marked, or with --withhold
 not shown.
 """
 
@@ -43,13 +43,13 @@ SCALE = ((0.02, ""), (0.1, "green"), (0.3, "yellow"), (0.6, "dark_orange"), (mat
 
 # Flags that are settings of `Loaded.generate`. A flag that is not given has the default of that function.
 _SETTINGS: dict[str, tuple[Any, str]] = {
-    "max_new_tokens": (int, "the most tokens of an answer; 256"),
-    "do_sample": (bool, "sample rather than take the likeliest token; implied by the four flags below it"),
-    "temperature": (float, "of the mixture; 0 takes the likeliest token"),
+    "max_new_tokens": (int, "the most tokens of an answer (default: 256)"),
+    "do_sample": (bool, "sample, instead of taking the likeliest token; the next four flags turn it on"),
+    "temperature": (float, "temperature of the mixture; 0 takes the likeliest token"),
     "top_k": (int, "sample from the k likeliest tokens; 0 for all"),
     "top_p": (float, "sample from the likeliest tokens of this total probability"),
-    "min_p": (float, "leave out tokens of less than this share of the likeliest one's probability"),
-    "repetition_penalty": (float, "above 1 against repeating tokens"),
+    "min_p": (float, "leave out tokens with less than this share of the likeliest token's probability"),
+    "repetition_penalty": (float, "a value above 1 makes repeated tokens less likely"),
     "seed": (int | None, "of the sampling"),
 }
 
@@ -113,25 +113,29 @@ def parser() -> StrictParser:
         prog="renyi generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_ensemble_flags(parser)
-    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to answer; quote what has spaces")
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", help="what to answer; put a text with spaces in quotes")
     parser.add_argument("--input", type=Path, metavar="FILE", help="rows with `prompt` (text or messages)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write one JSON line a prompt here")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write one JSON line for each prompt here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object for each prompt")
     parser.add_argument("--system", metavar="TEXT", help="the system message of every chat")
     parser.add_argument("--plain", action="store_true", help="continue the text, without a chat template")
-    parser.add_argument("--withhold", action="store_true", help="leave answers above the threshold unsaid")
-    parser.add_argument("--batch_size", metavar="N", help="prompts answered together; 8")
+    parser.add_argument("--withhold", action="store_true", help="do not show answers above the threshold")
+    parser.add_argument("--batch_size", metavar="N", help="prompts answered together (default: 8)")
     members = parser.add_argument_group("members")
-    members.add_argument("--mixture", help="of sequences, which is exact, of each token, or member; sequence")
-    members.add_argument("--members", action="store_true", help="every member's own answer, side by side")
-    add_draw_flags(parser, "of the sampling, and of the draws")
-    members.add_argument("--member", metavar="M", help="the answer of one member, counted from 0")
+    members.add_argument(
+        "--mixture", help="sequence (exact), token, or member: every member by itself (default: sequence)"
+    )
+    members.add_argument("--members", action="store_true", help="show every member's own answer, side by side")
+    add_draw_flags(parser, "seed of the sampling, and of the draws")
+    members.add_argument("--member", metavar="M", help="only the answer of one member, counted from 0")
     decoding = parser.add_argument_group("decoding, by default as the base's generation config says")
     for name, (_, text) in _SETTINGS.items():
         if name == "seed":  # added above
             continue
         decoding.add_argument(f"--{name}", help=text, metavar="VALUE")
-    decoding.add_argument("--stop", action="append", metavar="TEXT", help="end an answer with this; repeat for more")
+    decoding.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end an answer at this text; repeat the flag for more texts"
+    )
     return parser
 
 
@@ -153,7 +157,11 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     mixture = converted(args.mixture or "sequence", str, ["sequence", "token", "member"], "--mixture")
     if args.members or args.member is not None:
         if args.mixture not in (None, "member"):
-            raise ConfigError(f"is {mixture}, but members answer alone", where="--mixture", hint="Leave it out.")
+            raise ConfigError(
+                f"is {mixture}, and with --members or --member members answer alone",
+                where="--mixture",
+                hint="Leave it out.",
+            )
         mixture = "member"
     args.members = mixture == "member" and args.member is None
     if args.stop:
@@ -164,7 +172,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 def _read_prompts(args: argparse.Namespace) -> "list[PromptRow]":
     """PROMPTs, the rows of `--input`, or stdin."""
     if args.prompts and args.input:
-        raise ConfigError("goes without PROMPT", where="--input", hint="Give one or the other.")
+        raise ConfigError("cannot be combined with PROMPT", where="--input", hint="Leave one of the two out.")
     if args.input:
         from renyi.data import read_prompts
 

@@ -1,13 +1,14 @@
 """`renyi init`: write a YAML file for a training command, with a comment on every key.
 
-The file runs as it is: without --model_name_or_path it names the tiny model that comes with renyi, and without
---dataset_name example rows are written beside it. Put in your own model and data, look at the plan with --dry_run,
+The file runs without edits. Without --model_name_or_path it names the tiny model that comes with renyi. Without
+--dataset_name, example rows are written beside it. Put in your own model and data, look at the plan with --dry_run,
 and train.
 """
 
 import argparse
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
@@ -17,7 +18,7 @@ import yaml
 from rich.text import Text
 
 from renyi.cli.command import TrainingCommand, command_of
-from renyi.cli.console import stream
+from renyi.cli.console import stream, typed
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import check_output
 from renyi.cli.training import OUR_HELP, groups_of_keys
@@ -59,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
             raise ConfigError(
                 f"{there} exists already",
                 where="--output",
-                hint=f"Choose another name: renyi init {method} --output {_free(file)}",
+                hint=f"Choose another name: renyi init {method} --output {shlex.quote(str(_free(file)))}",
             )
     command = command_of(method)
     values: dict[str, Any] = {"output_dir": f"runs/{file.stem}"}
@@ -85,7 +86,7 @@ def run(argv: Sequence[str]) -> int:
     out.print(Text.assemble((str(file), "bold"), "  settings of ", command.prog), soft_wrap=True)
     if args.dataset_name is None:
         out.print(Text.assemble((str(rows_file), "bold"), "  example rows: put in your own"), soft_wrap=True)
-    out.print(f"next  {command.prog} --config {file} --dry_run", soft_wrap=True)
+    out.print(typed(f"next  {command.prog} --config {shlex.quote(str(file))} --dry_run"), soft_wrap=True)
     return 0
 
 
@@ -93,7 +94,7 @@ def parser() -> StrictParser:
     """What the command reads."""
     parser = StrictParser(prog="renyi init", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", metavar="METHOD", help="the training command: sft, dpo, powerflow, …")
-    parser.add_argument("--output", type=Path, metavar="FILE.yaml", help="the file to write; METHOD.yaml")
+    parser.add_argument("--output", type=Path, metavar="FILE.yaml", help="the file to write (default: METHOD.yaml)")
     parser.add_argument("--model_name_or_path", help="your base model, a folder or a hub id")
     parser.add_argument("--dataset_name", help="your data: a json, jsonl, csv or parquet file, or a hub id")
     return parser

@@ -12,18 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from renyi import __version__
-from renyi.cli.console import quiet_libraries, say, show_error, stream
+from renyi.cli.console import quiet_libraries, say, show_error, stream, typed
 from renyi.errors import ConfigError, RenyiError
 
 # What each command does, grouped by what a person wants.
 GROUPS = {
     "Begin": {
-        "demo": "see an ensemble split into specialists on contradictory data, in a few minutes",
+        "demo": "train an ensemble on contradictory data, and see its members specialise (minutes)",
         "init": "write a commented YAML file for a training command, to change and run",
     },
     "Look at your data": {
-        "audit": "where a fine-tuning dataset contradicts itself, row by row, before it is trained on",
-        "diagnose": "whether data contradict a fitted adapter, from which alpha on members part, and over what",
+        "audit": "find the rows of a dataset that contradict each other, before you train on them",
+        "diagnose": "find out whether data contradict a fitted adapter, and above which alpha members part",
     },
     "Train": {
         "sft": "train an α-Rényi LoRA ensemble on a dataset",
@@ -31,21 +31,21 @@ GROUPS = {
         "kto": "train an α-Rényi LoRA ensemble on thumbs up and down (KTO)",
         "reward": "train an ensemble of reward models on preference pairs",
         "powerflow": "tune toward a power of the base distribution, without labels or rewards",
-        "sweep": "alpha × members on a held-out split: a table, a figure, and which to take",
+        "sweep": "try several alphas and numbers of members on held-out data, and choose",
     },
     "Ask": {
-        "generate": "an ensemble's answers, coloured by how much its members disagree, or side by side",
-        "serve": "an ensemble behind OpenAI's API, with its uncertainty and a playground",
-        "score": "log-likelihoods and responsibilities of every member on every example",
+        "generate": "answer prompts, and show how much the members disagree, or each member's answer",
+        "serve": "serve an ensemble over OpenAI's API, with its uncertainty and a playground",
+        "score": "compute the log-likelihood and responsibility of every member for every example",
     },
-    "Judge": {
-        "evaluate": "how good an ensemble and each of its members are, and whether they know where they are not",
-        "report": "one page about a run, to open or to send: settings, curves, members, evaluation",
-        "info": "what an ensemble is and how far apart its members are, from its files alone",
+    "Evaluate": {
+        "evaluate": "measure how good an ensemble and its members are, and whether they know their errors",
+        "report": "make one page about a run, to open or to send: settings, curves, members, evaluation",
+        "info": "show what an ensemble is and how far apart its members are, from its files alone",
     },
     "Use elsewhere": {
-        "export": "an ensemble's members as PEFT adapters, plain models, or a vLLM command line",
-        "lm_eval": "EleutherAI's lm-evaluation-harness, to which an ensemble is a model",
+        "export": "write the members as PEFT adapters or plain models, or print a vLLM command line",
+        "lm_eval": "run EleutherAI's lm-evaluation-harness on an ensemble",
         "completion": "let your shell complete commands, flags and file names",
     },
 }
@@ -91,7 +91,7 @@ def _help() -> None:
         for name, what in inside.items():
             commands.add_row(Text(f"  renyi {name}", "bold"), what)
     out.print(commands)
-    bold = [Text(f"renyi {what}", "bold") for what in ("demo", "init sft", "COMMAND --help", "--version")]
+    bold = [Text(typed(f"renyi {what}"), "bold") for what in ("demo", "init sft", "COMMAND --help", "--version")]
     out.print(Text.assemble("\nStart with ", bold[0], ", then ", bold[1], "."))
     out.print(Text.assemble(bold[2], " says more, ", bold[3], " which version this is."))
 

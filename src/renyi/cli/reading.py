@@ -32,9 +32,11 @@ def add_ensemble_flags(parser: StrictParser) -> None:
     parser.add_argument("--device", help="cuda, cpu, …; by default cuda if there is one")
 
 
-def add_draw_flags(parser: StrictParser, seed_help: str = "of the draws; 0") -> None:
+def add_draw_flags(parser: StrictParser, seed_help: str = "seed of the draws (default: 0)") -> None:
     """Add the flags that replace members by draws of them; `--seed` only if it is not there yet."""
-    parser.add_argument("--draws", metavar="S", help="use S draws of each member that is a distribution; not its mean")
+    parser.add_argument(
+        "--draws", metavar="S", help="use S draws of each member that is a distribution, instead of its mean"
+    )
     if "--seed" not in parser._option_string_actions:
         parser.add_argument("--seed", metavar="N", help=seed_help)
 

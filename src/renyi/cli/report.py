@@ -30,5 +30,5 @@ def parser() -> StrictParser:
         prog="renyi report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", metavar="FOLDER", help="folder of a run or of an ensemble, or a hub id")
-    parser.add_argument("--output", type=Path, metavar="FILE.html", help="the page; run.html in the folder")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="the page (default: run.html in the folder)")
     return parser

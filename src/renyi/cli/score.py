@@ -1,6 +1,6 @@
-"""`renyi score`: log-likelihoods and responsibilities of every member on every example, one JSON line each.
+"""`renyi score`: the log-likelihood and responsibility of every member for every example, one JSON line each.
 
-Rows are prepared as they were for the ensemble's training; flags are needed only to prepare them otherwise. With
+Rows are prepared as in the ensemble's training. Flags are needed only to prepare them in another way. With
 --choice_by, rows are multiple-choice questions, and a line has the likelihood of every option under every member. For
 an ensemble trained on thumbs, rows with a `label` get rewards and probabilities of thumbs up. Reward models give each
 answer a reward (--reward): the mean over members, or a lower confidence bound.
@@ -139,8 +139,12 @@ def parser() -> StrictParser:
     for name, (_, text) in _PREPARATION.items():
         kept.add_argument(f"--{name}", help=text, default=argparse.SUPPRESS)
     parser.add_argument("--choice_by", help="score the options of questions: letter, text or text_normalised")
-    parser.add_argument("--reward", default="mean", help="what reward models' `reward` is: mean, or lcb (lower bound)")
-    parser.add_argument("--lcb_width", default="1.0", help="standard deviations that the lower bound is below the mean")
+    parser.add_argument(
+        "--reward", default="mean", help="for reward models: mean, or lcb (lower confidence bound) (default: mean)"
+    )
+    parser.add_argument(
+        "--lcb_width", default="1.0", help="for --reward lcb: standard deviations below the mean (default: 1)"
+    )
     add_draw_flags(parser)
     return parser
 

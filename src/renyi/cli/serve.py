@@ -1,10 +1,10 @@
-"""`renyi serve`: an ensemble behind OpenAI's API, with its uncertainty, and a playground at /.
+"""`renyi serve`: serve an ensemble over OpenAI's API, with its uncertainty, and a playground at /.
 
-Models are the mixture, by the folder's name or --model_name, and each member: member_0, member_1, …. It needs the extra
-renyi[serve]. Without a key it listens on this machine only.
+Models are the mixture and each member: member_0, member_1, …. The mixture has the folder's name, or --model_name. It
+needs the extra renyi[serve]. Without a key it listens on this machine only.
 
-With --engine vllm the members run in one or several `vllm serve`, and nothing of the base is loaded here.
-docs/serving.md says how vLLM is started. VLLM_API_KEY of the environment is the key of its API.
+With --engine vllm the members run in one or several `vllm serve`, and no weights are loaded here. docs/serving.md says
+how to start vLLM. The environment variable VLLM_API_KEY is the key of its API.
 """
 
 import argparse
@@ -19,16 +19,16 @@ from renyi.errors import ConfigError
 
 # Flags with a number, their type, and what they are.
 _NUMBERS: dict[str, tuple[Any, str]] = {
-    "port": (int, "8000; 0 takes a free one"),
-    "max_running": (int, "requests answered together; 64"),
-    "max_waiting": (int, "requests that may wait; one more is refused with 429; 256"),
-    "max_cached_tokens": (int, "tokens of prompts and answers kept at once, a member; no limit"),
-    "max_tokens": (int, "the most tokens of an answer; 1024"),
-    "max_prompt_tokens": (int, "the most tokens of a prompt; the base's limit"),
-    "max_answers": (int, "prompts × choices of one request; 16"),
-    "max_body_bytes": (int, "the largest body of a request; 1048576"),
-    "max_seconds": (float, "how long a request may take; 600"),
-    "stop_seconds": (int, "how long answers in progress may go on at the end; 30"),
+    "port": (int, "port to listen on; 0 takes a free one (default: 8000)"),
+    "max_running": (int, "requests answered together (default: 64)"),
+    "max_waiting": (int, "requests that may wait; the next is refused with 429 (default: 256)"),
+    "max_cached_tokens": (int, "the most tokens of prompts and answers in memory, for each member (default: no limit)"),
+    "max_tokens": (int, "the most tokens of an answer (default: 1024)"),
+    "max_prompt_tokens": (int, "the most tokens of a prompt (default: the base's limit)"),
+    "max_answers": (int, "prompts × choices of one request (default: 16)"),
+    "max_body_bytes": (int, "the largest body of a request (default: 1048576)"),
+    "max_seconds": (float, "seconds that a request may take (default: 600)"),
+    "stop_seconds": (int, "seconds that running answers get when the server stops (default: 30)"),
 }
 
 
@@ -58,7 +58,9 @@ def run(argv: Sequence[str]) -> int:
         if isinstance(error, SystemExit) and not error.code:
             return 0
         raise ConfigError(
-            f"{host}:{settings.port} cannot be listened on", where="--port", hint="Give another."
+            f"{host}:{settings.port} cannot be listened on",
+            where="--port",
+            hint="Give another port, or 0 for a free one.",
         ) from error
     return 0
 
@@ -107,19 +109,26 @@ def parser() -> StrictParser:
     """What the command reads."""
     parser = StrictParser(prog="renyi serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_ensemble_flags(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 127.0.0.1, this machine only")
     parser.add_argument(
-        "--api_key", nargs="+", metavar="KEY", help="keys that are let in; by default RENYI_API_KEY of the environment"
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument(
+        "--api_key",
+        nargs="+",
+        metavar="KEY",
+        help="keys that clients may use (default: the environment variable RENYI_API_KEY)",
     )
     parser.add_argument("--open", action="store_true", help="listen beyond this machine without a key")
-    parser.add_argument("--model_name", metavar="NAME", help="the mixture's name; by default the folder's")
+    parser.add_argument("--model_name", metavar="NAME", help="the mixture's name (default: the folder's)")
     parser.add_argument("--log_text", action="store_true", help="log prompts and answers, too")
-    parser.add_argument("--engine", choices=("ours", "vllm"), default="ours", help="what runs the members; ours")
+    parser.add_argument(
+        "--engine", choices=("ours", "vllm"), default="ours", help="what runs the members (default: ours)"
+    )
     parser.add_argument(
         "--vllm_url",
         nargs="+",
         metavar="URL",
-        help="with --engine vllm: http://HOST:PORT of each vLLM, with ,URL of its records if they are not at HOST:8001",
+        help="with --engine vllm: http://HOST:PORT of each vLLM; add ,URL of its records if they are not at HOST:8001",
     )
     limits = parser.add_argument_group("limits")
     for name, (_, about) in _NUMBERS.items():
@@ -137,7 +146,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
                 raise ConfigError(f"is {value}", where=f"--{name}", hint=f"Give a number from {least}.")
             setattr(args, name, value)
     if (args.engine == "vllm") != bool(args.vllm_url):
-        raise ConfigError("goes with --engine vllm, and it with --vllm_url", where="--vllm_url")
+        raise ConfigError(
+            "needs --engine vllm, and --engine vllm needs it",
+            where="--vllm_url",
+            hint="Give both (--engine vllm --vllm_url http://HOST:PORT), or neither.",
+        )
     if args.api_key and not all(args.api_key):
         raise ConfigError("is empty", where="--api_key", hint="Give a key, or leave it out.")
     return args

@@ -4,6 +4,7 @@ Every cell is what `renyi sft` or `renyi dpo` would train. Read next: `renyi.run
 (shows progress), `renyi.evaluation.sweep_choice` (what the figures mean).
 """
 
+import shlex
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from renyi.cli.command import TrainingCommand
-from renyi.cli.console import emit_json, headed, quiet_progress_bars, say, stream
+from renyi.cli.console import emit_json, headed, quiet_progress_bars, say, stream, typed
 from renyi.cli.dpo import DPO
 from renyi.cli.parser import ConfigFile, StrictParser, given_keys, keys, keys_parser, split_config
 from renyi.cli.sft import SFT
@@ -151,7 +152,8 @@ def _show_end(out: Console, swept: "Sweep", folder: Path) -> None:
     table.add_row(f"  {result['chosen']}", Text("the chosen ensemble; every other cell lies beside it", "dim"))
     out.print(table)
     out.print(headed("Next"))
-    out.print(f"  renyi generate {folder / result['chosen']}", soft_wrap=True)
+    chosen = shlex.quote(str(folder / result["chosen"]))
+    out.print(typed(f"  renyi generate {chosen} 'your question' --members\n  renyi info {chosen}"), soft_wrap=True)
 
 
 def _help() -> None:
@@ -161,7 +163,7 @@ def _help() -> None:
     out.print(Text.assemble((PROG, "bold"), " --config FILE.yaml [--alphas A …] [--members M …] [--key value …]\n"))
     out.print(
         "Train every pair of alpha and number of members with the same data, seed and steps, measure them on the same\n"
-        "held-out examples, and choose one. The same command goes on from whatever is there."
+        "held-out examples, and choose one. The same command continues from what is there."
     )
     table = Table.grid(padding=(0, 2))
     table.add_row("")
@@ -169,7 +171,7 @@ def _help() -> None:
         table.add_row(f"  {key.name}", Text(key.default, "dim"), Text(key.help))
     out.print(table)
     out.print(
-        "\nEvery key of `renyi sft`, or of `renyi dpo` with --method dpo, works too, and so does its\n"
-        "config file: --alphas and --members stand for its alpha and num_members. Examples must be held out: by\n"
-        "--test_split_size 0.1, or by --eval_strategy epoch where the data have a test split."
+        "\nEvery key of `renyi sft` works, too (of `renyi dpo` with --method dpo), and so does its config file.\n"
+        "--alphas and --members replace its alpha and num_members. Examples must be held out: give\n"
+        "--test_split_size 0.1, or --eval_strategy epoch if the data have a test split."
     )

@@ -35,7 +35,7 @@ def run_training(command: TrainingCommand, argv: Sequence[str]) -> int:
     if settings.values.get("dry_run"):
         with no_empty_folder(settings.values.get("output_dir")):
             watch.show(prepare(settings, watch), is_dry=True)
-        out.print("\nA dry run: nothing was written. Without --dry_run this trains.")
+        out.print("\nA dry run: nothing was written. Without --dry_run, the same command trains.")
         return 0
     try:
         run(settings, watch)
@@ -63,11 +63,11 @@ _AFTER = {
 }
 # Help for keys for which TRL's own text would mislead.
 OUR_HELP = {
-    "model_name_or_path": "The base model, a folder or a hub id; or a folder of an ensemble or adapter to go on with",
+    "model_name_or_path": "The base model, a folder or a hub id; or an ensemble or adapter, to train it further",
     "dataset_name": "Your data: a json, jsonl, csv or parquet file, or a hub id",
-    "output_dir": "The folder for checkpoints and the ensemble; the same command goes on from what it holds",
-    "pad_token": "Token to pad with, where the tokenizer has none or pads with its end of text",
-    "ld_alpha": "Weight of the tokens by which a completion is longer than the other; 1 if not given",
+    "output_dir": "The folder for checkpoints and the ensemble; the same command continues from what is there",
+    "pad_token": "Token to pad with, if the tokenizer has none or pads with its end of text",
+    "ld_alpha": "Weight of the tokens that make one completion longer than the other; 1 if not given",
     "bf16": "Mixed precision; on unless fp16 is set",
 }
 

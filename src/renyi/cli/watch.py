@@ -3,6 +3,8 @@
 `renyi.runs.run` calls `TrainingWatch` as the run goes on. Read next: `command.py`, what differs between methods.
 """
 
+import json
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from renyi.cli.command import TrainingCommand
-from renyi.cli.console import as_text, bytes_text, facts, headed
+from renyi.cli.console import as_text, bytes_text, facts, headed, typed
 from renyi.cli.progress import Progress
 from renyi.data import sample, told_cut, told_tokenizer
 from renyi.files import write_whole
@@ -264,7 +266,8 @@ def _show_files(out: Console, command: TrainingCommand, ready: Run) -> None:
     if ready.trainer.args.push_to_hub:
         out.print(f"\nPushed to {ready.trainer.hub_model_id}", soft_wrap=True)
     out.print(headed("Next"))
-    for line in (f"renyi report {folder}", *command.next(folder, ready.settings.values["dataset_name"])):
-        out.print(f"  {line}", soft_wrap=True)
-    in_python = f'  from renyi import LoraEnsemble; LoraEnsemble.load("{folder}")'
+    quoted, data = (shlex.quote(name) for name in (folder, ready.settings.values["dataset_name"]))
+    for line in (f"renyi report {quoted}", *command.next(quoted, data)):
+        out.print(f"  {typed(line)}", soft_wrap=True)
+    in_python = f"  import renyi; renyi.load({json.dumps(folder, ensure_ascii=False)})"
     out.print(Text.assemble(in_python, ("   in Python", "dim")), soft_wrap=True)

@@ -165,7 +165,7 @@ def _refuse_whole_model(folder: Path) -> None:
     raise EnsembleFormatError(
         f"is a whole model ({architecture}), not an ensemble of adapters",
         where=str(folder),
-        hint=f"Train an ensemble on it: renyi sft --model_name_or_path {folder} …",
+        hint=f"Train an ensemble on it: renyi sft --model_name_or_path {folder} --dataset_name DATA --output_dir OUT",
     )
 
 

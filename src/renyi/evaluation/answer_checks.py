@@ -112,7 +112,7 @@ def _pattern(text: str) -> re.Pattern[str]:
     try:
         pattern = re.compile(text)
     except re.error as error:
-        raise ConfigError(f"{text!r} is no regular expression ({error})", where=_WHERE, hint="Mend it.") from error
+        raise ConfigError(f"{text!r} is no regular expression ({error})", where=_WHERE, hint="Correct it.") from error
     if not pattern.groups:
         hint = "Put what is compared with the answer into parentheses, as in regex:The answer is (.+)"
         raise ConfigError(f"{text!r} has no group", where=_WHERE, hint=hint)

@@ -83,7 +83,9 @@ class Resampled(Settings):
 class Compared(Settings):
     """Settings of tasks that put other ensembles beside the one that is evaluated."""
 
-    baseline: list[str] = setting([], "another ensemble or single adapter to compare with; repeat", "DIR")
+    baseline: list[str] = setting(
+        [], "another ensemble or single adapter to compare with; repeat the flag for more", "DIR"
+    )
 
 
 def is_positive(value: float) -> bool:

@@ -270,7 +270,9 @@ def _read(ensemble: str | Path, members: Sequence[int] | None, base: str | None)
                 f"there is no member {member}", where="--member", hint=f"Members are 0 to {len(known) - 1}."
             )
     if len(set(chosen)) < len(chosen) or not chosen:
-        raise ConfigError(f"{chosen} names none or one twice", where="--member", hint="Name each member once.")
+        raise ConfigError(
+            f"{chosen} names no member, or one member twice", where="--member", hint="Name each member once."
+        )
     weights = [manifest.weights[m] for m in chosen]
     if sum(weights) == 0:
         raise EnsembleFormatError("every member chosen has weight 0", where=str(folder), hint="Choose others.")

@@ -59,7 +59,7 @@ def check_length(newest: Path | None, num_steps: int, where: Where = str) -> Non
         raise ConfigError(
             f"this run has {num_steps} steps, and {newest} has taken {taken}",
             where=where("max_steps"),
-            hint="Choose another output_dir, or as many steps or more.",
+            hint="Choose another output_dir, or give at least as many steps.",
         )
 
 
@@ -108,7 +108,7 @@ def checkpoints_of(args: EnsembleConfig) -> Checkpoints:
         raise ConfigError(
             f"{output_dir} holds a trained ensemble and no checkpoint to go on from",
             where="output_dir",
-            hint="Choose another output_dir, or remove the folder to train anew.",
+            hint="Choose another output_dir, or remove the folder to train from the beginning.",
         )
     return found
 

@@ -164,8 +164,8 @@ class Record:
             raise ConfigError(
                 f"{folder} holds a run with {'; '.join(differing)}",
                 where="output_dir",
-                hint="Choose another output_dir, or give the settings that it began with. Its length may change, and "
-                "what only concerns logging, saving and speed.",
+                hint="Choose another output_dir, or give the settings that it began with. You may change its length, "
+                "and settings that only concern logging, saving and speed.",
             )
 
     def differences(self, there: "Record") -> list[str]:

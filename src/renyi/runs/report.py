@@ -5,6 +5,7 @@ Nothing is trained or loaded here but the adapters' files. Read next: `renyi.eva
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,7 @@ def _evaluations(folder: Path) -> list[Section]:
         inside = file.parent.relative_to(folder)
         sections += [Note(f"Evaluation: {report.title}", f"{report.subtitle} (from {inside})"), *report.sections]
     if not sections and (folder / MANIFEST_FILE).is_file():
-        how = f"renyi evaluate {folder} DATA --task choice --report {folder / 'evaluation'}"
+        quoted, inside = shlex.quote(str(folder)), shlex.quote(str(folder / "evaluation"))
+        how = f"renyi evaluate {quoted} DATA --task choice --report {inside}"
         sections = [Note("Evaluation", f"There is none in this folder. To add one: {how}")]
     return sections

@@ -51,10 +51,10 @@ class PolicyConfig(MemberConfig):
 class RunArguments:
     """What a run needs besides TRL's settings."""
 
-    dry_run: bool = field(default=False, metadata={"help": "Say what would be trained and stop, writing nothing."})
+    dry_run: bool = field(default=False, metadata={"help": "Show what would be trained, and stop; write nothing."})
     test_split_size: float | None = field(
         default=None,
-        metadata={"help": "Share of the rows to hold out for evaluation, where the data have no test split."},
+        metadata={"help": "Share of the rows to hold out for evaluation, if the data have no test split."},
     )
 
     def __post_init__(self) -> None:
@@ -67,10 +67,10 @@ class TokenizerArguments:
     """Settings of the tokenizer that TRL's SFTConfig has and its other configs do not have."""
 
     chat_template_path: str | None = field(
-        default=None, metadata={"help": "A .jinja file, or a tokenizer to take the chat template of."}
+        default=None, metadata={"help": "A .jinja file, or a tokenizer whose chat template is used."}
     )
     eos_token: str | None = field(
-        default=None, metadata={"help": "Token that ends a text, where it is not the tokenizer's own."}
+        default=None, metadata={"help": "Token that ends a text, if it is not the tokenizer's own."}
     )
 
 
@@ -190,7 +190,7 @@ class SweepArguments:
     )
     members: list[int] = field(
         default_factory=lambda: [1, 4],
-        metadata={"help": "Numbers of members to try; 1 is a single adapter, trained once whatever alphas are."},
+        metadata={"help": "Numbers of members to try; 1 is a single adapter, trained once for all alphas."},
     )
 
     def __post_init__(self) -> None:
@@ -272,6 +272,7 @@ def _refuse_what_several_runs_cannot(run: Settings) -> None:
     if args.world_size > 1:
         raise ConfigError(
             f"there are {args.world_size} processes, and a sweep is one",
-            hint="Train cells by `torchrun … -m renyi sft --output_dir OUT/alpha_0.3_members_4 …` with the sweep's own "
-            "settings; the sweep then finds them finished.",
+            hint="Train a cell by itself with the sweep's settings, and the sweep finds it finished: torchrun "
+            "--nproc_per_node 2 -m renyi sft --config FILE.yaml --output_dir OUT/alpha_0.3_members_4 --alpha 0.3 "
+            "--num_members 4",
         )

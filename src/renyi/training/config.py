@@ -83,7 +83,7 @@ class EnsembleConfig(_BeforeConfig):
         default=0.2, metadata={"help": "Share of training with alpha 0, before members part."}
     )
     alpha_ramp_ratio: float = field(
-        default=0.2, metadata={"help": "Share of training in which alpha then rises to its value."}
+        default=0.2, metadata={"help": "Share of training after that in which alpha rises to its value."}
     )
     routing_quantity: str = field(
         default="sequence",
@@ -108,7 +108,7 @@ class EnsembleConfig(_BeforeConfig):
     )
     token_budget: int | None = field(
         default=None,
-        metadata={"help": "Most tokens of a pass, over all members; by default what one member's batch may hold."},
+        metadata={"help": "The most tokens of a pass, over all members; by default what one member's batch may hold."},
     )
     mixture_weights: str = field(
         default="uniform",
@@ -122,7 +122,9 @@ class EnsembleConfig(_BeforeConfig):
     )
     prior_std: float | None = field(
         default=None,
-        metadata={"help": "Standard deviation of a Gaussian prior around each member's initial values; none if unset."},
+        metadata={
+            "help": "Standard deviation of a Gaussian prior around each member's initial values; no prior if unset."
+        },
     )
     kl_warmup_ratio: float = field(
         default=0.0, metadata={"help": "Share of training in which the prior's weight rises from 0 to 1."}
@@ -139,7 +141,8 @@ class EnsembleConfig(_BeforeConfig):
         default=1.0, metadata={"help": "Temperature of langevin members; 0 moves them by the gradient alone."}
     )
     keep_snapshots: int = field(
-        default=0, metadata={"help": "Sets of langevin members from the second half of training to keep as well."}
+        default=0,
+        metadata={"help": "How many sets of langevin members from the second half of training to keep as well."},
     )
     std_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the logarithms of random members' standard deviations."}

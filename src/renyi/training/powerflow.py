@@ -93,11 +93,14 @@ class PowerFlowConfig(EnsembleConfig, GRPOConfig):
     )
     balance: str = field(
         default="length_aware",
-        metadata={"help": "The loss: length_aware, or for comparison by whole sequences.", "choices": list(BALANCES)},
+        metadata={"help": "The loss: length_aware, or another one for comparison.", "choices": list(BALANCES)},
     )
     partition: str = field(
         default="group",
-        metadata={"help": "log Z' of a prompt: the mean over its rollouts, or a head's.", "choices": list(PARTITIONS)},
+        metadata={
+            "help": "Where log Z' of a prompt comes from: group (the mean over its rollouts), or a learned head.",
+            "choices": list(PARTITIONS),
+        },
     )
     partition_learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of a learned partition."})
     reference: str = field(
@@ -106,20 +109,21 @@ class PowerFlowConfig(EnsembleConfig, GRPOConfig):
     )
     reference_pool: str = field(
         default="arithmetic",
-        metadata={"help": "How a reference of several members is one distribution.", "choices": list(POOLS)},
+        metadata={"help": "How several reference members become one distribution.", "choices": list(POOLS)},
     )
     format_penalty: str | None = field(
         default=None,
         metadata={"help": "A regular expression that completions should match, or package.module:function."},
     )
     format_penalty_size: float = field(
-        default=1.0, metadata={"help": "What a completion that does not match loses, nats a token."}
+        default=1.0, metadata={"help": "Penalty of a completion that does not match, in nats a token."}
     )
     length_penalty: float = field(
-        default=0.0, metadata={"help": "What a completion cut at max_completion_length loses, nats a token."}
+        default=0.0, metadata={"help": "Penalty of a completion that is cut at max_completion_length, in nats a token."}
     )
     max_prompt_length: int | None = field(
-        default=None, metadata={"help": "Tokens above which a prompt is refused; what the model can read if unset."}
+        default=None,
+        metadata={"help": "The most tokens of a prompt; a longer one is refused. If unset, what the model can read."},
     )
 
     def __post_init__(self) -> None:

@@ -65,7 +65,11 @@ def as_ensemble(
                 hint=f"Leave out peft_config and set num_members={model.num_members}.",
             )
         if (mesh.size if mesh else 1) != args.member_parallel:
-            raise ConfigError("the ensemble is split otherwise", where="member_parallel", hint="Save it and load it.")
+            raise ConfigError(
+                "the ensemble is split over another number of processes",
+                where="member_parallel",
+                hint="Save it, and load it again.",
+            )
         if args.member_kind not in ("point", model.stack.kind):
             raise ConfigError(
                 f"the members of the given ensemble are {model.stack.kind}, not {args.member_kind}",

@@ -42,7 +42,7 @@ class ChoiceSettings(Grouped, Compared, Resampled):
     choice_by: Literal["letter", "text", "text_normalised"] = setting(
         "letter", "what is scored: letter, text, or text_normalised"
     )
-    ood: str | None = setting(None, "questions from elsewhere: does uncertainty tell them apart?", "DATA2")
+    ood: str | None = setting(None, "questions from elsewhere: can uncertainty separate them from DATA?", "DATA2")
     ood_split: str | None = setting(None, "split of --ood to read; by default test if there is one", "SPLIT")
     calibration: float | None = setting(
         None,

@@ -37,7 +37,11 @@ LEAD = 30  # characters shown of what both completions begin with
 class PreferenceSettings(Grouped, Resampled, Compared):
     """Settings of the preference task."""
 
-    contested: str | None = setting(None, "true where annotators contradict each other: is that found?", "COLUMN")
+    contested: str | None = setting(
+        None,
+        "a column that is true where annotators contradict each other; says how well uncertainty finds these",
+        "COLUMN",
+    )
     reference: Literal["kept", "base"] = setting(
         "kept", "what margins are measured against: kept, as in training, or base"
     )

@@ -47,15 +47,17 @@ class RefusalSettings(Grouped):
     """Settings of the refusal task."""
 
     safe: str | None = setting(
-        None, "safe or unsafe, true or false; by default safe, or XSTest's label or type", "COLUMN"
+        None, "a column of safe or unsafe, or true or false (default: safe, or XSTest's label or type)", "COLUMN"
     )
     completions: str | None = setting(
-        None, "a list of the members' answers; by default they answer now, greedily", "COLUMN"
+        None, "a column with a list of the members' answers (default: they answer now, greedily)", "COLUMN"
     )
-    classifier: str | None = setting(None, "yours: (completion, prompt) to true for a refusal", "MODULE:FUNCTION")
-    max_new_tokens: int = setting(128, "length of an answer at most", "N")
+    classifier: str | None = setting(
+        None, "your function of (completion, prompt), true for a refusal", "MODULE:FUNCTION"
+    )
+    max_new_tokens: int = setting(128, "the most tokens of an answer", "N")
     batch_size: int = setting(8, "prompts that are answered together", "N")
-    as_text: bool = setting(False, "prompts of text as they are, even if there is a chat template")
+    as_text: bool = setting(False, "continue prompts of text without the chat template")
 
     def validate(self) -> None:
         super().validate()

@@ -43,25 +43,31 @@ DRAWING = (
 class SamplingSettings(Compared, Resampled):
     """Settings of the sampling task."""
 
-    baseline: list[str] = setting([], f"another ensemble to sample beside it, or {BASE}: its base alone; repeat", "DIR")
+    baseline: list[str] = setting(
+        [], f"another ensemble to sample beside it, or {BASE}: its base alone; repeat the flag for more", "DIR"
+    )
     samples: int = setting(16, "samples of every prompt", "K")
-    temperature: float = setting(1.0, "to sample at; 1 is the model itself", "T")
-    top_p: float = setting(1.0, "sample from the likeliest tokens of this mass", "P")
-    seed: int = setting(0, "of the sampling", "N")
+    temperature: float = setting(1.0, "temperature of the samples; 1 is the model itself", "T")
+    top_p: float = setting(1.0, "sample from the likeliest tokens of this total probability", "P")
+    seed: int = setting(0, "seed of the sampling", "N")
     member: int | None = setting(None, "sample from one member, counted from 0; by default the mixture", "M")
-    max_new_tokens: int = setting(128, "length of a sample at most", "N")
+    max_new_tokens: int = setting(128, "the most tokens of a sample", "N")
     batch_size: int = setting(8, "prompts that are sampled together", "N")
-    baseline_temperature: list[float] = setting([], "the base at this temperature beside it; repeat", "T")
-    answer: str | None = setting(None, "the right answer, or a list of them; by default answer", "COLUMN")
-    check: str | None = setting(None, f"whether a sample is right: {CHECKS}; exact", "HOW")
+    baseline_temperature: list[float] = setting(
+        [], "also sample the base at this temperature; repeat the flag for more", "T"
+    )
+    answer: str | None = setting(
+        None, "the column of the right answer, or of a list of them (default: answer)", "COLUMN"
+    )
+    check: str | None = setting(None, f"whether a sample is right: {CHECKS} (default: exact)", "HOW")
     samples_from: str | None = setting(
-        None, "lines with index and sample, as --output writes them, to evaluate instead", "FILE"
+        None, "evaluate these lines (index and sample, as --output writes them) instead of sampling", "FILE"
     )
 
     def validate(self) -> None:
         super().validate()
         if self.samples_from and self.member is not None:
-            raise ConfigError("goes without --member", where="samples_from", hint="Give one or the other.")
+            raise ConfigError("cannot be combined with --member", where="samples_from", hint="Give one or the other.")
         for name in ("samples", "max_new_tokens", "batch_size"):
             self.require(is_positive(getattr(self, name)), name, "Give an integer above 0.")
         self.require(is_positive(self.temperature), "temperature", "Give a number above 0.")
