@@ -27,7 +27,8 @@ class FakeVllm:
 
     Attributes:
         fault: None, or "row" (after two tokens a step runs without the last row), "token" (the last row then gets
-            another token), "end" (the last row's stream then ends), "error" (vLLM ends the requests).
+            another token), "end" (the last row's stream then ends), "error" (vLLM ends the requests), "refuse" (no
+            group is admitted).
         cancelled: names of requests whose clients went away.
         begun: groups that were run.
         open, most: requests that are open, and the most that ever were.
@@ -39,7 +40,7 @@ class FakeVllm:
         self.begun = self.open = self.most = 0
         self.seconds = 0.0
         self._ensemble, self._names = ensemble, names
-        facts = {"format": FORMAT, "rows": rows, "step_tokens": 256, "positions": 64, "adapters": len(names)}
+        facts = {"format": FORMAT, "rows": rows, "step_tokens": 256, "positions": 128, "adapters": len(names)}
         self.records = Broadcaster("127.0.0.1", 0, None, facts)
         self._admission = Admission(Room(rows, 256, 1000, len(names)))
         self._queues: dict[str, asyncio.Queue[Any]] = {}
@@ -79,6 +80,8 @@ class FakeVllm:
             name = secrets.token_hex(4)
             queue = self._queues[name] = asyncio.Queue()
             membership = membership_of(body["vllm_xargs"])
+            if self.fault == "refuse" and membership.size > 1:
+                return JSONResponse({"error": {"message": "Internal server error"}}, 500)
             like = {key: value for key, value in body.items() if key not in ("model", "vllm_xargs")}
             adapter = self._names.index(body["model"])
             need = Need(len(body["prompt"]), 1, adapter)
@@ -114,7 +117,10 @@ class FakeVllm:
 
     def _scored(self, body: Any) -> Any:
         log_p = self._logits(body["prompt"]).log_softmax(-1)[self._names.index(body["model"])]
-        found = [None, *({str(t): {"logprob": float(log_p[i, t])}} for i, t in enumerate(body["prompt"][1:]))]
+        found: list[Any] = [None]
+        for at, token in enumerate(body["prompt"][1:]):
+            named = [*log_p[at].topk(body["prompt_logprobs"]).indices.tolist(), token]
+            found.append({str(t): {"logprob": float(log_p[at, t])} for t in named})
         return {"choices": [{"prompt_logprobs": found}]}
 
     async def _run(self, group: Any) -> None:

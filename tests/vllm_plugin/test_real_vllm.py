@@ -199,7 +199,7 @@ def test_greedy_answers_of_mixed_lengths_are_our_own(served, mixture):
     assert epistemic > 0.05  # the members differ, so that a member alone would not have answered so
 
 
-@pytest.mark.parametrize("mixture", ["sequence", "token"])
+@pytest.mark.parametrize("mixture", ["sequence", "token", "sampled"])
 def test_samples_have_the_mixtures_probabilities(served, mixture):
     """Total variation between 1,500 samples and the enumerated distribution is what chance makes it."""
     several, length, prompt = 1500, 3, [2, 3, 5]
@@ -220,7 +220,7 @@ def test_samples_have_the_mixtures_probabilities(served, mixture):
     counts = torch.zeros(len(sequences), dtype=torch.float64)
     for answer in served.answers(*asked):
         counts[index[tuple(token.token for token in answer)]] += 1
-    p = exact[mixture]
+    p = exact["token" if mixture == "token" else "sequence"]
     found = float((counts / several - p).abs().sum() / 2)
     drawn = torch.distributions.Multinomial(several, p)
     torch.manual_seed(0)

@@ -5,11 +5,12 @@ import asyncio
 import pytest
 import torch
 from fake_vllm import FakeVllm
-from openai import OpenAI
-from serving import Live, tiny_folder
+from openai import BadRequestError, OpenAI
+from serving import Live, live, tiny_folder
 
 from renyi.cli.main import main
 from renyi.errors import BusyError, ConfigError, EngineError
+from renyi.inference.abstention import remove_abstention, write_abstention
 from renyi.serve.engine import EngineRequest
 from renyi.serve.replica import Capacity, ReplicaAddress, address_of
 from renyi.serve.run import ServerSettings, answers_of
@@ -203,8 +204,9 @@ def test_what_it_refuses(loaded, fake):
 
     async def main():
         await engine.start()
-        with pytest.raises(ConfigError, match="--max-num-batched-tokens"):
-            engine.submit(request([5] * 86))
+        for wrong in (request([5] * 86, mixture="token"), request([5] * 257), request([5] * 257, member=1)):
+            with pytest.raises(ConfigError, match="--max-num-batched-tokens"):
+                engine.submit(wrong)
         with pytest.raises(ConfigError, match="needs sampling"):
             engine.submit(request(settings={"do_sample": False, "temperature": 0.5}))
         assert engine.load().waiting == 0
@@ -243,6 +245,134 @@ def test_the_command_says_what_is_missing(loaded, capsys, flags, parts):
     said = " ".join(capsys.readouterr().err.split())
     assert all(part in said for part in parts)
     assert "Traceback" not in said
+
+
+# ---- One member for the mixture --------------------------------------------------------------------------------------
+
+
+def streamed(engine, *requests):
+    """Of requests that are made at once, the streams and their tokens, or errors."""
+
+    async def main():
+        await engine.start()
+        try:
+            streams = [engine.submit(request) for request in requests]
+            answers = await asyncio.gather(*map(collected, streams), return_exceptions=True)
+            return list(zip(streams, answers, strict=True))
+        finally:
+            await engine.stop()
+
+    return asyncio.run(main())
+
+
+def members_log_probs(loaded, prompt, answer):
+    """[M, N] float64, log p_m of each token of an answer."""
+    with torch.inference_mode(), loaded.ensemble.inference():
+        ids = torch.tensor([[*prompt, *answer]])
+        log_p = loaded.ensemble.logits(ids)[:, 0, len(prompt) - 1 : -1].double().log_softmax(-1)
+    return log_p.gather(-1, torch.tensor(answer).expand(len(log_p), -1)[..., None]).squeeze(-1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "prompt", "mixture", "why"),
+    [
+        (None, [5, 6, 7], "sampled", "the request asks for it"),
+        (None, [5] * 86, "sequence", "86 tokens, and vLLM reads 256 in a step for 3 members"),
+        ("refuse", [5, 6, 7], "sequence", "Internal server error"),
+    ],
+)
+def test_where_members_cannot_answer_together_one_does_and_all_rescore(loaded, fake, fault, prompt, mixture, why):
+    fake.fault = fault
+    sampling = {"settings": {"temperature": 1.0, "top_k": 0}, "seed": 3}
+    more = {**sampling, "mixture": mixture, "alternatives": 2, "members": True}
+    ((stream, answer),) = streamed(engine_of(loaded, fake), request(prompt, **more))
+    assert why in stream.sampled.why
+    tokens = [token.token for token in answer]
+    (alone,) = answered(engine_of(loaded, fake), request(prompt, member=stream.sampled.member, **sampling))
+    assert tokens == [token.token for token in alone]
+    assert [token.finish for token in answer] == [None] * 5 + ["length"]
+    own = members_log_probs(loaded, prompt, tokens)
+    log_w = loaded.ensemble.weights.double().log()
+    exact = (log_w[:, None] + own.cumsum(1)).logsumexp(0)
+    assert torch.tensor([token.log_prob for token in answer]).cumsum(0).tolist() == pytest.approx(
+        exact.tolist(), abs=1e-4
+    )
+    weights = torch.tensor([token.weights for token in answer[1:]]).T
+    expected = (log_w[:, None] + own.cumsum(1)[:, :-1]).softmax(0)
+    torch.testing.assert_close(weights, expected.float(), rtol=0, atol=1e-5)
+    assert all(0 <= token.epistemic <= token.total for token in answer)
+
+
+def test_an_answer_of_the_mixture_of_tokens_is_no_members(loaded, fake):
+    fake.fault = "refuse"
+    ((stream, error),) = streamed(engine_of(loaded, fake), request(mixture="token"))
+    assert isinstance(error, EngineError)
+    assert stream.sampled is None
+
+
+def test_members_are_drawn_by_their_weights(loaded, fake):
+    found = streamed(
+        engine_of(loaded, fake, most=1000), *(request(tokens=1, seed=s, mixture="sampled") for s in range(45))
+    )
+    counts = [sum(stream.sampled.member == member for stream, _ in found) for member in range(3)]
+    assert all(abs(count - 15) < 4 * (45 * 2 / 9) ** 0.5 for count in counts)
+
+
+def test_greedy_answers_of_one_member_are_the_same_again(loaded, fake):
+    (_, first), (_, again) = streamed(engine_of(loaded, fake), *[request(mixture="sampled")] * 2)
+    assert [token.token for token in first] == [token.token for token in again]
+
+
+def test_an_echo_is_what_ours_would_be(loaded, fake):
+    prompt = [5, 6, 7, 30, 12]
+    for fault in (None, "refuse"):
+        fake.fault = fault
+        (answer,) = answered(engine_of(loaded, fake), request(prompt, echo=True))
+        own = members_log_probs(loaded, prompt[:1], prompt[1:])
+        exact = (loaded.ensemble.weights.double().log()[:, None] + own.cumsum(1)).logsumexp(0)
+        echoed = torch.tensor([token.log_prob for token in answer[:4]]).cumsum(0).tolist()
+        assert echoed == pytest.approx(exact.tolist(), abs=1e-4)
+        assert len(answer) == 4 + 6
+
+
+def test_a_response_says_that_one_member_answered(loaded, fake, caplog):
+    caplog.set_level("INFO", "renyi.serve.requests")
+    settings = ServerSettings()
+    engine = engine_of(loaded, fake)
+    server = Live(answers_of(engine, engine, settings), settings)
+    write_abstention(loaded.folder, {"score": "epistemic", "threshold": 0.5})
+    server.answers.abstention = loaded.abstention
+    server.start()
+    try:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 5, "seed": 1}
+        exact = client.chat.completions.create(**asked).choices[0].model_extra["uncertainty"]
+        assert exact["mixture"] == "sequence"
+        assert exact["threshold"]["score"] == "epistemic"
+        assert "sampled" not in exact
+        alone = client.chat.completions.create(**{**asked, "model": "member_1"}).choices[0].model_extra["uncertainty"]
+        assert alone["mixture"] is None
+        fake.fault = "refuse"
+        sampled = client.chat.completions.create(**asked).choices[0].model_extra["uncertainty"]
+        assert sampled["mixture"] == "sampled"
+        assert sampled["sampled"]["model"] in NAMES
+        assert "Internal server error" in sampled["sampled"]["why"]
+        assert sampled["threshold"] is None  # it bounds an uncertainty that is not known here
+        with pytest.raises(BadRequestError, match="cannot be judged"):
+            client.chat.completions.create(**asked, extra_body={"withhold": True})
+        with pytest.raises(BadRequestError, match="does not go with mixture: sampled"):
+            client.chat.completions.create(**asked, extra_body={"withhold": True, "mixture": "sampled"})
+        assert any('"sampled": 1' in record.getMessage() for record in caplog.records)
+    finally:
+        server.stop()
+        remove_abstention(loaded.folder)
+
+
+def test_our_engine_has_no_need_of_it(loaded):
+    with live(loaded) as server:
+        client = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        with pytest.raises(BadRequestError, match="--engine vllm"):
+            client.completions.create(model="tiny", prompt="w1", extra_body={"mixture": "sampled"})
 
 
 def test_scores_are_our_own(loaded, fake):

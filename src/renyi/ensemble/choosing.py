@@ -4,6 +4,7 @@
 choose the same tokens. Read next: `decode.py`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def step(
     logits_KBV: Tensor,
     log_w_KB: Tensor,
     ids_BT: Tensor,
-    choice: TokenChoice,
+    choice: TokenChoice | Callable[[Tensor, Tensor], Tensor],
     by_token: bool = False,
     unfinished_B: Tensor | None = None,
     pad: Tensor | None = None,
@@ -71,7 +72,7 @@ def step(
         logits_KBV: each member's logits of the next token.
         log_w_KB: the running weights, normalised, float64.
         ids_BT: prompts and answers so far, for the processors.
-        choice: how the token is chosen.
+        choice: how the tokens are chosen, from the ids so far and the scores, such as a `TokenChoice`.
         by_token: whether the weights stay as they are.
         unfinished_B: False for rows that have ended, which get the token `pad`. None if no row has.
         pad: a scalar.

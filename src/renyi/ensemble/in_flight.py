@@ -36,11 +36,12 @@ class Flight:
 
     Attributes:
         member: the only member that reads it, or None for all M. K is 1 or M.
+        keeps_all: whether to get the logits after each new token, and not after the last one alone.
         length: L, the number of tokens that have been read.
     """
 
-    def __init__(self, member: int | None = None):
-        self.member, self.length = member, 0
+    def __init__(self, member: int | None = None, keeps_all: bool = False):
+        self.member, self.keeps_all, self.length = member, keeps_all, 0
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, layer: int, key_KHtD: Tensor, value_KHtD: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,19 +115,20 @@ class InFlight:
         """Read new tokens of some sequences; each occurs once.
 
         Returns:
-            For each sequence the logits [K, 1, V] after its last new token, as the model gives them.
+            For each sequence the logits [K, N, V] after its last new token, or after each, as the model gives them.
         """
         return self._run(work, set())
 
     def _run(self, work: Sequence[tuple[Flight, Sequence[int]]], sliding: set[int]) -> list[Tensor]:
         members, parts, width = _layout(work, self.ensemble.num_members)
         ids, positions = (torch.zeros(len(members), width, dtype=torch.long) for _ in range(2))
-        last: list[int] = []
+        kept: list[int] = []
         for (flight, new), part in zip(work, parts, strict=True):
             at = part.blocks, slice(part.start, part.stop)
             ids[at] = torch.tensor(new)
             positions[at] = torch.arange(flight.length, flight.length + len(new))
-            last += [block * width + part.stop - 1 for block in range(len(members))[part.blocks]]
+            asked = range(part.start if flight.keeps_all else part.stop - 1, part.stop)
+            kept += [block * width + place for block in range(len(members))[part.blocks] for place in asked]
         device = self._base.device
         packed = _Packed(parts, len(members), width, self._attention, sliding)
         is_all = len(members) == self.ensemble.num_members  # then no matrices need be picked out
@@ -135,12 +137,14 @@ class InFlight:
                 input_ids=ids.view(1, -1).to(device),
                 position_ids=positions.view(1, -1).to(device),
                 use_cache=False,
-                logits_to_keep=torch.tensor(last, device=device),
+                logits_to_keep=torch.tensor(kept, device=device),
             ).logits[0]
         for flight, new in work:
             flight.length += len(new)
-        rows = [len(range(len(members))[part.blocks]) for part in parts]
-        return [own[:, None] for own in logits.split(rows)]
+        blocks = [len(range(len(members))[part.blocks]) for part in parts]
+        several = [len(new) if flight.keeps_all else 1 for flight, new in work]
+        rows = logits.split([k * n for k, n in zip(blocks, several, strict=True)])
+        return [own.view(k, -1, own.shape[-1]) for own, k in zip(rows, blocks, strict=True)]
 
     @contextmanager
     def _attending(self, packed: _Packed) -> Iterator[None]:

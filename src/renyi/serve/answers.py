@@ -19,10 +19,10 @@ from renyi.errors import ConfigError, DataError, EngineError
 from renyi.inference.abstention import FIND_ONE, Abstention
 from renyi.inference.generate import PromptRow, prompt_ids
 from renyi.serve import forms
-from renyi.serve.engine import Engine, EngineRequest, TokenStream
+from renyi.serve.engine import Engine, EngineRequest, EngineToken, TokenStream
 from renyi.serve.forms import Chosen
 from renyi.serve.schemas import ChatBody, CompletionBody, SamplingBody, ScoreBody
-from renyi.serve.writing import Writing, Written
+from renyi.serve.writing import Writing, Written, echoed
 
 # Arguments of the function that renders a chat. All others are variables of the template, which a client may set.
 _NOT_OF_TEMPLATES = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
@@ -137,7 +137,7 @@ class Answers:
             raise ConfigError(f"may not give {wrong[0]}", where="chat_template_kwargs", hint="Leave it out.")
         ids = await self._tokens({"prompt": messages, "chat_template_kwargs": given})
         wanted = body.max_completion_tokens or body.max_tokens
-        return self._task(body, [ids], wanted, body.top_logprobs or 0, bool(body.logprobs), is_chat=True)
+        return self._task(body, [ids], wanted, body.top_logprobs or 0, bool(body.logprobs))
 
     async def completion(self, body: CompletionBody) -> "Task":
         """The task that a completion's body asks for; see `chat`."""
@@ -152,7 +152,7 @@ class Answers:
             else:
                 prompts.append(await self._tokens(prompt, number))
         wanted = body.max_tokens or min(_COMPLETION_TOKENS, self.limits.max_tokens)
-        return self._task(body, prompts, wanted, body.logprobs or 0, body.logprobs is not None, is_chat=False)
+        return self._task(body, prompts, wanted, body.logprobs or 0, body.logprobs is not None)
 
     async def _tokens(self, prompt: PromptRow, number: int = 1) -> list[int]:
         """The tokens of a prompt, found beside the event loop, which a long one would hold up."""
@@ -160,7 +160,7 @@ class Answers:
         return await run(self._encoder, prompt_ids, prompt, self.engine.tokenizer, number)
 
     def _task(
-        self, body: SamplingBody, prompts: list[list[int]], wanted: int | None, top: int, logprobs: bool, is_chat: bool
+        self, body: SamplingBody, prompts: list[list[int]], wanted: int | None, top: int, logprobs: bool
     ) -> "Task":
         member = self._member(body.model)
         choices = body.n or 1
@@ -184,11 +184,12 @@ class Answers:
                 seed=None if body.seed is None else _seed(body.seed, choice),
                 alternatives=top,
                 members=body.members,
+                echo=isinstance(body, CompletionBody) and bool(body.echo),
             )
             for number, ids in enumerate(prompts, start=1)
             for choice in range(choices)
         ]
-        return Task(self, body, requests, sum(map(len, prompts)), logprobs, is_chat, abstention)
+        return Task(self, body, requests, sum(map(len, prompts)), logprobs, abstention)
 
     def _settings(self, body: SamplingBody) -> dict[str, Any]:
         """How tokens are chosen: as the body says, else as the base's config says, else from the whole mixture."""
@@ -264,6 +265,8 @@ class Task:
 
     Attributes:
         used: tokens so far.
+        finished: how each answer that is complete ended.
+        sampled: how many of them are one member's and not the mixture's.
         on_first_token: called when the first token has come.
     """
 
@@ -274,18 +277,19 @@ class Task:
         requests: list[EngineRequest],
         prompt_tokens: int,
         logprobs: bool,
-        is_chat: bool,
         abstention: Abstention | None,
     ):
         self._answers, self._body, self._requests = answers, body, requests
-        self._logprobs, self._is_chat, self._abstention = logprobs, is_chat, abstention
+        self._logprobs, self._is_chat, self._abstention = logprobs, isinstance(body, ChatBody), abstention
+        self._is_echo = any(request.echo for request in requests)
         self._head = {
-            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}",
+            "id": f"{'chatcmpl' if self._is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": body.model,
         }
         self._prompt_tokens = prompt_tokens
         self.finished: list[str] = []
+        self.sampled = 0
         self.used = Usage(prompt_tokens, 0)
         self.on_first_token: Callable[[], object] = lambda: None
 
@@ -341,7 +345,7 @@ class Task:
                     written = held[index] if chosen is not None and not chosen.is_withheld else []
                 text = "".join(w.text for w in written)
                 logprobs = self._told(written, offsets[index]) if self._logprobs else None
-                if text or (logprobs and any(w.token.finish != "stop" for w in written)):
+                if text or (logprobs and logprobs.get("content", logprobs.get("tokens"))):
                     offsets[index] += len(text)
                     yield {**head, "choices": [self._delta(index, {"content": text}, logprobs)]}
                 if chosen is not None:
@@ -359,7 +363,7 @@ class Task:
     def _choice(self, chosen: Chosen, shown: list[Written]) -> dict[str, Any]:
         """One choice of a whole response. A withheld one has no text and no tokens."""
         is_withheld = chosen.is_withheld
-        text = None if is_withheld else chosen.writing.text
+        text = None if is_withheld else "".join(written.text for written in shown)
         refusal = chosen.refusal() if is_withheld else None
         content: dict[str, Any] = {"text": text or ""}
         if self._is_chat:
@@ -375,7 +379,7 @@ class Task:
     def _told(self, written: list[Written], offset: int) -> dict[str, Any]:
         if self._is_chat:
             return forms.chat_logprobs(written, self._names, self._body.members)
-        return forms.completion_logprobs(written, offset, self._names, self._body.members)
+        return forms.completion_logprobs(written, offset, self._names, self._body.members, self._is_echo)
 
     async def _events(self, streams: "list[TokenStream]") -> AsyncGenerator[tuple[int, list[Written], Chosen | None]]:
         """What may be shown of each choice as it comes; with its last event, the choice as a whole.
@@ -400,20 +404,31 @@ class Task:
                 stream.cancel()
 
     async def _read(self, index: int, stream: "TokenStream", came: "asyncio.Queue[Any]") -> None:
-        weights = self._answers.engine.weights if self._requests[index].member is None else [1.0]
-        writing = Writing(self._answers.engine.tokenizer, weights, self._body.stops)
+        request, body, tokenizer = self._requests[index], self._body, self._answers.engine.tokenizer
+        weights = self._answers.engine.weights if request.member is None else [1.0]
+        writing = Writing(tokenizer, weights, body.stops)
+        prompt: list[EngineToken] = []
         try:
             async for token in stream:
+                if request.echo and len(prompt) < len(request.prompt) - 1:
+                    prompt.append(token)
+                    continue
                 if self.used.completion_tokens == 0:
                     self.on_first_token()
                 self.used = Usage(self._prompt_tokens, self.used.completion_tokens + 1)
-                written = writing.add(token)
+                if stream.sampled and body.withhold:
+                    raise ConfigError(f"the answer cannot be judged: {stream.sampled.why}", where="withhold")
+                before = echoed(tokenizer, request.prompt, prompt) if request.echo and not writing.tokens else []
+                written = before + writing.add(token)
                 chosen = None
                 if writing.finish is not None:
+                    sampled, mixture = stream.sampled, None if request.member is not None else request.mixture
                     stream.cancel()
                     self.finished.append(writing.finish)
-                    body = self._body
-                    chosen = Chosen(index, writing, self._names, body.members, self._abstention, body.withhold)
+                    self.sampled += sampled is not None
+                    abstention = None if sampled else self._abstention  # of an uncertainty that is known exactly
+                    own = (body.members, abstention, body.withhold)
+                    chosen = Chosen(index, writing, self._names, mixture, sampled, *own)
                 came.put_nowait((index, written, chosen))
                 if chosen is not None:
                     return

@@ -151,6 +151,8 @@ def create_app(answers: Answers, gate: GateSettings | None = None, log_text: boo
             logged.update(
                 prompt_tokens=used.prompt_tokens, completion_tokens=used.completion_tokens, finish=task.finished
             )
+            if task.sampled:
+                logged["sampled"] = task.sampled
             telemetry.tokens(*used, task.finished)
             if log_text:
                 logged["text"] = text

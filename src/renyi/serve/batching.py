@@ -14,7 +14,7 @@ import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from renyi.data import Limits
-from renyi.ensemble.choosing import TokenChoice, mixture_log_probs, step
+from renyi.ensemble.choosing import Step, TokenChoice, mixture_log_probs, step
 from renyi.ensemble.decode import token_choice
 from renyi.ensemble.in_flight import Flight, InFlight
 from renyi.errors import BusyError, ConfigError, EngineError, RenyiError
@@ -115,6 +115,9 @@ class OurEngine(Engine):
                 where="max_tokens",
                 hint="Ask for fewer tokens, or shorten the prompt.",
             )
+        if request.mixture == "sampled" and request.member is None:
+            hint = "Leave it out: here members answer together."
+            raise ConfigError('"sampled" is for a server with --engine vllm', where="mixture", hint=hint)
         answer = _Answer(request, _OurStream(self))
         with self._changed:
             self._accept(len(self._waiting))
@@ -213,12 +216,13 @@ class OurEngine(Engine):
             for answer, _ in work:
                 answer.is_over = True
             found = []
-        for (answer, chunk), logits_K1V in zip(work, found, strict=False):
+        for (answer, chunk), logits_KNV in zip(work, found, strict=False):
             del answer.unread[: len(chunk)]
-            if answer.unread:
-                continue
             try:
-                told.append((answer.stream, answer.next_token(logits_K1V)))
+                if answer.flight.keeps_all and not answer.written:
+                    told += [(answer.stream, token) for token in answer.echoed(chunk, logits_KNV)]
+                if not answer.unread:
+                    told.append((answer.stream, answer.next_token(logits_KNV[:, -1:])))
             except Exception as error:
                 told.append((answer.stream, _told(error)))
                 answer.is_over = True
@@ -299,13 +303,14 @@ class _Answer:
     def __init__(self, request: EngineRequest, stream: _OurStream):
         self.request, self.stream = request, stream
         self.needed = len(request.prompt) + request.max_new_tokens
-        self.flight = Flight(request.member)
+        self.flight = Flight(request.member, keeps_all=request.echo)
         self.unread = list(request.prompt)
         self.written = 0
         self.is_over = False
         self._choice: TokenChoice | None = None
         self._ids: Tensor
         self._log_w: Tensor
+        self._log_w_echo: Tensor
 
     def begin(self, loaded: Loaded) -> None:
         """Set the sampler and the weights up, before the first step."""
@@ -317,13 +322,25 @@ class _Answer:
         settings = {"max_new_tokens": request.max_new_tokens, **request.settings}
         self._choice = token_choice(ensemble.base, self._ids, seed, **settings)
         weights = ensemble.weights if request.member is None else ensemble.weights.new_ones(1)
-        self._log_w = weights.double().log().log_softmax(0)[:, None]
+        self._log_w = self._log_w_echo = weights.double().log().log_softmax(0)[:, None]
+
+    def echoed(self, chunk: Sequence[int], logits_KNV: Tensor) -> Iterator[EngineToken]:
+        """What the mixture made of the prompt's tokens that follow those of a chunk."""
+        for at, token in enumerate([*chunk[1:], *self.unread[:1]]):
+            given, log_w = self._ids.new_tensor([token]), self._log_w_echo
+
+            def known(ids: Tensor, scores: Tensor, given: Tensor = given) -> Tensor:
+                return given
+
+            now = self._step(logits_KNV[:, at : at + 1], log_w, known)
+            self._log_w_echo = now.log_weights
+            yield self._token(now, log_w, None)
 
     def next_token(self, logits_K1V: Tensor) -> EngineToken:
         """The token that follows what has been read."""
         assert self._choice is not None
         request, log_w = self.request, self._log_w
-        now = step(logits_K1V, log_w, self._ids, self._choice, request.mixture == "token")
+        now = self._step(logits_K1V, log_w, self._choice)
         token = int(now.tokens)
         self._log_w, self._ids = now.log_weights, torch.cat([self._ids, now.tokens[:, None]], dim=-1)
         self.unread.append(token)
@@ -331,18 +348,30 @@ class _Answer:
         is_last = self.written == request.max_new_tokens
         finish = "stop" if token in request.end_tokens else "length" if is_last else None
         self.is_over = finish is not None
+        return self._token(now, log_w, finish)
+
+    def _step(
+        self, logits_K1V: Tensor, log_w: Tensor, choice: TokenChoice | Callable[[Tensor, Tensor], Tensor]
+    ) -> Step:
+        return step(logits_K1V, log_w, self._ids, choice, self.request.mixture == "token")
+
+    def _token(self, now: Step, log_w: Tensor, finish: str | None) -> EngineToken:
+        """A token, and what the mixture with these running weights made of it."""
+        request, token = self.request, int(now.tokens)
+        log_prob = float((log_w + now.log_probs).logsumexp(0))
         several = request.alternatives
-        mixed = _likeliest(mixture_log_probs(now.log_p, log_w), several) if several else [()]
+        mixed = _likeliest(mixture_log_probs(now.log_p, log_w), several)[0] if several else ()
         return EngineToken(
             token=token,
-            log_prob=float((log_w + now.log_probs).logsumexp(0)),
+            log_prob=log_prob,
             weights=log_w.exp()[:, 0].tolist(),
             member_log_probs=now.log_probs[:, 0].tolist(),
             total=float(now.uncertainty.total),
             aleatoric=float(now.uncertainty.aleatoric),
             epistemic=float(now.uncertainty.epistemic),
             variation_ratio=float(now.uncertainty.variation_ratio),
-            alternatives=mixed[0],
+            # The token's own value to the last digit: lm-evaluation-harness compares the two.
+            alternatives=[Alternative(other, log_prob if other == token else value) for other, value in mixed],
             member_alternatives=_likeliest(now.log_p[:, 0], several) if request.members and several else (),
             finish=finish,
         )

@@ -22,7 +22,8 @@ class EngineRequest:
     Attributes:
         prompt: token ids of the prompt, at least one.
         member: the only member that answers, counted from 0; None is the mixture of all members.
-        mixture: "sequence", the mixture of sequences with running weights; or "token", in which weights stay π.
+        mixture: "sequence", the mixture of sequences with running weights; "token", in which weights stay π; or
+            "sampled": one member, drawn by its weight, answers alone, and all members rescore what it said.
         max_new_tokens: the most tokens of the answer, at least one. The API has checked that prompt and answer fit the
             base's positions.
         end_tokens: tokens that end an answer. Such a token is the answer's last.
@@ -31,6 +32,8 @@ class EngineRequest:
         seed: of the sampling; None draws one. The same request with the same seed gives the same answer.
         alternatives: how many of the mixture's likeliest tokens to name with each token.
         members: whether to name as many alternatives of each member as well.
+        echo: whether the prompt's tokens come first, from the second one on: how likely the mixture finds each after
+            those before it. Running weights then begin at π with the prompt, and at π again with the answer.
     """
 
     prompt: Sequence[int]
@@ -42,6 +45,7 @@ class EngineRequest:
     seed: int | None = None
     alternatives: int = 0
     members: bool = False
+    echo: bool = False
 
 
 class Alternative(NamedTuple):
@@ -82,11 +86,31 @@ class EngineToken(NamedTuple):
     finish: str | None = None
 
 
+class Sampled(NamedTuple):
+    """That a member answered alone for the mixture.
+
+    What its tokens say of likelihoods, weights and votes is the mixture's all the same. `total`, `aleatoric` and
+    `epistemic` are lower bounds, and `alternatives` may lack some; see `renyi.serve.rescored`.
+
+    Attributes:
+        member: which one, drawn by its weight.
+        why: why the members could not answer together, or that they were not asked to.
+    """
+
+    member: int
+    why: str
+
+
 class TokenStream(ABC, AsyncIterator[EngineToken]):
     """The tokens of one answer as they come. It ends after the token whose `finish` is not None.
 
     `__anext__` raises `EngineError` if the engine failed on this answer.
+
+    Attributes:
+        sampled: how the answer came about, where it is one member's and not the mixture's; known with the first token.
     """
+
+    sampled: Sampled | None = None
 
     @abstractmethod
     def cancel(self) -> None:

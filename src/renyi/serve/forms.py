@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from renyi.inference import Answer
 from renyi.inference.abstention import Abstention
+from renyi.serve.engine import Sampled
 from renyi.serve.writing import Told, Writing, Written
 
 _FLOOR = -9999.0  # OpenAI's log-probability of what is all but impossible
@@ -21,7 +22,9 @@ class Chosen(NamedTuple):
     Attributes:
         index: of the choice.
         writing: the answer.
-        names: of the members that answered, [K].
+        names: of the members that answer under the model's name, [K].
+        mixture: how they were mixed, "sequence" or "token"; None for a member by itself.
+        sampled: that one of them answered alone for the mixture; None if they answered together.
         tells_members: whether the client wants to know what each member made of it.
         abstention: the folder's threshold, if it has one that fits answers.
         withhold: whether an answer above it is to be left unsaid.
@@ -30,6 +33,8 @@ class Chosen(NamedTuple):
     index: int  # type: ignore[assignment]
     writing: Writing
     names: Sequence[str]
+    mixture: str | None
+    sampled: Sampled | None
     tells_members: bool
     abstention: Abstention | None
     withhold: bool
@@ -65,6 +70,9 @@ def uncertainty(chosen: Chosen) -> dict[str, Any]:
         "withheld": chosen.is_withheld,
         "threshold": _threshold(chosen.abstention, answer),
     }
+    found["mixture"] = "sampled" if chosen.sampled else chosen.mixture
+    if chosen.sampled:
+        found["sampled"] = {"model": chosen.names[chosen.sampled.member], "why": chosen.sampled.why}
     if chosen.tells_members:
         shares = chosen.writing.responsibilities()
         found["members"] = [
@@ -110,17 +118,23 @@ def _entry(written: Written, names: Sequence[str], tells_members: bool) -> dict[
         "disagreement": token.variation_ratio,
     }
     if tells_members:
-        each = list(written.member_alternatives) or [[]] * len(names)
-        entry["members"] = [
-            {
-                "model": name,
-                "weight": weight,
-                "logprob": max(log_prob, _FLOOR),
-                "top_logprobs": [_logprob(told) for told in own],
-            }
-            for name, weight, log_prob, own in zip(names, token.weights, token.member_log_probs, each, strict=True)
-        ]
+        entry["members"] = _of_members(written, names)
     return entry
+
+
+def _of_members(written: Written, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What each member makes of a token."""
+    token = written.token
+    each = list(written.member_alternatives) or [[]] * len(token.weights)
+    return [
+        {
+            "model": name,
+            "weight": weight,
+            "logprob": max(log_prob, _FLOOR),
+            "top_logprobs": [_logprob(told) for told in own],
+        }
+        for name, weight, log_prob, own in zip(names, token.weights, token.member_log_probs, each, strict=False)
+    ]
 
 
 def _logprob(told: Told, is_shown: bool = False) -> dict[str, Any]:
@@ -134,17 +148,21 @@ def _logprob(told: Told, is_shown: bool = False) -> dict[str, Any]:
 
 
 def completion_logprobs(
-    shown: Sequence[Written], offset: int, names: Sequence[str], tells_members: bool
+    shown: Sequence[Written], offset: int, names: Sequence[str], tells_members: bool, is_echo: bool = False
 ) -> dict[str, Any]:
     """`logprobs` of a completion's choice: a list for each quantity, whose tokens join to the text.
+
+    Nothing is known of the first token of an echo: it has null everywhere.
 
     Args:
         shown: the tokens.
         offset: characters of the choice's text before them.
         names: of the members.
         tells_members: whether to name what each member makes of a token.
+        is_echo: whether the prompt is among them. The end token then has an entry, too, because clients that score a
+            prompt leave the last entry out.
     """
-    shown = [written for written in shown if written.token.finish != "stop"]
+    shown = [written for written in shown if is_echo or written.token.finish != "stop"]
     offsets = []
     for written in shown:
         offsets.append(offset)
@@ -160,7 +178,11 @@ def completion_logprobs(
         "disagreement": [w.token.variation_ratio for w in shown],
     }
     if tells_members:
-        found["members"] = [_entry(w, names, True)["members"] for w in shown]
+        found["members"] = [_of_members(w, names) for w in shown]
+    for at, written in enumerate(shown):
+        if math.isnan(written.token.log_prob):
+            for name in found.keys() - {"tokens", "text_offset"}:
+                found[name][at] = None
     return found
 
 

@@ -240,13 +240,21 @@ class Replica:
         except httpx.HTTPError as error:
             raise EngineError(f"the connection to vLLM was lost ({str(error) or type(error).__name__})") from error
 
-    async def prompt_log_probs(self, model: str, tokens: Sequence[int]) -> list[float]:
-        """log p(token | those before it) of each token but the first under a model, nats.
+    async def prompt_log_probs(self, model: str, tokens: Sequence[int], likeliest: int = 0) -> list[dict[int, float]]:
+        """What a model makes of each token but the first, given those before it.
+
+        Args:
+            model: its name.
+            tokens: of the text.
+            likeliest: how many of the model's likeliest tokens to name.
+
+        Returns:
+            For each token log-probabilities by token, nats: its own, and those of the likeliest.
 
         Raises:
             EngineError: vLLM refused the request or failed on it.
         """
-        body = {"model": model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        body = {"model": model, "prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": likeliest}
         try:
             response = await self._http.post(f"{self.address.api}/v1/completions", json=body)
         except httpx.HTTPError as error:
@@ -254,7 +262,7 @@ class Replica:
         if response.status_code != 200:
             raise EngineError(_refusal(response.status_code, response.content))
         found = response.json()["choices"][0]["prompt_logprobs"]
-        return [each[str(token)]["logprob"] for token, each in zip(tokens[1:], found[1:], strict=True)]
+        return [{int(token): of["logprob"] for token, of in each.items()} for each in found[1:]]
 
 
 def _refusal(status: int, content: bytes) -> str:

@@ -66,8 +66,10 @@ class SamplingBody(_Body):
     min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     # Ours.
-    mixture: Literal["sequence", "token"] = Field(
-        "sequence", description="how members are mixed: with running weights, which is exact, or with fixed ones"
+    mixture: Literal["sequence", "token", "sampled"] = Field(
+        "sequence",
+        description="how members are mixed: with running weights, which is exact; with fixed ones; or one member, "
+        "drawn by its weight, answers alone, and all rescore its answer",
     )
     members: bool = Field(False, description="whether to say what each member makes of every token")
     withhold: bool = Field(False, description="whether to leave an answer above the folder's threshold unsaid")
@@ -91,6 +93,9 @@ class SamplingBody(_Body):
                 raise ConfigError("is not supported", where=name, hint=hint)
         if self.stream_options is not None and not self.stream:
             raise ConfigError("goes with stream: true", where="stream_options", hint="Leave one of the two out.")
+        if self.withhold and (self.mixture == "sampled" or getattr(self, "echo", False)):
+            other = "echo" if getattr(self, "echo", False) else "mixture: sampled"
+            raise ConfigError(f"does not go with {other}", where="withhold", hint="Leave one of the two out.")
         return self
 
     @property
@@ -163,7 +168,7 @@ class CompletionBody(SamplingBody):
     suffix: str | None = None
     best_of: int | None = None
 
-    refused: ClassVar[dict[str, str]] = {**SamplingBody.refused, "suffix": "Leave it out.", "echo": "Leave it out."}
+    refused: ClassVar[dict[str, str]] = {**SamplingBody.refused, "suffix": "Leave it out."}
 
     @model_validator(mode="after")
     def _best_of_is_n(self) -> "CompletionBody":

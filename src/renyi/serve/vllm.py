@@ -5,17 +5,21 @@ members answer with the same tokens. This engine gathers their streams to one: i
 log-probabilities from its stream, and the uncertainty from the plugin's records. It trusts nothing: a token that
 differs between members, or that has no record, ends the answer with an error.
 
+Where a group cannot run together, one member, drawn by its weight, answers alone, and all members rescore its answer.
+That is a sample of the mixture of sequences, and what is said of its tokens is in `rescored.py`. The stream says so.
+
 Nothing of the base is loaded here. Read next: `replica.py`.
 """
 
 import asyncio
 import logging
 import math
+import random
 import secrets
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoConfig, GenerationConfig
@@ -27,11 +31,13 @@ from renyi.errors import BusyError, ConfigError, DataError, EngineError
 from renyi.inference import Score
 from renyi.inference.abstention import Abstention, read_abstention
 from renyi.inference.score import scores_of
-from renyi.serve.engine import Alternative, Engine, EngineRequest, EngineToken, Load, TokenStream
+from renyi.serve.engine import Alternative, Engine, EngineRequest, EngineToken, Load, Sampled, TokenStream
 from renyi.serve.replica import MemberToken, Replica, ReplicaAddress
-from renyi.vllm.groups import Membership
+from renyi.serve.rescored import rescored
+from renyi.vllm.groups import MOST_ALTERNATIVES, Membership
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _SETTINGS = ("do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
@@ -126,21 +132,35 @@ class VllmEngine(Engine):
 
     def submit(self, request: EngineRequest) -> TokenStream:
         replica = self._choose()
-        size = 1 if request.member is not None else self.num_members
-        if size * len(request.prompt) > replica.facts["step_tokens"]:
-            raise ConfigError(
-                f"has {len(request.prompt):,} tokens, and vLLM reads {replica.facts['step_tokens']:,} in a step for "
-                f"{size} members",
-                where="prompt",
-                hint="Shorten it, or start vLLM with more --max-num-batched-tokens.",
-            )
-        stream = _GroupStream(request, _body(request, self.generation_settings))
-        self._streams.add(stream)
         members = [(request.member, 1.0)] if request.member is not None else list(enumerate(self.weights))
-        models = [self._members[member] for member, _ in members]
-        group = f"{self._prefix}{secrets.token_hex(8)}"
-        stream.begin(replica, group, models, [weight for _, weight in members], self._streams.discard)
+        stream = _GroupStream(
+            request,
+            _body(request, self.generation_settings),
+            replica,
+            f"{self._prefix}{secrets.token_hex(8)}",
+            [self._members[member] for member, _ in members],
+            [weight for _, weight in members],
+            self._why_sampled(request, replica, len(members)),
+            min(MOST_ALTERNATIVES, self._limits.vocabulary or MOST_ALTERNATIVES),
+        )
+        self._streams.add(stream)
+        stream.begin(self._streams.discard)
         return stream
+
+    def _why_sampled(self, request: EngineRequest, replica: Replica, size: int) -> str | None:
+        """Why a request cannot be a group of this size at once; None if it may be one.
+
+        Raises:
+            ConfigError: neither a group nor one member could answer as it asks.
+        """
+        several, most = len(request.prompt), replica.facts["step_tokens"]
+        is_sampled = request.mixture == "sampled" and size > 1
+        if several * size <= most:
+            return "the request asks for it" if is_sampled else None
+        why = f"has {several:,} tokens, and vLLM reads {most:,} in a step for {size} members"
+        if request.mixture == "token" or several > most or size == 1:
+            raise ConfigError(why, where="prompt", hint="Shorten it, or start vLLM with more --max-num-batched-tokens.")
+        return "the request asks for it" if is_sampled else f"the prompt {why}"
 
     async def score(self, rows: Sequence[Mapping[str, Any]]) -> list[Score]:
         prepared = await asyncio.to_thread(self._prepared, [dict(row) for row in rows])
@@ -179,14 +199,11 @@ class VllmEngine(Engine):
         async def log_likelihood(model: str, row: int) -> float:
             async with replica.capacity.room_for(1):
                 found = await replica.prompt_log_probs(model, ids[row])
-            trained = [label != data.IGNORED for label in labels[row][1:]]
-            return math.fsum(value for value, is_trained in zip(found, trained, strict=True) if is_trained)
+            told = zip(found, ids[row][1:], labels[row][1:], strict=True)
+            return math.fsum(each[token] for each, token, label in told if label != data.IGNORED)
 
-        async with asyncio.TaskGroup() as tasks:
-            found = [
-                [tasks.create_task(log_likelihood(model, row)) for row in range(len(ids))] for model in self._members
-            ]
-        ell_MB = torch.tensor([[task.result() for task in each] for each in found])
+        works = [log_likelihood(model, row) for model in self._members for row in range(len(ids))]
+        ell_MB = torch.tensor(await _all_of(works)).view(self.num_members, len(ids))
         tokens_B = torch.tensor([sum(label != data.IGNORED for label in row[1:]) for row in labels])
         manifest = self._manifest
         weights = torch.tensor(self.weights)
@@ -194,25 +211,45 @@ class VllmEngine(Engine):
 
 
 class _GroupStream(TokenStream):
-    """The members' streams as one."""
+    """The members' streams as one.
 
-    def __init__(self, request: EngineRequest, body: dict[str, Any]):
+    Args:
+        request: what is asked for.
+        body: of vLLM's API.
+        replica: that answers.
+        group: its name, which no other has.
+        models: names of the members' models, [K].
+        weights: the members' mixture weights, [K].
+        why: why one member has to answer alone; None if they can answer together.
+        likeliest: how many tokens members name where they rescore.
+    """
+
+    def __init__(
+        self,
+        request: EngineRequest,
+        body: dict[str, Any],
+        replica: Replica,
+        group: str,
+        models: Sequence[str],
+        weights: Sequence[float],
+        why: str | None,
+        likeliest: int,
+    ):
         self.request, self.position = request, 0
-        self._body = body
+        self._body, self._replica, self._group = body, replica, group
+        self._models, self._weights = list(models), list(weights)
+        self._why, self._likeliest = why, likeliest
         self._items: asyncio.Queue[EngineToken | Exception] = asyncio.Queue()
         self._has_ended = False
         self._task: asyncio.Task[None] | None = None
 
-    def begin(self, replica: Replica, group: str, models: Sequence[str], weights: Sequence[float], done: Any) -> None:
-        async def run() -> None:
-            async with replica.capacity.room_for(len(models)):
-                await self._gather(replica, group, models, weights)
-
-        self._task = asyncio.create_task(run())
-        replica.rows += len(models)
+    def begin(self, done: Callable[["_GroupStream"], object]) -> None:
+        """Begin to answer; `done` is called when the work has ended."""
+        self._task = asyncio.create_task(self._run())
+        self._replica.rows += len(self._models)
 
         def end(task: object) -> None:
-            replica.rows -= len(models)
+            self._replica.rows -= len(self._models)
             done(self)
 
         self._task.add_done_callback(end)
@@ -236,18 +273,41 @@ class _GroupStream(TokenStream):
             raise item
         return item
 
-    async def _gather(self, replica: Replica, group: str, models: Sequence[str], weights: Sequence[float]) -> None:
-        request = self.request
-        own = (request.mixture, request.alternatives, request.members)
+    async def _run(self) -> None:
+        request, why = self.request, self._why
+        try:
+            if request.echo:
+                for token in await self._rescored(request.prompt):
+                    self._items.put_nowait(token)
+            if why is None:
+                async with self._replica.capacity.room_for(len(self._models)):
+                    why = await self._gather()
+            if why is not None:
+                await self._sample(why)
+        except EngineError as error:
+            self._items.put_nowait(error)
+        except Exception as error:
+            logger.exception("an answer from vLLM failed")
+            self._items.put_nowait(EngineError(f"the engine failed ({type(error).__name__})"))
+
+    async def _gather(self) -> str | None:
+        """Answer together. Returns why that could not begin; None if the answer is complete."""
+        request, replica, group = self.request, self._replica, self._group
+        own = ("token" if request.mixture == "token" else "sequence", request.alternatives, request.members)
         replica.expect(group)
         found: asyncio.Queue[tuple[int, MemberToken | Exception | None]] = asyncio.Queue()
         tasks = [
             asyncio.create_task(
-                _read(replica, Membership(group, member, tuple(weights), *own), {**self._body, "model": model}, found)
+                _read(
+                    replica,
+                    Membership(group, member, tuple(self._weights), *own),
+                    {**self._body, "model": model},
+                    found,
+                )
             )
-            for member, model in enumerate(models)
+            for member, model in enumerate(self._models)
         ]
-        ahead: list[deque[MemberToken | None]] = [deque() for _ in models]
+        ahead: list[deque[MemberToken | None]] = [deque() for _ in tasks]
         try:
             while True:
                 while not all(ahead):
@@ -256,7 +316,7 @@ class _GroupStream(TokenStream):
                         raise item
                     ahead[member].append(item)
                 tokens = [token for each in ahead if (token := each.popleft()) is not None]
-                if len(tokens) < len(models):
+                if len(tokens) < len(tasks):
                     raise EngineError("vLLM ended an answer early")
                 record = await replica.record(group, self.position)
                 if len({token.token for token in tokens}) > 1:
@@ -265,17 +325,56 @@ class _GroupStream(TokenStream):
                 self.position += 1
                 self._items.put_nowait(joined)
                 if joined.finish is not None:
-                    return
+                    return None
         except EngineError as error:
-            self._items.put_nowait(error)
-        except Exception as error:
-            logger.exception("an answer from vLLM failed")
-            self._items.put_nowait(EngineError(f"the engine failed ({type(error).__name__})"))
+            if self.position or len(tasks) == 1 or request.mixture == "token" or not replica.is_up:
+                raise
+            return f"{error} (vLLM's log may say more)"
         finally:
             replica.release(group)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _sample(self, why: str) -> None:
+        """Let one member answer, drawn by its weight, and all rescore what it said."""
+        request, replica = self.request, self._replica
+        # Rescoring reads prompt and answer and writes one token more, for which there has to be room.
+        most = min(request.max_new_tokens, replica.facts["positions"] - len(request.prompt) - 1)
+        if most < 1:
+            raise EngineError(f"{why}; and the prompt leaves no room to rescore the answer of one")
+        logger.warning("group %s: one member answers alone: %s", self._group, why)
+        draw = random.Random(f"{self._body['seed']} member")  # not vLLM's numbers, which draw the tokens
+        member = draw.choices(range(len(self._models)), self._weights)[0]
+        body = {**self._body, "model": self._models[member], "max_tokens": most}
+        alone = Membership(f"{self._group}-alone", 0, (1.0,))
+        async with replica.capacity.room_for(1):
+            answer = [told.token async for told in replica.tokens(alone, body)]
+        is_ended = bool(answer) and answer[-1] in request.end_tokens
+        if not is_ended and len(answer) < most:
+            raise EngineError("vLLM ended an answer early")
+        tokens = await self._rescored([*request.prompt, *answer], len(request.prompt))
+        self.sampled = Sampled(member, why)
+        for token in [*tokens[:-1], tokens[-1]._replace(finish="stop" if is_ended else "length")]:
+            self.position += 1
+            self._items.put_nowait(token)
+
+    async def _rescored(self, text: Sequence[int], start: int = 1) -> list[EngineToken]:
+        """What the mixture makes of the tokens of a text from `start` on; its weights begin there at π."""
+        replica, request = self._replica, self.request
+
+        async def named(model: str) -> list[dict[int, float]]:
+            async with replica.capacity.room_for(1):
+                return (await replica.prompt_log_probs(model, text, self._likeliest))[start - 1 :]
+
+        return rescored(
+            await _all_of([named(model) for model in self._models]),
+            text[start:],
+            self._weights,
+            request.mixture == "token",
+            request.alternatives,
+            request.members,
+        )
 
     def _joined(self, tokens: Sequence[MemberToken], record: Any) -> EngineToken:
         request, token = self.request, tokens[0].token
@@ -295,6 +394,16 @@ class _GroupStream(TokenStream):
             member_alternatives=[[Alternative(*each) for each in member] for member in record.member_alternatives],
             finish="stop" if token in request.end_tokens else "length" if is_last else None,
         )
+
+
+async def _all_of(works: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of works that run together. The first error ends the others, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            begun = [tasks.create_task(work) for work in works]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in begun]
 
 
 async def _read(
@@ -322,7 +431,9 @@ def _body(request: EngineRequest, of_base: Mapping[str, Any]) -> dict[str, Any]:
             where="do_sample",
             hint="Leave one of the two out.",
         )
-    seed = secrets.randbits(62) if request.seed is None else request.seed
+    seed = request.seed
+    if seed is None:
+        seed = secrets.randbits(62) if is_sampling else 0  # so a greedy answer is the same again
     sampling = (
         {name: merged[name] for name in _SAMPLING} if is_sampling else {"temperature": 0.0, "top_k": 0, "top_p": 1.0}
     )

@@ -4,6 +4,7 @@ It knows nothing of OpenAI's forms. Read next: `answers.py`, which puts what is 
 """
 
 from collections.abc import Sequence
+from math import nan
 from typing import NamedTuple
 
 import torch
@@ -63,8 +64,8 @@ class Writing:
 
     def add(self, token: EngineToken) -> list[Written]:
         """Take the next token, and return what may be shown now. A token that ends the answer adds no text."""
-        alternatives = self._told(token.alternatives)
-        of_members = [self._told(own) for own in token.member_alternatives]
+        alternatives = _told(self._pieces, token.alternatives)
+        of_members = [_told(self._pieces, own) for own in token.member_alternatives]
         self.tokens.append(token)
         ends = token.finish == "stop"
         text = "" if ends else self._pieces.add(token.token)
@@ -104,9 +105,6 @@ class Writing:
     def _posterior(self, ell_K: torch.Tensor) -> torch.Tensor:
         return responsibilities(ell_K, 1.0, torch.tensor(self._weights, dtype=torch.float64).log())
 
-    def _told(self, alternatives: Sequence[Alternative]) -> list[Told]:
-        return [Told(self._pieces.peek(token), log_prob) for token, log_prob in alternatives]
-
     def _released(self) -> list[Written]:
         """What is held and belongs to no stop string. If there is a whole one, the answer ends before it."""
         held = "".join(written.text for written in self._held)
@@ -139,6 +137,29 @@ class Writing:
         self._shown += shown
         self.text += "".join(written.text for written in shown)
         return shown
+
+
+def echoed(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[EngineToken]) -> list[Written]:
+    """A prompt as if it had been written.
+
+    Args:
+        tokenizer: of the base.
+        prompt: its tokens.
+        tokens: what the engine says of them, from the second one on. Nothing is said of the first; its numbers are NaN.
+    """
+    pieces = Pieces(tokenizer)
+    first = EngineToken(prompt[0], nan, (), (), nan, nan, nan, nan)
+    written = []
+    for token in (first, *tokens):
+        alternatives = _told(pieces, token.alternatives)
+        of_members = [_told(pieces, own) for own in token.member_alternatives]
+        written.append(Written(pieces.add(token.token), token, alternatives, of_members))
+    written[-1] = written[-1]._replace(text=written[-1].text + pieces.finish())
+    return written
+
+
+def _told(pieces: Pieces, alternatives: Sequence[Alternative]) -> list[Told]:
+    return [Told(pieces.peek(token), log_prob) for token, log_prob in alternatives]
 
 
 def _overlap(text: str, stop: str) -> int:
