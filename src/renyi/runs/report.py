@@ -196,7 +196,7 @@ def _evaluations(folder: Path) -> list[Section]:
         inside = file.parent.relative_to(folder)
         sections += [Note(f"Evaluation: {report.title}", f"{report.subtitle} (from {inside})"), *report.sections]
     if not sections and (folder / MANIFEST_FILE).is_file():
-        quoted, inside = shlex.quote(str(folder)), shlex.quote(str(folder / "evaluation"))
-        how = f"renyi evaluate {quoted} DATA --task choice --report {inside}"
+        quoted, target = shlex.quote(str(folder)), shlex.quote(str(folder / "evaluation"))
+        how = f"renyi evaluate {quoted} DATA --task choice --report {target}"
         sections = [Note("Evaluation", f"There is none in this folder. To add one: {how}")]
     return sections
