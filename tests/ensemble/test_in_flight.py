@@ -73,5 +73,6 @@ def test_a_base_that_would_answer_wrongly_is_refused(monkeypatch: pytest.MonkeyP
 
 def test_the_models_own_attention_is_back_after_a_step() -> None:
     ensemble = tiny_ensemble(2)
+    before = ensemble.base.config._attn_implementation
     InFlight(ensemble)([(Flight(), [7, 8])])
-    assert ensemble.base.config._attn_implementation == "sdpa"
+    assert ensemble.base.config._attn_implementation == before

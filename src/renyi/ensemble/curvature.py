@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from renyi.ensemble import attention
 from renyi.ensemble.ensemble import LoraEnsemble, Snapshot
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
 from renyi.ensemble.member_rows import repeat_rows
@@ -418,12 +419,12 @@ def _repeated(batch: Batch, copies: int) -> dict[str, Tensor]:
 @contextmanager
 def _twice_differentiable(ensemble: LoraEnsemble) -> Iterator[None]:
     """Compute attention with plain operations, because fused kernels have no forward-mode and no second derivatives."""
-    implementation = ensemble.base.config._attn_implementation
-    if implementation not in ("eager", "sdpa"):
+    implementation, plain = ensemble.base.config._attn_implementation, ("eager", "sdpa", attention.NAME)
+    if implementation not in plain:
         ensemble.base.set_attn_implementation("eager")
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        if implementation not in ("eager", "sdpa"):
+        if implementation not in plain:
             ensemble.base.set_attn_implementation(implementation)

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from renyi.ensemble.attention import NAME
 from renyi.ensemble.ensemble import LoraEnsemble
 from renyi.errors import ConfigError, first_line
 
 _NAME = "renyi_in_flight"
 _BLOCK = 64  # tokens by which a cache grows at least
 _KINDS = {"full_attention", "sliding_attention"}
-_ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+_SDPA = ("sdpa", NAME)
+_ATTENTION = (*_SDPA, "eager", "flash_attention_2", "flash_attention_3")
 # Relative to the largest logit. Rounding in half precision stays below; a wrong mask, position or cache does not.
 _TOLERANCE = 0.05
 
@@ -236,7 +238,7 @@ def _attend(
         if part.stop - part.start == 1 and sliding_window is not None:
             keys, values = keys[:, :, -sliding_window:], values[:, :, -sliding_window:]
         asking = query[at]
-        if packed.attention == "sdpa" and asking.shape[2] == 1:
+        if packed.attention in _SDPA and asking.shape[2] == 1:
             # Heads that share a key become queries of it. In bfloat16 a CPU is four times as fast so.
             asking = asking.unflatten(1, (keys.shape[1], -1)).squeeze(3)
             found, _ = own(module, asking, keys, values, None, is_causal=False, **kwargs)
@@ -266,12 +268,12 @@ def _mask(new: int, keys: Tensor, sliding_window: int | None, attention: str) ->
     length = keys.shape[2]
     if new == 1 or attention.startswith("flash"):
         return None
-    if attention == "sdpa" and new == length and (sliding_window is None or length <= sliding_window):
+    if attention in _SDPA and new == length and (sliding_window is None or length <= sliding_window):
         return None
     behind = torch.arange(length - new, length, device=keys.device)[:, None] - torch.arange(length, device=keys.device)
     seen = behind >= 0
     if sliding_window is not None:
         seen &= behind < sliding_window
-    if attention == "sdpa":
+    if attention in _SDPA:
         return seen[None, None]
     return torch.zeros_like(seen, dtype=keys.dtype).masked_fill(~seen, torch.finfo(keys.dtype).min)[None, None]

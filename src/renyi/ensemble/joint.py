@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from renyi.ensemble.attention import choose_by_length
 from renyi.ensemble.head import LOGITS_PER_CHUNK, LogitTransform, token_scores
 from renyi.ensemble.member_rows import JointOutput, repeat_packed, repeat_rows
 from renyi.ensemble.mesh import MemberMesh
@@ -36,6 +37,7 @@ class JointModel(nn.Module):
 
     def __init__(self, base: PreTrainedModel, selection: MemberSelection, num_members: int, mesh: MemberMesh | None):
         super().__init__()
+        choose_by_length(base)
         self.base, self.mesh = base, mesh
         self._selection = selection
         self._has_dropout = _has_dropout(base)

@@ -132,6 +132,7 @@ class JointLayer(nn.Module):
         super().__init__()
         self.base_layer, self.members = base_layer, members
         self.acting: tuple[Tensor, Tensor] | None = None
+        self._cast: tuple[Tensor, Tensor, Tensor | None] | None = None
         self.scaling = scaling
         self.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.selection = selection
@@ -175,7 +176,22 @@ class JointLayer(nn.Module):
         precision = _common_dtype(x, layer.weight, A_MRI)
         if precision is None or (precision == torch.float32 and len(A_MRI) == 1):
             return None  # one member must equal PEFT's adapter to the last digit, so sums keep PEFT's order
-        return tuple(None if t is None else t.to(precision) for t in (x, layer.weight, layer.bias, A_MRI, B_MOR))
+        weight, bias = self._frozen_in(precision)
+        return x.to(precision), weight, bias, A_MRI.to(precision), B_MOR.to(precision)
+
+    def _frozen_in(self, precision: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The frozen weight and bias in a precision. A cast is kept while training goes on: they do not change."""
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        if weight.dtype == precision:
+            return weight, bias
+        if self._cast is None or self._cast[0] is not weight or self._cast[1].dtype != precision:
+            self._cast = weight, weight.to(precision), None if bias is None else bias.to(precision)
+        return self._cast[1:]
+
+    def train(self, mode: bool = True) -> "JointLayer":
+        if not mode:
+            self._cast = None
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"scaling={self.scaling:g}"
