@@ -141,9 +141,18 @@ def _plan(command: TrainingCommand, ready: Run, undecided: bool) -> RenderableTy
         "held out": _sizes(command, ready, trainer.eval_dataset, ready.eval_rows),
         **_cut(ready),
         "steps": _steps(command, args, steps),
+        "passes": _passes(trainer),
         "output": f"{ready.output_dir}",
     }
     return facts(command.prog, {name: Text(value) for name, value in rows.items()})
+
+
+def _passes(trainer: Any) -> str:
+    """In what parts a batch is run, and whether blocks are run again."""
+    args, budget = trainer.args, trainer.router.plan.token_budget
+    size = f"of at most {budget:,} tokens, all members counted" if budget else "of a whole batch"
+    again = "blocks run again in the backward" if args.gradient_checkpointing else "activations are kept"
+    return f"{size} · {again} (gradient_checkpointing: {str(bool(args.gradient_checkpointing)).lower()})"
 
 
 def _cut(ready: Run) -> dict[str, str]:

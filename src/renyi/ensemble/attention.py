@@ -55,7 +55,7 @@ def attend(
     """
     device = query.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    is_training = device == "cpu" and precision in _HALF and query.requires_grad
+    is_training = module.training and query.requires_grad and device == "cpu" and precision in _HALF
     is_short = query.shape[2] == key.shape[2] <= SHORT
     is_plain = attention_mask is None or attention_mask.dtype == torch.bool
     others = any(kwargs.get(name) for name in ("dropout", "softcap", "output_attentions"))
@@ -65,7 +65,8 @@ def attend(
     if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return products(*(x.to(precision) for x in (query, key, value)), attention_mask, scaling), None
+    query, key, value = query.to(precision), key.to(precision), value.to(precision)
+    return products(query, key, value, attention_mask, scaling), None
 
 
 def products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

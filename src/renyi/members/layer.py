@@ -181,12 +181,13 @@ class JointLayer(nn.Module):
 
     def _frozen_in(self, precision: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The frozen weight and bias in a precision. A cast is kept while training goes on: they do not change."""
-        weight, bias = self.base_layer.weight, self.base_layer.bias
+        layer: Any = self.base_layer
+        weight, bias = layer.weight, layer.bias
         if weight.dtype == precision:
             return weight, bias
         if self._cast is None or self._cast[0] is not weight or self._cast[1].dtype != precision:
             self._cast = weight, weight.to(precision), None if bias is None else bias.to(precision)
-        return self._cast[1:]
+        return self._cast[1], self._cast[2]
 
     def train(self, mode: bool = True) -> "JointLayer":
         if not mode:

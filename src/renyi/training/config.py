@@ -64,6 +64,9 @@ class EnsembleConfig(_BeforeConfig):
             as further members.
         std_learning_rate: learning rate of log σ, the logarithms of the standard deviations that members learn.
         bf16_if_it_pays: not a key: whether `bf16` was not given, so that the trainer decides.
+        gradient_checkpointing: run blocks again in the backward instead of keeping what they computed. None: on, as in
+            TRL, but on a CPU that has room for one pass's activations.
+        checkpoints_if_needed: not a key: whether `gradient_checkpointing` was not given, so that the trainer decides.
         compile_blocks: not a key: backend and mode where `torch_compile` was asked for.
         early_stopping_patience: stop after this many evaluations without a better `metric_for_best_model`.
     """
@@ -150,6 +153,17 @@ class EnsembleConfig(_BeforeConfig):
     bf16_if_it_pays: bool = field(
         default=False, init=False, metadata={"help": "Whether bf16 was left open, for the trainer to decide."}
     )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Run blocks again in the backward to save memory; by default unless a CPU has room without.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    checkpoints_if_needed: bool = field(
+        default=False, init=False, metadata={"help": "Whether gradient_checkpointing was left open."}
+    )
     compile_blocks: dict[str, Any] | None = field(
         default=None, init=False, metadata={"help": "Backend and mode where torch_compile was asked for."}
     )
@@ -164,6 +178,8 @@ class EnsembleConfig(_BeforeConfig):
         if args.bf16 is None and not (args.use_cpu or is_torch_bf16_gpu_available()):
             args.bf16 = False  # TRL turns it on, and transformers refuses it on such a machine
             self.bf16_if_it_pays = True  # the trainer, which knows the model, may turn it on
+        if self.gradient_checkpointing is None and args.activation_checkpointing is None:
+            self.gradient_checkpointing = self.checkpoints_if_needed = True
         if self.early_stopping_patience is not None and args.metric_for_best_model is None:
             args.metric_for_best_model = "loss"
         if args.greater_is_better is None and "nll" in (args.metric_for_best_model or ""):

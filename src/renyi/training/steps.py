@@ -11,12 +11,14 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import Trainer
 
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
 from renyi.routing import PLACES, Routed, Router, RoutingPlan, Sums, member_shares, pair_sums
+from renyi.training.memory import LEAST_TOKENS, tokens_that_fit
 
 # The least default budget: a pass of fewer tokens would not keep a processor busy.
 LEAST_BUDGET = 8192
@@ -42,6 +44,8 @@ class RoutedSteps(Trainer):
         if kind not in self.routings:
             raise ConfigError(f"{kind!r} is not built here", where="routing", hint=f"Give {', '.join(self.routings)}.")
         budget = args.token_budget or self._default_budget()
+        if args.checkpoints_if_needed and budget is not None and args.device.type == "cpu":
+            budget = self._without_checkpoints(budget)
         self._micro_batch = (-1, 0)  # the step, and the micro-batch in it
         self.router = Router(self.model, RoutingPlan(kind, args.routing_threshold, budget, self.rows_per_example))
 
@@ -52,6 +56,19 @@ class RoutedSteps(Trainer):
         if not self.splits_batches or length is None or self.args.shard_base or self.args.recomputes_reentrantly:
             return None
         return max(LEAST_BUDGET, self.args.per_device_train_batch_size * self.rows_per_example * length)
+
+    def _without_checkpoints(self, budget: int) -> int:
+        """Leave gradient checkpointing out if activations fit in memory; the tokens of a pass, at most `budget`."""
+        args = self.args
+        if not isinstance(self.train_dataset, Dataset):
+            return budget
+        (longest,) = self._lengths().topk(1).values.tolist()
+        fits = tokens_that_fit(self.model, longest, self.accelerator.autocast)
+        example = longest * args.num_draws * len(self.model.members)  # a pass holds one example at least
+        if fits < max(LEAST_TOKENS, example, args.token_budget or 0):
+            return budget
+        args.gradient_checkpointing = args.activation_checkpointing = False
+        return min(budget, fits)
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -164,7 +181,9 @@ class RoutedSteps(Trainer):
 
         On a GPU the bytes of tensors, on a CPU the bytes of the process.
         """
-        self.current_gradient_accumulation_steps = 1  # otherwise the training loop sets it
+        self.current_gradient_accumulation_steps = 1  # the training loop sets it, and turns on what follows
+        if self.args.activation_checkpointing:
+            self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs or None)
         batch = self.data_collator(self._longest(self.args.per_device_train_batch_size))
         self.training_step(
             self.model, self._prepare_inputs(batch), self._get_num_items_in_batch([batch], self.args.device)
@@ -176,9 +195,13 @@ class RoutedSteps(Trainer):
     def _longest(self, many: int) -> list[dict[str, Any]]:
         """The longest rows of the training set."""
         rows: Any = self.train_dataset
+        return [rows[i] for i in self._lengths().argsort(descending=True)[:many].tolist()]
+
+    def _lengths(self) -> Tensor:
+        """The tokens of every row of the training set [N]; of a pair's row those of all its parts."""
+        rows: Any = self.train_dataset
         columns = [rows[name] for name in rows.column_names if name.endswith("ids")]
-        lengths = torch.tensor([sum(map(len, row)) for row in zip(*columns, strict=True)])
-        return [rows[i] for i in lengths.argsort(descending=True)[:many].tolist()]
+        return torch.tensor([sum(map(len, row)) for row in zip(*columns, strict=True)])
 
 
 _OF_FORWARD = ("input_ids", "attention_mask", "labels", "position_ids")

@@ -1,0 +1,130 @@
+"""What a training step costs on a real chat model: ours with M members beside TRL with one adapter.
+
+    python benchmarks/real_step.py --data alpaca.json [--model HuggingFaceTB/SmolLM2-135M-Instruct] [--members 1 4 8]
+        [--tokens 48] [--steps 6] [--rounds 2] [--compile]
+
+Every run is a process of its own that trains on rows of at most `--tokens` tokens, 16 a step, LoRA r = 16 on all linear
+layers; its figure is the median seconds of a step without the first two. Runs take turns, `--rounds` times.
+
+    TRL                as it comes: its defaults, and bf16 as we choose it on this machine
+    TRL, tuned         the same with eager attention and no gradient checkpointing
+    M members          ours as it comes, dense, with alpha at work from the first step
+
+With `--compile`, "TRL, tuned" and ours compile their blocks (torch_compile); the time of compiling is not counted.
+The rates of matrix products are measured in the same run, so that a step's arithmetic can be set beside them.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+BATCH, WARM_UP = 16, 2
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train as `args.run` says, and print the seconds of each step and the peak of memory."""
+    import resource
+
+    import torch
+    from datasets import Dataset, disable_progress_bars
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    from renyi import RenyiSFTConfig, RenyiSFTTrainer
+    from renyi.training.machine import bf16_pays
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.began)
+
+    disable_progress_bars()
+    records = json.loads(Path(args.data).read_text(encoding="utf-8"))
+    rows = Dataset.from_list([{"prompt": r["instruction"] + "\n", "completion": r["output"]} for r in records[:400]])
+    with tempfile.TemporaryDirectory() as folder:
+        common: dict[str, Any] = {
+            "output_dir": folder, "max_steps": args.steps + WARM_UP, "per_device_train_batch_size": BATCH,
+            "max_length": args.tokens, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+            "learning_rate": 1e-4, "logging_steps": 1000, "dataloader_pin_memory": False, "use_cpu": True,
+        }  # fmt: skip
+        clock, tuned = Clock(), args.run == "TRL, tuned"
+        given: dict[str, Any] = {"train_dataset": rows, "peft_config": LoraConfig(**LORA), "callbacks": [clock]}
+        trainer: Any
+        if args.run.startswith("TRL"):
+            common["bf16"] = bf16_pays()
+            if tuned:
+                common |= {"gradient_checkpointing": False, "model_init_kwargs": {"attn_implementation": "eager"}}
+                common["torch_compile"] = args.compile
+            trainer = SFTTrainer(args.model, SFTConfig(**common), **given)
+        else:
+            members = int(args.run.split()[0])
+            common |= {"num_members": members, "alpha_hold_ratio": 0.0, "torch_compile": args.compile}
+            trainer = RenyiSFTTrainer(args.model, RenyiSFTConfig(**common), **given)
+        trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": clock.seconds[WARM_UP:], "peak": peak, "threads": torch.get_num_threads()}))
+
+
+def product_rate(name: str) -> float:
+    """Operations a second of matrix products in the shape of a feed-forward layer, 2,048 rows."""
+    import torch
+
+    left = torch.randn(2048, 576, dtype=getattr(torch, name))
+    right = torch.randn(576, 1536, dtype=left.dtype)
+    seconds = []
+    for _ in range(30):
+        began = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048 * 576 * 1536 / statistics.median(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="a JSON file of Alpaca records")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--members", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        run(args)
+        return
+    rates = {name: product_rate(name) for name in ("bfloat16", "float32")}
+    print(", ".join(f"matrix products in {name}: {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items()))
+    names = ["TRL", "TRL, tuned", *(f"{m} member{'s' if m > 1 else ''}" for m in args.members)]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name in names:
+            command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stderr[-3000:])
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+    seconds = {name: statistics.median(s for one in runs for s in one["seconds"]) for name, runs in found.items()}
+    print(f"rows of at most {args.tokens} tokens, {BATCH} a step{', blocks compiled' if args.compile else ''}")
+    print(f"{'':12} {'s a step':>9} {'of TRL':>8} {'of tuned':>9} {'peak GB':>8}")
+    for name, value in seconds.items():
+        peak = max(one["peak"] for one in found[name]) / 1e9
+        relative = f"{value / seconds['TRL']:>8.2f} {value / seconds['TRL, tuned']:>9.2f}"
+        print(f"{name:12} {value:>9.3f} {relative} {peak:>8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What the activations of a pass take in memory, and whether gradient checkpointing can be left out.
+
+TRL turns gradient checkpointing on: the backward runs every block again, which is about a third of a step. On a CPU
+with room for the activations of one pass this gains nothing. A pass need not hold the whole batch, because a batch is
+run in parts; see `steps.py`.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from renyi.ensemble import LoraEnsemble
+
+# The share of main memory that activations may take. It goes by the memory of the machine and not by what is free at
+# the moment, so that a run that is resumed is split into the same parts.
+SHARE = 1 / 8
+# A pass of fewer tokens would not keep a processor busy.
+LEAST_TOKENS = 2048
+_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
+_ROW = 160  # tokens of the rows that are tried; longer rows take no more for each token
+
+
+def tokens_that_fit(ensemble: LoraEnsemble, longest: int, autocast: Callable[[], AbstractContextManager]) -> int:
+    """How many tokens a training pass may have, over all members, so that its activations stay within `SHARE`.
+
+    Args:
+        ensemble: on a CPU.
+        longest: the tokens of the longest row.
+        autocast: makes the context that training runs its forward in.
+    """
+    length = max(2, min(longest, _ROW))
+    bytes_of_row = _saved_bytes(ensemble, 2, length, autocast) - _saved_bytes(ensemble, 1, length, autocast)
+    return int(SHARE * main_memory() * length / max(1, bytes_of_row))
+
+
+def _saved_bytes(ensemble: LoraEnsemble, rows: int, length: int, autocast: Callable[[], AbstractContextManager]) -> int:
+    """The bytes that one member's pass over some rows keeps for its backward, frozen weights included."""
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    was_training = ensemble.training
+    ensemble.train()
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor), ensemble.using([0]), autocast():
+            output = ensemble(torch.ones(rows, length, dtype=torch.long))
+        del output  # storages must live until here, so that no two have the same address
+    finally:
+        ensemble.train(was_training)
+    return sum(sizes.values())
+
+
+def main_memory() -> int:
+    """Bytes of main memory of this machine, or of the container that the process runs in."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _LIMIT.read_text(encoding="ascii").strip() if _LIMIT.is_file() else "max"
+    return min(machine, int(limit)) if limit.isdigit() else machine

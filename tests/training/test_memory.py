@@ -1,0 +1,77 @@
+"""Gradient checkpointing is left out where activations fit in memory, and only there."""
+
+import pytest
+import torch
+from tiny import tiny_ensemble, trainer_of
+
+from renyi.training import memory
+
+OPEN = {"gradient_checkpointing": None}
+
+
+def test_activations_of_a_row_are_counted_to_the_byte() -> None:
+    """Twice the features need twice the bytes where all that is kept has that size."""
+    ensemble = tiny_ensemble(2)
+    two, four = (
+        memory._saved_bytes(ensemble, rows + 1, 10, torch.enable_grad)
+        - memory._saved_bytes(ensemble, rows, 10, torch.enable_grad)
+        for rows in (2, 4)
+    )
+    assert two == four > 10 * 32 * 4  # a row is a row, and the hidden states of one layer alone take that
+    fits = memory.tokens_that_fit(ensemble, 10, torch.enable_grad)
+    assert fits == int(memory.SHARE * memory.main_memory() * 10 / two)
+    assert not ensemble.training
+
+
+def test_a_container_has_the_memory_that_it_is_given(monkeypatch, tmp_path) -> None:
+    machine = memory.main_memory()
+    monkeypatch.setattr(memory, "_LIMIT", tmp_path / "memory.max")
+    for text, expected in (("max\n", machine), ("1000000\n", 1_000_000), (f"{2 * machine}\n", machine)):
+        (tmp_path / "memory.max").write_text(text)
+        assert memory.main_memory() <= expected
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert memory.main_memory() == 1_000_000
+
+
+def test_checkpoints_are_left_out_where_there_is_room(monkeypatch, tmp_path) -> None:
+    trainer = trainer_of(tmp_path, **OPEN)
+    assert not trainer.args.activation_checkpointing
+    trained = [trainer]
+    for room in (10**9, 10**5):
+        monkeypatch.setattr(memory, "main_memory", lambda room=room: room)
+        trained.append(trainer_of(tmp_path, **OPEN))
+    roomy, cramped = trained[1:]
+    assert not roomy.args.activation_checkpointing
+    assert roomy.router.plan.token_budget == trainer.router.plan.token_budget == 8192
+    assert cramped.args.activation_checkpointing
+    assert cramped.args.gradient_checkpointing
+    for each in (roomy, cramped):
+        each.train()
+    assert cramped.model.base.is_gradient_checkpointing
+    assert not roomy.model.base.is_gradient_checkpointing
+    for one, other in zip(roomy.trained_parameters(), cramped.trained_parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_passes_shrink_to_what_fits(monkeypatch, tmp_path) -> None:
+    whole = memory.tokens_that_fit(tiny_ensemble(4), 12, torch.enable_grad)
+    bytes_of_token = memory.SHARE * memory.main_memory() / whole
+    monkeypatch.setattr(memory, "main_memory", lambda: int(3000 * bytes_of_token / memory.SHARE))
+    trainer = trainer_of(tmp_path, **OPEN)
+    assert not trainer.args.activation_checkpointing
+    assert 2900 < trainer.router.plan.token_budget < 3100
+    assert trainer_of(tmp_path, token_budget=4000, **OPEN).args.activation_checkpointing
+    assert not trainer_of(tmp_path, token_budget=2000, **OPEN).args.activation_checkpointing
+
+
+@pytest.mark.parametrize("given", ["gradient_checkpointing", "activation_checkpointing"])
+def test_what_is_given_stays(tmp_path, given: str) -> None:
+    for value in (True, False):
+        args = trainer_of(tmp_path, **{**OPEN, given: value}).args
+        assert args.activation_checkpointing == args.gradient_checkpointing == value
+
+
+def test_a_rehearsal_checkpoints_as_training_does(tmp_path) -> None:
+    trainer = trainer_of(tmp_path, gradient_checkpointing=True)
+    trainer.rehearse()
+    assert trainer.model.base.is_gradient_checkpointing
