@@ -6,7 +6,7 @@
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.utils import is_torch_bf16_gpu_available
 
@@ -153,14 +153,15 @@ class EnsembleConfig(_BeforeConfig):
     bf16_if_it_pays: bool = field(
         default=False, init=False, metadata={"help": "Whether bf16 was left open, for the trainer to decide."}
     )
-    gradient_checkpointing: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Run blocks again in the backward to save memory; by default unless a CPU has room without.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
+    if not TYPE_CHECKING:  # for a type checker it is the field of transformers and TRL, whose types differ
+        gradient_checkpointing: bool = field(
+            default=None,
+            metadata={
+                "help": "Run blocks again in the backward to save memory; by default unless a CPU has room without.",
+                "nargs": "?",
+                "const": True,
+            },
+        )
     checkpoints_if_needed: bool = field(
         default=False, init=False, metadata={"help": "Whether gradient_checkpointing was left open."}
     )
@@ -178,8 +179,8 @@ class EnsembleConfig(_BeforeConfig):
         if args.bf16 is None and not (args.use_cpu or is_torch_bf16_gpu_available()):
             args.bf16 = False  # TRL turns it on, and transformers refuses it on such a machine
             self.bf16_if_it_pays = True  # the trainer, which knows the model, may turn it on
-        if self.gradient_checkpointing is None and args.activation_checkpointing is None:
-            self.gradient_checkpointing = self.checkpoints_if_needed = True
+        if args.gradient_checkpointing is None and args.activation_checkpointing is None:
+            args.gradient_checkpointing = self.checkpoints_if_needed = True
         if self.early_stopping_patience is not None and args.metric_for_best_model is None:
             args.metric_for_best_model = "loss"
         if args.greater_is_better is None and "nll" in (args.metric_for_best_model or ""):
