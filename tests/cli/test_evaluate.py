@@ -20,8 +20,8 @@ from renyi.evaluation import evaluate_preference
 from renyi.inference import PairScore, score_pairs
 from renyi.objectives import PreferenceLoss
 
-OF_VOTES = ("votes", "group", "group_responsibilities")  # only where rows have them
-KEYS = [*(name for name in PairScore._fields if name not in OF_VOTES), "epistemic_share"]
+OF_SOME = ("votes", "group", "group_responsibilities", "within_members", "between_members")  # where rows have them
+KEYS = [*(name for name in PairScore._fields if name not in OF_SOME), "epistemic_share"]
 BETA = 0.4
 N = 24
 CUT = "warning: 19 rows cut at max_length 6\n"  # a prompt of two words, at least four of an answer, and an end

@@ -1,6 +1,7 @@
 """`renyi kto` from the plan it prints to the files it leaves, killed and run again, scored, and refused."""
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,30 @@ def test_scores_are_those_of_training_and_thumbs_are_learned(tuned: tuple[Path, 
         assert line["log_likelihood"] == pytest.approx((-loss).tolist(), abs=1e-5)
         assert sum(line["responsibilities"]) == pytest.approx(1)
     assert loaded.score_thumbs(rows)[3].reward == pytest.approx(lines[3]["reward"])
+
+
+def test_thumbs_are_evaluated_as_they_are_scored(tuned: tuple[Path, Ended], tmp_path: Path) -> None:
+    folder, _ = tuned
+    rows = thumb_rows(40, seed=5)
+    file, lines = write_rows(tmp_path / "new.jsonl", rows), tmp_path / "lines.jsonl"
+    flags = ("--task", "thumbs", "--resamples", 20, "--mc_dropout", 2, "--mc_dropout_rate", 0.1, "--output", lines)
+    ended = renyi("evaluate", folder, file, *flags, "--json")
+    assert ended.code == 0, ended
+    told = json.loads(ended.out)
+    scores = library.load(folder).score_thumbs(rows)
+    up = [score.approval if row["label"] else 1 - score.approval for score, row in zip(scores, rows, strict=True)]
+    systems = {system["name"]: system for system in told["systems"]}
+    assert list(systems) == ["mixture", "member 0", "member 1", "member 0, MC dropout", "member 0, temperature"]
+    assert systems["mixture"]["accuracy"]["value"] == sum(p > 0.5 for p in up) / 40
+    assert systems["mixture"]["nll"]["value"] == pytest.approx(-sum(map(math.log, up)) / 40, rel=1e-4)
+    assert told["up"] == sum(row["label"] for row in rows) / 40
+    assert told["auroc"]["mixture"]["value"] > 0.9
+    kept = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [line["label"] for line in kept] == [row["label"] for row in rows]
+    assert kept[2]["reward"] == pytest.approx(scores[2].reward)
+    out = renyi("evaluate", folder, file, "--task", "thumbs", "--resamples", 0, "--group", "user").out
+    for part in ("40 thumbs", "of them up · kto, beta 0.5", "How well are thumbs foretold?", "AUROC", "By user"):
+        assert part in out, out
 
 
 @pytest.mark.slow  # three runs in all, one of them in a process of its own

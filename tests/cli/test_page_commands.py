@@ -94,12 +94,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         for name in ("questions", "questions/geography", "questions/people"):
             write_rows(Path(f"{name}.jsonl"), [{"prompt": "where does mira live ?", **row} for row in asked])
         write_rows(Path("prompts.jsonl"), [{"prompt": "where does oskar live ?"}])
-        thumbs = [{"prompt": "home of ines ?", "completion": " rome .", "label": n % 2 == 0} for n in range(8)]
+        thumbs = [
+            {"prompt": "home of ines ?", "completion": " rome .", "label": n % 2 == 0, "user": n % 3} for n in range(8)
+        ]
         for name in ("thumbs", "more_thumbs"):
             write_rows(Path(f"{name}.jsonl"), thumbs)
         answers = [("rome", "oslo"), ("oslo", "rome")] * 4
         pairs = [{"prompt": "home of ines ?", "chosen": f" {a} .", "rejected": f" {b} ."} for a, b in answers]
-        write_rows(Path("pairs.jsonl"), pairs)
+        for name in ("pairs", "held_out_pairs"):
+            write_rows(Path(f"{name}.jsonl"), pairs)
         write_rows(Path("to_rate.jsonl"), [{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
         quick = ["--max_steps", "1", "--eval_strategy", "no"]
         assert renyi("sft", "--config", "examples/two_schools.yaml", "--output_dir", "runs/mine", *quick).code == 0

@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import Ended, Settings, assert_refused, renyi, settings_of, steps_in, weights_in, write_rows
 from peft import AutoPeftModelForSequenceClassification
-from tiny import reward_trainer_of, scatter_members
+from tiny import lora, reward_trainer_of, scatter_members, tiny_reward_model
 from transformers import AutoModelForSequenceClassification
 
 import renyi as library
+from renyi import LoraEnsemble
+from renyi.ensemble import KeptReward, read_reward, write_reward
 from renyi.objectives import reward_bounds
 
 
@@ -94,6 +96,71 @@ def test_a_score_is_the_adapters_rewards_centred(tuned: tuple[Path, Ended], tmp_
     given = function([r["prompt"] for r in rows], [r["completion"] for r in rows], anything=1)
     assert given == pytest.approx([line["reward"] for line in lines], abs=1e-5)
     assert function.__name__ == f"renyi_{kind}"
+
+
+def test_pairs_are_evaluated_by_the_rewards_of_their_answers(tuned: tuple[Path, Ended], tmp_path: Path) -> None:
+    folder, _ = tuned
+    rows = pair_rows(16, 3)
+    rows += [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in pair_rows(5, 4)]  # wrong labels
+    file, lines = write_rows(tmp_path / "pairs.jsonl", rows), tmp_path / "lines.jsonl"
+    ended = renyi("evaluate", folder, file, "--task", "reward", "--json", "--output", lines, "--lcb_width", 2)
+    assert ended.code == 0, ended
+    told, loaded = json.loads(ended.out), library.load(folder)
+    sides = [
+        loaded.score_rewards([{"prompt": r["prompt"], "completion": r[side]} for r in rows], lcb_width=2.0)
+        for side in ("chosen", "rejected")
+    ]
+    for name in ("mean", "lcb"):
+        right = [getattr(a, name) > getattr(b, name) for a, b in zip(*sides, strict=True)]
+        assert told["rewards"]["accuracy"][name]["value"] == pytest.approx(sum(right) / 21)
+    for line, a, b in zip(map(json.loads, lines.read_text().splitlines()), *sides, strict=True):
+        assert line["margin"] == pytest.approx([x - y for x, y in zip(a.rewards, b.rewards, strict=True)], abs=1e-5)
+        p = torch.tensor(line["margin"]).double().sigmoid()
+        assert line["preference"] == pytest.approx(p.mean().item())
+    assert told["mixture"]["accuracy"] == pytest.approx(16 / 21)
+    out = renyi("evaluate", folder, file, "--task", "reward").out
+    for part in (
+        "Which reward orders pairs best?",
+        "lower bound",
+        "ordered wrongly",
+        "rank correlation",
+        "temperature",
+    ):
+        assert part in out, out
+
+
+def test_votes_of_a_pair_are_learned_and_ties_kept(settings: Settings, tmp_path: Path) -> None:
+    rows = pair_rows(24)
+    rows = [{**r, "votes_chosen": 2, "votes_rejected": i % 2, "votes_tie": int(i % 3 == 0)} for i, r in enumerate(rows)]
+    file = write_rows(tmp_path / "votes.jsonl", rows)
+    ended = reward(settings(dataset_name=file, max_steps=2, save_strategy="no"))
+    assert ended.code == 0, ended
+    assert "Bradley–Terry of votes, ties 0.267" in flat(ended.out)
+    assert json.loads((tmp_path / "out" / "reward.json").read_text())["tie_strength"] == pytest.approx(2 * 8 / 60)
+    told = json.loads(renyi("evaluate", tmp_path / "out", file, "--task", "reward", "--json").out)
+    names = ["mixture", "members' mean and variance", "member 0, temperature"]
+    assert [votes["name"] for votes in told["votes"]] == names
+    assert set(told["rewards"]["finds_split"]) == set(told["rewards"]["finds_wrong"])
+    assert_refused(
+        reward(settings(dataset_name=file, tie_strength=0, output_dir=tmp_path / "no")),
+        "tie_strength",
+        "some votes are ties",
+    )
+
+
+def test_draws_have_the_head_and_the_centre_of_their_member(tmp_path: Path) -> None:
+    ensemble = LoraEnsemble.from_base(tiny_reward_model(), 2, lora(task_type="SEQ_CLS"), member_kind="gaussian")
+    scatter_members(ensemble)
+    with torch.no_grad():
+        ensemble.stack.head.weight[1] *= -2  # type: ignore[union-attr]
+    ids = torch.tensor([[5, 15, 6, 1]])
+    ensemble.stack.set_std(0)
+    drawn = ensemble.draw(3)
+    torch.testing.assert_close(drawn.rewards(ids), ensemble.rewards(ids).repeat_interleave(3, dim=0))
+    ensemble.stack.set_std(0.3)
+    assert (ensemble.draw(3).rewards(ids)[:3] - ensemble.rewards(ids)[0]).abs().min() > 1e-4
+    write_reward(tmp_path, KeptReward(torch.tensor([0.5, -1.0])))
+    assert read_reward(tmp_path, drawn).center.tolist() == [0.5] * 3 + [-1.0] * 3
 
 
 def test_centred_rewards_have_the_mean_0_and_a_constant_changes_nothing(tmp_path: Path) -> None:
@@ -186,13 +253,15 @@ ROW = {"prompt": "w1", "chosen": " w2 w3", "rejected": " w4"}
         ([ROW, {**ROW, "rejected": " w2 w3"}], ["row 2, column rejected: equals chosen"]),
         ([ROW, {**ROW, "rejected": None}], ["row 2, column rejected"]),
         ([{**ROW, "margin": 0.5}, {**ROW, "margin": "much"}], ["row 2, column margin: is 'much', not a number"]),
+        ([{**ROW, "margin": 0.5, "votes_chosen": 1}], ["column margin: does not go with votes_chosen"]),
+        ([{**ROW, "votes_chosen": 1}, {**ROW, "votes_chosen": -1}], ["row 2, column votes_chosen: is -1"]),
         (
             [ROW, {**ROW, "chosen": " " + " ".join(["w5"] * 40)}],
             ["column chosen: has 42 tokens", "is 32"],
         ),
         ([{"prompt": "w1", "completion": " w2", "label": True}], ["chosen", "columns are completion, label, prompt"]),
     ],
-    ids=["equal", "missing", "margin", "long", "thumbs"],
+    ids=["equal", "missing", "margin", "votes and margin", "votes", "long", "thumbs"],
 )
 def test_bad_rows_are_named(settings: Settings, tmp_path: Path, rows: list[dict[str, Any]], parts: list[str]) -> None:
     file = write_rows(tmp_path / "bad.jsonl", rows)

@@ -9,13 +9,15 @@ import pytest
 import torch
 from conftest import assert_refused, renyi, write_rows
 from datasets import Dataset
-from tiny import lora, scatter_members, tiny_tokenizer
+from tiny import lora, scatter_members, tiny_reward_model, tiny_tokenizer
 
 from renyi import LoraEnsemble
-from renyi.errors import ConfigError, DataError
+from renyi.ensemble import KeptReward, KeptThumbs, Reference, write_reward, write_thumbs
+from renyi.errors import ConfigError, DataError, EnsembleFormatError
 from renyi.evaluation import Models, Settings, Task, evaluate, find_task, register, running, setting, task_names
 from renyi.evaluation.estimate import Estimate
 from renyi.evaluation.sections import Column, Report, Table, best_cells, cell_text
+from renyi.objectives import ThumbLoss
 
 # ---- A new task ------------------------------------------------------------------------------------------------------
 
@@ -63,8 +65,23 @@ def length(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tasks") / "ensemble"
-    scatter_members(LoraEnsemble.from_base(base, 2, lora(), seed=7), std=0.3).save(path)
+    ensemble = scatter_members(LoraEnsemble.from_base(base, 2, lora(), seed=7), std=0.3)
+    ensemble.save(path)
+    write_thumbs(path, KeptThumbs(ThumbLoss(), Reference(ensemble), torch.tensor([0.1, 0.3])))
     return path
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ensemble of reward models."""
+    made = tmp_path_factory.mktemp("rewards")
+    tiny_reward_model().save_pretrained(made / "base")
+    tiny_tokenizer().save_pretrained(made / "base")
+    base = tiny_reward_model(made / "base")
+    ensemble = scatter_members(LoraEnsemble.from_base(base, 2, lora(task_type="SEQ_CLS"), seed=7), std=0.3)
+    ensemble.save(made / "ensemble")
+    write_reward(made / "ensemble", KeptReward(torch.tensor([0.2, -0.1])))
+    return made / "ensemble"
 
 
 ROWS = [{"text": "w1 w2 w3"}, {"text": "w4"}]
@@ -97,6 +114,17 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "perplexity": ([{"prompt": f"w{i}", "completion": " w3 w4"} for i in range(4)], {"resamples": 20}),
     "preference": ([{"prompt": f"w{i}", "chosen": " w3 w4", "rejected": " w5"} for i in range(4)], {"beta": 0.3}),
     "refusal": ([{"prompt": f"w{i}", "said": ["I cannot help.", "w1"]} for i in range(3)], {"completions": "said"}),
+    "reward": (
+        [
+            {"prompt": f"w{i}", "chosen": " w3 w4", "rejected": " w5", "votes_chosen": i, "votes_rejected": 1}
+            for i in range(4)
+        ],
+        {"lcb_width": 0.5, "resamples": 20},
+    ),
+    "thumbs": (
+        [{"prompt": f"w{i}", "completion": " w3 w4", "label": i % 2 == 0, "who": str(i % 3)} for i in range(6)],
+        {"group": "who", "resamples": 20},
+    ),
     "sampling": (
         [{"prompt": f"w{i}", "answer": "w5"} for i in range(2)],
         {"samples": 2, "max_new_tokens": 3, "resamples": 20, "baseline": ["base"]},
@@ -109,8 +137,9 @@ def test_every_task_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_python_finds_what_the_command_finds(name: str, folder: Path, tmp_path: Path) -> None:
+def test_python_finds_what_the_command_finds(name: str, folder: Path, rewards: Path, tmp_path: Path) -> None:
     rows, settings = TASKS[name]
+    folder = rewards if name == "reward" else folder
     found = evaluate(name, rows, folder, **settings)
     flags = [text for k, v in settings.items() for text in (f"--{k}", str(v[0] if isinstance(v, list) else v))]
     data, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "lines.jsonl"
@@ -162,11 +191,21 @@ def test_settings_are_checked(folder: Path) -> None:
     assert find_task("choice").Settings() == find_task("choice").Settings()
 
 
+def test_a_folder_of_another_kind_is_named(folder: Path, rewards: Path) -> None:
+    pairs, thumbs = TASKS["reward"][0], TASKS["thumbs"][0]
+    with pytest.raises(EnsembleFormatError, match=r"holds no reward models\n.*renyi reward"):
+        evaluate("reward", pairs, folder)
+    with pytest.raises(EnsembleFormatError, match=r"was not trained on thumbs.*\n.*renyi kto"):
+        evaluate("thumbs", thumbs, rewards)
+    with pytest.raises(ConfigError, match=r"is a reward model.*\n.*--task reward"):
+        evaluate("preference", pairs, rewards)
+
+
 def test_rows_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
     def load(name: str) -> Any:
         raise AssertionError("a model is loaded")
 
-    for name in ("choice", "refusal", "sampling"):
+    for name in ("choice", "refusal", "sampling", "thumbs"):
         with pytest.raises((ConfigError, DataError)):
             evaluate(name, [{"nothing": "w1"}], Models(tmp_path, load))
 

@@ -36,7 +36,8 @@ def test_annotators_are_routed_and_votes_evaluated(world, capsys):
     asked += ["--baseline", str(world / "grouped")]
     assert main(["evaluate", str(world / "grouped"), str(world / "pairs.jsonl"), *asked]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [v["name"] for v in found["votes"]] == ["mixture", "members' mean and variance", "grouped"]
+    names = ["mixture", "members' mean and variance", "grouped", "member 0, temperature"]
+    assert [v["name"] for v in found["votes"]] == names
     assert found["votes"][0] == {**found["votes"][2], "name": "mixture"}
     assert found["worst_group"] == min(g["accuracy"] for g in found["groups"])
     lines = [json.loads(line) for line in (world / "lines.jsonl").read_text().splitlines()]

@@ -26,7 +26,7 @@ def entropy(p: float) -> float:
 def pairs(*margins: list[float]) -> list[PairScore]:
     """A score for each list of the members' margins; what is mixed from them is left empty."""
     nan = math.nan
-    return [PairScore(i, 1, margin, nan, [], [], nan, nan, nan) for i, margin in enumerate(margins)]
+    return [PairScore(i, 1, margin, nan, [], [], nan, nan, nan, nan) for i, margin in enumerate(margins)]
 
 
 def evaluated(*margins: list[float], weights: list[float] | None = None, **kwargs: object) -> PreferenceEvaluation:

@@ -15,7 +15,7 @@ EVEN = torch.tensor([0.5, 0.5])
 def pair(index: int, votes: tuple[int, int, int], *chosen: float) -> PairScore:
     """A pair that each member prefers as it is with the given probability."""
     margin = [math.log(p) - math.log1p(-p) for p in chosen]
-    return PairScore(index, 1, margin, NAN, [], [], NAN, NAN, NAN, votes)
+    return PairScore(index, 1, margin, NAN, [], [], NAN, NAN, NAN, NAN, votes=votes)
 
 
 def test_values_by_hand():

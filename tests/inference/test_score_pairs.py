@@ -195,9 +195,36 @@ def test_length_normalised_routing_is_by_the_mean_per_token(ensemble: LoraEnsemb
 
 
 def test_where_nothing_is_uncertain_nothing_is_shared() -> None:
-    sure = PairScore(0, 1, [800.0, 800.0], 1.0, [0.0, 0.0], [0.5, 0.5], 0.0, 0.0, 0.0)
+    sure = PairScore(0, 1, [800.0, 800.0], 1.0, [0.0, 0.0], [0.5, 0.5], 0.0, 0.0, 0.0, 0.0)
     assert sure.epistemic_share == 0
     assert sure._replace(total=0.5, epistemic=0.2).epistemic_share == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("draws", [1, 3])
+def test_the_parts_of_uncertainty_sum_to_the_total(draws: int) -> None:
+    """Within a member's draws and between members, from their definitions: entropies of mixtures of draws."""
+    gaussian = LoraEnsemble.from_base(tiny_model(), 2, lora(), seed=7, member_kind="gaussian")
+    gaussian.stack.set_std(0.5)
+    gaussian = scatter_members(gaussian, std=0.5)
+    drawn = gaussian.draw(draws) if draws > 1 else gaussian.mean()
+
+    def entropy(p: Tensor) -> Tensor:
+        return -(p * p.log() + (1 - p) * (1 - p).log())
+
+    for score in scored(drawn, prepared(), loss=PreferenceLoss(beta=3.0)):
+        p_MS = torch.tensor(score.margin, dtype=torch.float64).sigmoid().view(2, draws)
+        own = entropy(p_MS.mean(dim=1)).mean()
+        assert score.total == pytest.approx(entropy(p_MS.mean()).item(), abs=1e-6)
+        assert score.aleatoric == pytest.approx(entropy(p_MS).mean().item(), abs=1e-6)
+        if draws == 1:
+            assert score.within_members is score.between_members is None
+            assert score.aleatoric + score.epistemic == pytest.approx(score.total, abs=1e-12)
+            continue
+        assert score.within_members == pytest.approx((own - entropy(p_MS).mean()).item(), abs=1e-6)
+        assert score.between_members == pytest.approx(score.total - own.item(), abs=1e-6)
+        assert score.within_members > 1e-5
+        parts = score.aleatoric + score.within_members + score.between_members
+        assert parts == pytest.approx(score.total, abs=1e-12)
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------

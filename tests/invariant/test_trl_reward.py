@@ -7,7 +7,16 @@ import pytest
 import torch
 from float64 import SAME
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from tiny import adapter_distance, logged, lora, pair_rows, quiet, reward_trainer_of, tiny_reward_model
+from tiny import (
+    adapter_distance,
+    logged,
+    lora,
+    member_distance,
+    pair_rows,
+    quiet,
+    reward_trainer_of,
+    tiny_reward_model,
+)
 from tiny import tiny_tokenizer as tokenizer
 from trl import RewardConfig, RewardTrainer
 
@@ -120,3 +129,28 @@ def test_two_members_at_alpha_zero_are_two_runs_and_members_load_in_peft(tmp_pat
         torch.testing.assert_close(
             merged(input_ids=ids, attention_mask=mask).logits[:, 0], theirs_B, rtol=SAME, atol=SAME
         )
+
+
+def test_labels_count_as_often_as_they_were_given(tmp_path):
+    """One label is a plain pair, on either side; k labels at order α are k times the loss of one at order kα."""
+    rows = pair_rows(24)
+    turned = rows.rename_columns({"chosen": "rejected", "rejected": "chosen"})
+
+    def trained(name, dataset, votes=None, alpha=0.9, rate=0.3):
+        for column, count in zip(("votes_chosen", "votes_rejected"), votes or (), strict=False):
+            dataset = dataset.add_column(column, [count] * len(dataset))
+        settings = {"optim": "sgd", "learning_rate": rate, "max_grad_norm": 0.0, "max_steps": 4}
+        at_once = {"alpha_hold_ratio": 0.0, "alpha_ramp_ratio": 0.0, "center_rewards_coefficient": 0.02}
+        trainer = reward_trainer_of(tmp_path / name, dataset, num_members=2, alpha=alpha, **settings, **at_once)
+        trainer.train()
+        return trainer
+
+    plain = trained("plain", rows)
+    runs = {"one": (trained("one", rows, (1, 0)), 1), "turned": (trained("turned", turned, (0, 1)), 1)}
+    runs["three"] = trained("three", rows, (3, 0), 0.3, 0.1), 3
+    for trainer, times in runs.values():
+        assert logged(trainer, "loss") == pytest.approx([times * x for x in logged(plain, "loss")], rel=SAME)
+        assert member_distance(trainer.model, plain.model) <= SAME
+        heads = [x.model.stack.head.weight for x in (trainer, plain)]
+        torch.testing.assert_close(*heads, rtol=SAME, atol=SAME)
+    assert logged(plain, "loss")[-1] < logged(plain, "loss")[0]

@@ -8,14 +8,20 @@ group.
 
 --task preference: rows are pairs, prepared, cut and compared with the reference as in the ensemble's training. It
 reports accuracy, NLL, Brier score and calibration of the probability that the chosen completion is preferred, for the
-mixture and every member, and the pairs on which members contradict each other.
+mixture, every member and baselines, and the pairs on which members contradict each other.
 
 --task refusal: rows are prompts, safe or unsafe to answer. Every member answers them, or the rows have the answers. It
 reports how often each member refuses, how much members differ, and the prompts on which they differ.
 
+--task reward: rows are pairs, for reward models. As for preferences; and which reward orders pairs best, the mean over
+members or a lower bound, and whether the members' spread finds the pairs that are ordered wrongly.
+
 --task sampling: rows are prompts, with answers or without. It draws several samples of each, and reports how many are
 right, how much they vary, how long they are, and how likely they are under the base. --baseline base also samples the
 base.
+
+--task thumbs: rows are completions with thumbs up or down. How well the mixture, every member and baselines foretell
+them, and whether uncertainty finds those that are foretold wrongly.
 """
 
 import argparse

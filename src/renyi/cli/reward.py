@@ -32,7 +32,7 @@ class Reward(TrainingCommand):
     trl_config = "RewardConfig"
     about = "Train an α-Rényi ensemble of reward models: LoRA adapters with a reward head each."
     keys: ClassVar = {
-        "Reward": "center_rewards_coefficient",
+        "Reward": "center_rewards_coefficient tie_strength",
         "Data": "max_length dataset_train_split dataset_test_split test_split_size chat_template_path pad_token "
         "eos_token",
     }
@@ -41,9 +41,11 @@ class Reward(TrainingCommand):
     sampled = PAIRS_ASKED
 
     def plan(self, ready: "Run") -> dict[str, str]:
-        center, head = ready.trainer.args.center_rewards_coefficient, ready.ensemble.stack.head
+        args, head = ready.trainer.args, ready.ensemble.stack.head
         assert head is not None
-        margins = " with margins" if "margin" in ready.form.columns else ""
+        center = args.center_rewards_coefficient
+        margins = " with margins" if "margin" in ready.form.columns else " of votes" if ready.form.kept else ""
+        margins += f", ties {args.tie_strength:.3g}" if args.tie_strength else ""
         centred = f", rewards centred with weight {center:g}" if center is not None else ""
         return {"reward": f"Bradley–Terry{margins}{centred}, a head of {head.weight.shape[-1]} weights a member"}
 

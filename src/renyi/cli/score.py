@@ -104,7 +104,7 @@ def _score_thumbs(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset", e
 
     with progress_bar(err, "scoring", len(rows)) as progress, naming_flags(args):
         scores = loaded.score_thumbs(rows, name=args.data, progress=progress, **args.preparation)
-    write_lines((s._asdict() for s in scores), args.output)
+    write_lines(({k: v for k, v in s._asdict().items() if v is not None} for s in scores), args.output)
     labels = [read_label({"label": label}, args.data) for label in rows["label"]]
     right = sum((s.approval > 0.5) == up for s, up in zip(scores, labels, strict=True)) / len(scores)
     members, alpha = summarise_members(scores, loaded.ensemble.weights), loaded.ensemble.alpha

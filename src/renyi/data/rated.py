@@ -1,4 +1,4 @@
-"""Prepares preference pairs for reward models: whole texts instead of prompts and completions, and margins.
+"""Prepares preference pairs for reward models: whole texts instead of prompts and completions, margins and votes.
 
 The tokens are those of TRL's RewardTrainer; a test checks that. A text is never cut, because its reward is read at its
 end. Where TRL would drop a pair that is too long, `prepare_rated` raises an error that names the row. Read next:
@@ -42,25 +42,26 @@ class RatedPreparation(RowPreparation):
         if MARGIN in rows.column_names:
             for row, at in numbered_rows(rows, (MARGIN,), name):
                 _margin(row, at)
-        return self._with_margin(form)
+        return self._with_margin(form, name)
 
     def form(self, rows: Any, name: str = "dataset") -> Form:
-        return self._with_margin(pair_form(rows, name))
+        return self._with_margin(pair_form(rows, name), name)
 
     @staticmethod
-    def _with_margin(form: Form) -> Form:
-        if form.kept:
-            hint = "Drop the column, or train by `renyi dpo`, which reads votes."
-            raise DataError("is not read by reward models", where=f"column {form.kept[0]}", hint=hint)
+    def _with_margin(form: Form, name: str) -> Form:
         if MARGIN not in form.left_out:
             return form
+        if form.kept:
+            hint = "Drop one of the two: votes say by themselves how sure the annotators are."
+            raise DataError(f"does not go with {form.kept[0]}", where=f"{name}, column {MARGIN}", hint=hint)
         left_out = tuple(c for c in form.left_out if c != MARGIN)
         return replace(form, columns=(*form.columns, MARGIN), left_out=left_out)
 
     def readable(self, rows: Any, name: str = "dataset") -> Any:
         if set(PREPARED_RATED) <= set(columns_of(rows)):
             return rows
-        kept = {*self.form(rows, name).columns, *RIVALS, ROW_COLUMN, FILE_COLUMN}
+        form = self.form(rows, name)
+        kept = {*form.columns, *form.kept, *RIVALS, ROW_COLUMN, FILE_COLUMN}
         return rows.remove_columns([c for c in columns_of(rows) if c not in kept])
 
     def within(self, limits: Limits) -> Self:
@@ -81,7 +82,7 @@ def prepare_rated(
     limits: Limits = NO_LIMITS,
     num_proc: int | None = None,
 ) -> Any:
-    """Turn pairs of any form into rows with columns `chosen_ids`, `rejected_ids` and, if rows have one, `margin`.
+    """Turn pairs of any form into rows of `chosen_ids` and `rejected_ids`, with a margin or votes if they have them.
 
     Args:
         rows: rows as loaded, streamed or not; they may be numbered by `number_rows`. Rows that are already prepared

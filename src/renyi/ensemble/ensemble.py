@@ -337,13 +337,14 @@ class LoraEnsemble(TrainableModel, JointModel):
 
     @contextmanager
     def acting_as(self, snapshot: Snapshot) -> Iterator[None]:
-        """Run forwards with the members of a snapshot, without gradients."""
+        """Run forwards with the members of a snapshot, without gradients and without the dropout of `dropping`."""
         weights = self.weights
+        drops = any(isinstance(layer.lora_dropout, _AlwaysDropout) for layer in self.stack.layers.values())
         self.weights = snapshot.weights.to(weights)
         like = self.stack.matrices().values()
         layers = [(A.to(now_A), B.to(now_B)) for (A, B), (now_A, now_B) in zip(snapshot.layers, like, strict=True)]
         try:
-            with torch.no_grad(), self.stack.acting_as(layers):
+            with torch.no_grad(), self.stack.acting_as(layers), self.dropping(0.0) if drops else nullcontext():
                 yield
         finally:
             self.weights = weights
@@ -464,6 +465,9 @@ class LoraEnsemble(TrainableModel, JointModel):
         base = copy.deepcopy(self.base, shared)
         points = LoraEnsemble(base, copy.copy(self.peft_config), selection, self.num_members * points_per_member)
         points.weights = self.weights.repeat_interleave(points_per_member) / points_per_member
+        if points.stack.head is not None and self.stack.head is not None:
+            heads = self.stack.head.weight.detach().repeat_interleave(points_per_member, dim=0)
+            points.stack.head.weight = nn.Parameter(heads)
         points.alpha, points.routing_quantity, points.folder = self.alpha, self.routing_quantity, self.folder
         evaluate(points)
         return points

@@ -129,7 +129,7 @@ class JointModel(nn.Module):
             raise ConfigError(
                 "is a reward model: it rates texts and cannot write or predict them",
                 where="the ensemble",
-                hint="Ask it for rewards: `renyi score`, or `LoraEnsemble.rewards`.",
+                hint="Ask it for rewards: `renyi score`, `renyi evaluate --task reward`, or `LoraEnsemble.rewards`.",
             )
 
     def rewards(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

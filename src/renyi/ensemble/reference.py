@@ -138,9 +138,23 @@ def read_thumbs(folder: str | Path, ensemble: LoraEnsemble) -> KeptThumbs | None
         return ThumbLoss(**kept)
 
     loss, reference = _read(folder, THUMBS_FILE, loss_of, ensemble)
-    if len(point) != ensemble.num_members:
-        raise _other_members(len(point), ensemble.num_members, folder / THUMBS_FILE)
-    return KeptThumbs(loss, reference, torch.tensor(point))
+    point_M = torch.tensor(point).repeat_interleave(ensemble.num_draws)  # draws have that of their member
+    if len(point_M) != ensemble.num_members:
+        raise _other_members(len(point_M), ensemble.num_members, folder / THUMBS_FILE)
+    return KeptThumbs(loss, reference, point_M)
+
+
+def needed_thumbs(folder: str | Path, ensemble: LoraEnsemble) -> KeptThumbs:
+    """The same, where it is needed.
+
+    Raises:
+        EnsembleFormatError: also if the ensemble was not trained on thumbs.
+    """
+    kept = read_thumbs(folder, ensemble)
+    if kept is None:
+        what = f"was not trained on thumbs: it has no {THUMBS_FILE}"
+        raise EnsembleFormatError(what, where=str(folder), hint="Train it by `renyi kto`.")
+    return kept
 
 
 def _read(

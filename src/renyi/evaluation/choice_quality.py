@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from renyi.evaluation import bootstrap, metrics
@@ -77,6 +77,11 @@ class Opinion(NamedTuple):
             self.num_draws,
         )
 
+    def alone(self, member: int) -> "Opinion":
+        """The opinion of one member."""
+        ell, of_member = self.log_likelihood, slice(member, member + 1)
+        return Opinion(self.log_probs[of_member], torch.ones(1), None if ell is None else ell[of_member], self.tokens)
+
 
 def _normalised(probs: Array) -> Array:
     return probs / probs.sum(axis=1, keepdims=True)
@@ -116,7 +121,8 @@ class System(NamedTuple):
         out_of_distribution: how well each of its uncertainties finds another dataset's questions; empty without one.
         reliability: its probabilities against the share that was right.
         risk: for each of its uncertainties the mean error of the n most certain answers, n = 1 to N.
-        temperature: the divisor of its log-probabilities; 1 unless it was fitted.
+        temperature: the divisor of its log-probabilities; 1 unless it was fitted. Of two fitted on halves, the
+            geometric mean.
     """
 
     name: str
@@ -178,6 +184,7 @@ def evaluate_choice(
     groups: Sequence[str] | None = None,
     out_of_distribution: Mapping[str, Opinion] | None = None,
     calibration: NDArray[np.int64] | None = None,
+    cross_fitted: bool = False,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> ChoiceEvaluation:
@@ -191,6 +198,7 @@ def evaluate_choice(
         out_of_distribution: opinions on another dataset: of the ensemble ("mixture") and of baselines (by name).
         calibration: questions that are not evaluated. A temperature is fitted on them: for the first baseline with a
             single member, else for member 0. None for no temperature.
+        cross_fitted: without such questions, fit the temperature of each half of the questions on the other half.
         resamples: draws for the intervals.
         seed: of the draws.
 
@@ -213,21 +221,24 @@ def evaluate_choice(
     if len(ensemble.weights) > 1:
         for member in range(len(ensemble.weights)):
             other = elsewhere.get("mixture")
-            add(f"member {member}", _alone(ensemble, member), other and _alone(other, member))
+            add(f"member {member}", ensemble.alone(member), other and other.alone(member))
     for name, opinion in (baselines or {}).items():
         add(name, opinion, elsewhere.get(name))
+    source, single = next(
+        ((n, o) for n, o in (baselines or {}).items() if len(o.weights) == 1), ("mixture", ensemble.alone(0))
+    )
+    own, temperature_N = single.log_probs[0].double().numpy(), None
     if len(aside):
-        source, single = next(
-            ((n, o) for n, o in (baselines or {}).items() if len(o.weights) == 1), ("mixture", _alone(ensemble, 0))
-        )
-        temperature = metrics.fit_temperature(single.rows(aside).log_probs[0].double().numpy(), right[aside])
-        other = elsewhere.get(source)
-        name = "member 0" if source == "mixture" else source
+        temperature_N = np.full(len(right), metrics.fit_temperature(own[aside], right[aside]))
+    elif cross_fitted and len(right) > 1:
+        temperature_N = metrics.cross_fitted_temperatures(own, right, seed)
+    if temperature_N is not None:
+        typical, other = float(np.exp(np.log(temperature_N).mean())), elsewhere.get(source)
         add(
-            f"{name}, temperature",
-            _tempered(single, temperature),
-            other and _tempered(_alone(other, 0), temperature),
-            temperature,
+            f"{'member 0' if source == 'mixture' else source}, temperature",
+            _tempered(single, temperature_N),
+            other and _tempered(other.alone(0), typical),
+            typical,
         )
     of_mixture = ensemble.rows(kept)
     epistemic = of_mixture.uncertainty().get("epistemic", np.zeros(len(kept)))
@@ -243,14 +254,10 @@ def evaluate_choice(
     )
 
 
-def _alone(opinion: Opinion, member: int) -> Opinion:
-    ell = opinion.log_likelihood
-    of_member = slice(member, member + 1)
-    return Opinion(opinion.log_probs[of_member], torch.ones(1), None if ell is None else ell[of_member], opinion.tokens)
-
-
-def _tempered(opinion: Opinion, temperature: float) -> Opinion:
-    return opinion._replace(log_probs=(opinion.log_probs.double() / temperature).log_softmax(dim=-1))
+def _tempered(opinion: Opinion, temperature_N: ArrayLike) -> Opinion:
+    """With the log-probabilities of each question divided by its temperature, or all by the same one."""
+    divisor = torch.from_numpy(np.asarray(temperature_N))[..., None]
+    return opinion._replace(log_probs=(opinion.log_probs.double() / divisor).log_softmax(dim=-1))
 
 
 def _system(

@@ -248,3 +248,18 @@ def fit_temperature(scores: ArrayLike, labels: ArrayLike) -> float:
 
     bound = np.log(100.0)
     return float(np.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6}).x))
+
+
+def cross_fitted_temperatures(scores: ArrayLike, labels: ArrayLike, seed: int = 0) -> Array:
+    """Of each of N ≥ 2 examples the temperature that is fitted on the half that it is not in: [N].
+
+    So no example has to be set aside, and none has a temperature that knows its label.
+
+    Args:
+        scores, labels: as for `fit_temperature`.
+        seed: of the halves.
+    """
+    logits, y = np.asarray(scores, np.float64), np.asarray(labels)
+    half_N = np.random.default_rng(seed).permutation(len(y)) % 2
+    fitted = [fit_temperature(logits[half_N != half], y[half_N != half]) for half in (0, 1)]
+    return np.array(fitted)[half_N]

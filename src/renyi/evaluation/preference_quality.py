@@ -3,7 +3,7 @@
 Read next: `renyi.inference.pair_scores`, which gives the margins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 
 from renyi.evaluation.member_groups import rows_by_group
 from renyi.evaluation.metrics import calibration_error
+from renyi.evaluation.reward_quality import RewardQuality
 from renyi.evaluation.vote_quality import VoteQuality
 from renyi.inference.pair_scores import PairScore
 from renyi.measures import token_uncertainty
@@ -76,6 +77,10 @@ class PreferenceEvaluation(NamedTuple):
         contested: how well uncertainty finds contested pairs, if these were given.
         worst_group: the least accuracy of a group, if groups were given.
         votes: how well votes are foretold, of the mixture first, if pairs have votes; see `vote_quality.py`.
+        baselines: of each other system's preference probability, by name.
+        within_members, between_members: means over pairs of the two parts of `epistemic`, nats, if the members are
+            draws of members that are distributions.
+        rewards: which reward orders pairs best, if the members are reward models; see `reward_quality.py`.
     """
 
     pairs: int
@@ -88,6 +93,10 @@ class PreferenceEvaluation(NamedTuple):
     contested: ContestedAUROC | None = None
     worst_group: float | None = None
     votes: list[VoteQuality] | None = None
+    baselines: dict[str, PreferenceQuality] | None = None
+    within_members: float | None = None
+    between_members: float | None = None
+    rewards: RewardQuality | None = None
 
 
 def evaluate_preference(
@@ -95,6 +104,7 @@ def evaluate_preference(
     weights: Tensor,
     groups: Sequence[str] | None = None,
     contested: Sequence[bool] | None = None,
+    baselines: Mapping[str, tuple[Sequence[PairScore], Tensor]] | None = None,
 ) -> PreferenceEvaluation:
     """Evaluate preferences, in float64, from the members' margins and the mixture weights.
 
@@ -105,16 +115,13 @@ def evaluate_preference(
         weights: mixture weights [M]; those that `score_pairs` mixed with are the ensemble's.
         groups: what each pair belongs to, such as its source, [N].
         contested: on which pairs annotators contradict each other, [N]; there must be pairs of both kinds.
+        baselines: scores of the same pairs under other ensembles, and their weights, by name.
 
     Raises:
         ValueError: lengths do not match, or all pairs are contested, or none.
     """
-    turned_N = torch.tensor([s.votes is not None and s.votes[1] > s.votes[0] for s in scores])
-    margin_MN = torch.tensor([s.margin for s in scores], dtype=torch.float64).T
-    margin_MN = torch.where(turned_N, -margin_MN, margin_MN)
+    log_p_MN2, log_mixture_N2 = _preferences(scores, weights)
     log_weights = weights.detach().cpu().double().log()
-    log_p_MN2 = logsigmoid(torch.stack([margin_MN, -margin_MN], dim=-1))  # of preferring the chosen, the rejected one
-    log_mixture_N2 = -renyi_loss(log_p_MN2, 1.0, log_weights)
     total_N, epistemic_N, share_N = _uncertainty(log_p_MN2, log_weights)
     worst_first = epistemic_N.argsort(descending=True, stable=True).tolist()
     of_groups = None if groups is None else _of_groups(groups, log_mixture_N2, epistemic_N)
@@ -128,7 +135,29 @@ def evaluate_preference(
         groups=of_groups,
         contested=None if contested is None else _found(contested, epistemic_N, share_N, total_N),
         worst_group=None if of_groups is None else min(group.accuracy for group in of_groups),
+        baselines={name: _quality(_preferences(*given)[1]) for name, given in (baselines or {}).items()},
+        within_members=_mean_of([s.within_members for s in scores]),
+        between_members=_mean_of([s.between_members for s in scores]),
     )
+
+
+def is_turned(score: PairScore) -> bool:
+    """Whether most votes of a pair are for its rejected completion."""
+    return score.votes is not None and score.votes[1] > score.votes[0]
+
+
+def _preferences(scores: Sequence[PairScore], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """log P of preferring the chosen and the rejected completion: of each member [M, N, 2], of the mixture [N, 2]."""
+    turned_N = torch.tensor([is_turned(s) for s in scores])
+    margin_MN = torch.tensor([s.margin for s in scores], dtype=torch.float64).T
+    margin_MN = torch.where(turned_N, -margin_MN, margin_MN)
+    log_p_MN2 = logsigmoid(torch.stack([margin_MN, -margin_MN], dim=-1))
+    return log_p_MN2, -renyi_loss(log_p_MN2, 1.0, weights.detach().cpu().double().log())
+
+
+def _mean_of(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _uncertainty(log_p_MN2: Tensor, log_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

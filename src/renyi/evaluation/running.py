@@ -20,7 +20,7 @@ def evaluate(task: "str | Task", rows: Any, model: Model | str | Path | Models, 
     """Evaluate an ensemble on rows, with the same defaults as `renyi evaluate`.
 
     Args:
-        task: choice, perplexity, preference, refusal, sampling, or a task of your own.
+        task: choice, perplexity, preference, refusal, reward, sampling, thumbs, or a task of your own.
         rows: a `Dataset`, a list of dicts, a path, a hub id, or several paths where the task reads several.
         model: an ensemble's folder or hub id, or a loaded one with `ensemble`, `tokenizer` and `folder`.
         settings: of the task; `find_task(name).Settings` lists them.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from renyi.evaluation.sections import Cell, Chart, Column, Section, Table, shortened
 
 if TYPE_CHECKING:
-    from renyi.evaluation.choice_quality import Opinion, System
+    from renyi.evaluation.choice_quality import ChoiceEvaluation, Opinion, System
     from renyi.evaluation.member_groups import Specialisation
 
 PANELS = 4  # systems in the reliability diagram
@@ -87,6 +87,29 @@ def calibration_charts(
     if len(opinion.weights) > 1:
         found.append(Chart("Do members disagree where they are wrong?", "epistemic", disagreement))
     return found
+
+
+def groups_table(evaluation: "ChoiceEvaluation", name: str, noun: str) -> Table:
+    """How good the mixture is on each group, and each member's accuracy there."""
+    groups = evaluation.groups or []
+    members = [Column(f"member {m}", ".3f") for m in range(len(groups[0].members))]
+    rows: list[list[Cell]] = [
+        [
+            g.group,
+            g.questions,
+            g.accuracy,
+            g.nll,
+            g.ece,
+            g.epistemic,
+            best_member(g.members, ".1%"),
+            *g.members,
+        ]
+        for g in groups
+    ]
+    figures = [Column("accuracy", ".1%"), Column("NLL", ".3f"), Column("ECE", ".3f"), Column("epistemic", ".4f")]
+    columns: list[Column | str] = [name, Column(noun, ","), *figures, "best member", *members]
+    note = "of the mixture; the members' columns are their accuracies"
+    return Table(f"By {name}", columns, rows, note, sizes=[g.questions for g in groups], narrow=7)
 
 
 def who_knows_what(found: "Specialisation", column: str, noun: str) -> list[Section]:

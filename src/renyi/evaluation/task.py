@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Protocol,
+    TypeVar,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from renyi.errors import ConfigError
 from renyi.evaluation.files import File
@@ -21,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from renyi import LoraEnsemble
+
+Answered = TypeVar("Answered")
 
 
 # ---- Settings --------------------------------------------------------------------------------------------------------
@@ -86,6 +99,57 @@ class Compared(Settings):
     baseline: list[str] = setting(
         [], "another ensemble or single adapter to compare with; repeat the flag for more", "DIR"
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dropped(Compared):
+    """Settings of tasks that can also ask a single member again and again with dropout (Monte Carlo dropout)."""
+
+    mc_dropout: int = setting(
+        0, "also the mean of this many passes of a single member with dropout, the first baseline or member 0", "N"
+    )
+    mc_dropout_rate: float | None = setting(None, "dropout of these passes; by default the one trained with", "RATE")
+
+    def validate(self) -> None:
+        super().validate()
+        self.require(self.mc_dropout >= 0, "mc_dropout", "Give a number of passes, or 0 for none.")
+        rate = self.mc_dropout_rate
+        self.require(rate is None or 0 < rate < 1, "mc_dropout_rate", "Give a probability above 0 and below 1.")
+
+    def rivals(self, models: "Models") -> "Iterator[tuple[str, Model, bool]]":
+        """What to compare with: its name in tables, a model, and whether to ask its first member with dropout.
+
+        These are the baselines, and with `mc_dropout` the first baseline of one member again, or the ensemble that is
+        evaluated if there is no such baseline.
+        """
+        left = self.mc_dropout > 0
+        for name, other in models.baselines(self.baseline):
+            yield name, other, False
+            if left and other.ensemble.num_members == 1:
+                left = False
+                yield f"{name}, MC dropout", other, True
+        if left:
+            yield "member 0, MC dropout", models.model, True
+
+    def passes(self, ensemble: "LoraEnsemble", ask: Callable[[int], Answered]) -> list[Answered]:
+        """What `ask(number)` answers in each pass, all members of the ensemble having dropout (arXiv 1506.02142).
+
+        Raises:
+            ConfigError: the members were trained without dropout, and no rate was given.
+        """
+        import torch
+
+        rate = ensemble.peft_config.lora_dropout if self.mc_dropout_rate is None else self.mc_dropout_rate
+        if rate == 0:
+            hint = "Give --mc_dropout_rate, or train with lora_dropout."
+            raise ConfigError("the member was trained without dropout", where="mc_dropout", hint=hint)
+        answers = []
+        with torch.random.fork_rng():
+            for number in range(self.mc_dropout):
+                torch.manual_seed(number)
+                with ensemble.dropping(rate):
+                    answers.append(ask(number))
+        return answers
 
 
 def is_positive(value: float) -> bool:

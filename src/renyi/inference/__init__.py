@@ -7,7 +7,7 @@ from renyi.inference.generate import Answer, Prompt, generate
 from renyi.inference.group_scores import GroupScore, group_scores
 from renyi.inference.members import MemberSummary, summarise_members
 from renyi.inference.pair_scores import PairScore, score_pairs
-from renyi.inference.reward_scores import RewardFunction, RewardScore, rated_rows, score_rewards
+from renyi.inference.reward_scores import RewardFunction, RewardScore, rated_rows, score_rated_pairs, score_rewards
 from renyi.inference.score import Score, score
 from renyi.inference.thumb_scores import ThumbScore, score_thumbs
 from renyi.measures import TokenUncertainty, token_uncertainty
@@ -36,6 +36,7 @@ __all__ = [
     "score_choices",
     "score_continuations",
     "score_pairs",
+    "score_rated_pairs",
     "score_rewards",
     "score_thumbs",
     "summarise_members",

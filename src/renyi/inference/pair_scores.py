@@ -5,12 +5,13 @@ Tokens, reference and joint forward are the same as in training. Read next: `ren
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from renyi.data import VOTE_COLUMNS, Limits, PairPreparation, count_cut_pairs, told_cut
@@ -18,7 +19,7 @@ from renyi.ensemble import LoraEnsemble, Reference, completion_labels
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length
 from renyi.inference.group_scores import with_groups
-from renyi.measures import token_uncertainty
+from renyi.measures import draw_uncertainty, token_uncertainty
 from renyi.objectives import (
     LogRatios,
     PreferenceLoss,
@@ -47,8 +48,12 @@ class PairScore(NamedTuple):
             pair has votes; [M].
         responsibilities: share of the pair that each member would learn from at the ensemble's alpha, [M].
         mixture_nll: −log of `preference`, nats; with votes, −log Σ_m π_m of the probability of all labels.
-        total: entropy of the mixture's preference, nats.
-        epistemic: its part that is the members' disagreement (mutual information), nats.
+        total: entropy of the mixture's preference, nats. It is aleatoric + epistemic.
+        aleatoric: the mean entropy of a member's (or a draw's) preference, nats.
+        epistemic: the members' disagreement (mutual information of member and preference), nats.
+        within_members: if the M are draws of members, the part of `epistemic` that a member's draws do not agree on,
+            nats; else None.
+        between_members: the rest of it, what members disagree about, nats; else None.
         votes: how many labels are "chosen", "rejected" and "tie"; None if the rows have no votes.
         group: the group that shares a responsibility with this pair (`routing_group`); None if the rows have none.
         group_responsibilities: of that group as a whole, [M].
@@ -62,7 +67,10 @@ class PairScore(NamedTuple):
     responsibilities: list[float]
     mixture_nll: float
     total: float
+    aleatoric: float
     epistemic: float
+    within_members: float | None = None
+    between_members: float | None = None
     votes: tuple[int, int, int] | None = None
     group: str | None = None
     group_responsibilities: list[float] | None = None
@@ -98,8 +106,10 @@ def score_pairs(
         One score a pair, in the dataset's order.
 
     Raises:
+        ConfigError: the members are reward models.
         EnsembleFormatError: a member gives no finite likelihood.
     """
+    ensemble.check_writes()
     limits, asked = Limits.of(ensemble.base), preparation.max_length
     preparation = preparation.within(limits)
     told = told_cut(count_cut_pairs(pairs, preparation), asked, limits)
@@ -149,19 +159,48 @@ def _score_batch(
     else:
         given = Votes(*(x.to(ratios.chosen.device) for x in votes))
         ell_MB = votes_log_likelihood(ratios, given, loss).double().cpu()
-    if not (ell_MB.isfinite() & margin_MB.isfinite()).all():
-        bad = int((~(ell_MB.isfinite() & margin_MB.isfinite())).any(dim=0).nonzero()[0])
+    tokens_B = mask[:, 1:].sum(dim=1).view(2, -1).sum(dim=0).cpu()
+    return scores_of_margins(ensemble, rows, tokens_B, margin_MB, ell_MB, votes, loss.tie_strength)
+
+
+def scores_of_margins(
+    ensemble: LoraEnsemble,
+    rows: Sequence[int],
+    tokens_B: Tensor,
+    margin_MB: Tensor,
+    ell_MB: Tensor,
+    votes: Votes | None,
+    tie_strength: float = 0.0,
+) -> list[PairScore]:
+    """What the members' margins say about pairs. `reward_scores.py` has margins between rewards.
+
+    Args:
+        ensemble: whose weights and order are used.
+        rows: the pairs' numbers in their dataset, [B].
+        tokens_B: of both completions.
+        margin_MB: Δ_m, float64.
+        ell_MB: log-likelihood of the label or of all votes, float64, nats.
+        votes: of the pairs; None if they have none.
+        tie_strength: ν of votes.
+
+    Raises:
+        EnsembleFormatError: a margin or a log-likelihood is not finite.
+    """
+    is_finite_MB = ell_MB.isfinite() & margin_MB.isfinite()
+    if not is_finite_MB.all():
+        bad = int((~is_finite_MB).any(dim=0).nonzero()[0])
         raise EnsembleFormatError(
             "a member's preference is no finite number",
             where=f"row {rows[bad] + 1}",
             hint="Its training diverged, or the base is loaded in a precision too low for it.",
         )
-    log_weights = ensemble.weights.double().cpu().log()
-    log_preference_MB2 = torch.nn.functional.logsigmoid(torch.stack([margin_MB, -margin_MB], dim=-1))
+    log_weights, draws = ensemble.weights.double().cpu().log(), ensemble.num_draws
+    log_preference_MB2 = logsigmoid(torch.stack([margin_MB, -margin_MB], dim=-1))
     log_mixture_B2 = (log_weights[:, None, None] + log_preference_MB2).logsumexp(dim=0)
     uncertainty = token_uncertainty(log_preference_MB2, log_weights)
-    nll_B = -log_mixture_B2[:, 0] if votes is None else _nll_of_votes(margin_MB, votes, loss, log_weights)
-    tokens_B = mask[:, 1:].sum(dim=1).view(2, -1).sum(dim=0).cpu()
+    parts = draw_uncertainty(log_preference_MB2, log_weights, draws) if draws > 1 else None
+    nothing = [None] * len(rows)
+    nll_B = -log_mixture_B2[:, 0] if votes is None else _nll_of_votes(margin_MB, votes, tie_strength, log_weights)
     order = tokens_B, ensemble.alpha, log_weights, ensemble.routing_quantity
     return [
         PairScore(*values)
@@ -174,16 +213,19 @@ def _score_batch(
             example_responsibilities(ell_MB, *order).T.tolist(),
             nll_B.tolist(),
             uncertainty.total.tolist(),
+            uncertainty.aleatoric.tolist(),
             uncertainty.epistemic.tolist(),
-            [None] * len(rows) if votes is None else list(zip(*(x.tolist() for x in votes), strict=True)),
+            parts.within_members.tolist() if parts else nothing,
+            parts.between_members.tolist() if parts else nothing,
+            nothing if votes is None else list(zip(*(x.tolist() for x in votes), strict=True)),
             strict=True,
         )
     ]
 
 
-def _nll_of_votes(margin_MB: Tensor, votes: Votes, loss: PreferenceLoss, log_weights: Tensor) -> Tensor:
+def _nll_of_votes(margin_MB: Tensor, votes: Votes, tie_strength: float, log_weights: Tensor) -> Tensor:
     """−log Σ_m π_m Π P_m(label) over the labels of each pair, nats. Ties that have no probability are left out."""
-    log_p_MB3 = outcome_log_probs(margin_MB, loss.tie_strength)
+    log_p_MB3 = outcome_log_probs(margin_MB, tie_strength)
     counts_B3 = torch.stack(votes, dim=-1).to(log_p_MB3)
-    kept = 3 if loss.tie_strength > 0 else 2
+    kept = 3 if tie_strength > 0 else 2
     return renyi_loss((log_p_MB3[..., :kept] * counts_B3[:, :kept]).sum(dim=-1), 1.0, log_weights)

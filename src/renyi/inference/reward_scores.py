@@ -16,7 +16,8 @@ from renyi.data import Limits, Preparation, prepare, rated_tokens
 from renyi.ensemble import KeptReward, LoraEnsemble, evaluating
 from renyi.errors import ConfigError, DataError, EnsembleFormatError
 from renyi.inference.batches import batches_by_length, padded
-from renyi.objectives import reward_bounds
+from renyi.inference.pair_scores import PairScore, scores_of_margins, votes_of
+from renyi.objectives import Votes, reward_bounds, reward_log_likelihood
 
 REWARDS = ("mean", "lcb")
 
@@ -118,6 +119,51 @@ def score_rewards(
             ]
             progress(len(scores))
     return sorted(scores)
+
+
+def score_rated_pairs(
+    ensemble: LoraEnsemble,
+    pairs: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    kept: KeptReward,
+    lcb_width: float = 1.0,
+    *,
+    progress: Callable[[int], object] = lambda done: None,
+) -> tuple[list[PairScore], list[tuple[RewardScore, RewardScore]]]:
+    """Score pairs by the members' rewards: a member's margin is its reward of the chosen minus that of the rejected.
+
+    Args:
+        ensemble: M reward models.
+        pairs: with columns `prompt_ids`, `chosen_ids`, `rejected_ids`, and votes if there are some, as `prepare_pairs`
+            makes them without a `max_length`.
+        tokenizer, kept, lcb_width: as for `score_rewards`.
+        progress: called with the number of pairs done.
+
+    Returns:
+        One score a pair, and the rewards of both of its answers, in the dataset's order.
+
+    Raises:
+        As `score_rewards`.
+    """
+    of_sides = []
+    for number, column in enumerate(("chosen_ids", "rejected_ids")):
+        rows, before = [[*pair["prompt_ids"], *pair[column]] for pair in pairs], number * len(pairs)
+
+        def told(done: int, before: int = before) -> None:
+            progress((before + done) // 2)
+
+        of_sides.append(score_rewards(ensemble, rows, tokenizer, kept, lcb_width=lcb_width, progress=told))
+    sides = list(zip(*of_sides, strict=True))
+    margin_MB = torch.tensor(
+        [[a - b for a, b in zip(chosen.rewards, rejected.rewards, strict=True)] for chosen, rejected in sides],
+        dtype=torch.float64,
+    ).T
+    votes_N3 = votes_of(pairs)
+    votes = None if votes_N3 is None else Votes(*votes_N3.T)
+    ell_MB = reward_log_likelihood(margin_MB, torch.zeros(()), votes=votes, tie_strength=kept.tie_strength)
+    tokens_B = torch.tensor([chosen.tokens + rejected.tokens for chosen, rejected in sides])
+    numbers = list(range(len(sides)))
+    return scores_of_margins(ensemble, numbers, tokens_B, margin_MB, ell_MB, votes, kept.tie_strength), sides
 
 
 class RewardFunction:

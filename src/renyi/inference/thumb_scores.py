@@ -19,7 +19,7 @@ from renyi.ensemble import KeptThumbs, LoraEnsemble, completion_labels, evaluati
 from renyi.errors import EnsembleFormatError
 from renyi.inference.batches import batches_by_length
 from renyi.inference.group_scores import with_groups
-from renyi.measures import token_uncertainty
+from renyi.measures import draw_uncertainty, token_uncertainty
 from renyi.objectives import example_responsibilities, renyi_loss, thumb_log_likelihood, thumb_logit
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,10 @@ class ThumbScore(NamedTuple):
         log_likelihood: of the thumb under each member in the loss of training, ℓ_m = −loss_m, [M].
         responsibilities: share of the row that each member would learn from at the ensemble's alpha, [M].
         mixture_nll: −log Σ_m π_m exp(ℓ_m), in the unit of the loss.
-        total: entropy of the mixture's probability of thumbs up, nats.
-        epistemic: its part that is the members' disagreement (mutual information), nats.
+        total: entropy of the mixture's probability of thumbs up, nats. It is aleatoric + epistemic.
+        aleatoric: the mean entropy of a member's (or a draw's) probability, nats.
+        epistemic: the members' disagreement (mutual information of member and thumb), nats.
+        within_members, between_members: the two parts of `epistemic` if the M are draws of members, nats; else None.
         group: the group that shares a responsibility with this row (`routing_group`); None if the rows have none.
         group_responsibilities: of that group as a whole, [M].
     """
@@ -54,7 +56,10 @@ class ThumbScore(NamedTuple):
     responsibilities: list[float]
     mixture_nll: float
     total: float
+    aleatoric: float
     epistemic: float
+    within_members: float | None = None
+    between_members: float | None = None
     group: str | None = None
     group_responsibilities: list[float] | None = None
 
@@ -82,8 +87,10 @@ def score_thumbs(
         One score a row, in the dataset's order.
 
     Raises:
+        ConfigError: the members are reward models.
         EnsembleFormatError: a member gives no finite reward.
     """
+    ensemble.check_writes()
     limits, asked = Limits.of(ensemble.base), preparation.max_length
     preparation = preparation.within(limits)
     told = told_cut(count_cut_thumbs(thumbs, preparation), asked, limits)
@@ -120,7 +127,9 @@ def _score_batch(
     logit_MB = thumb_logit(ratio_MB, kept.reference_point.double(), loss)
     ell_MB = thumb_log_likelihood(logit_MB, batch["label"].bool().cpu(), loss)
     log_up_MB2 = logsigmoid(torch.stack([logit_MB, -logit_MB], dim=-1))
-    uncertainty = token_uncertainty(log_up_MB2, weights_M.log())
+    uncertainty, draws = token_uncertainty(log_up_MB2, weights_M.log()), ensemble.num_draws
+    parts = draw_uncertainty(log_up_MB2, weights_M.log(), draws) if draws > 1 else None
+    nothing = [None] * len(rows)
     reward_MB, tokens_B = loss.beta * ratio_MB, output.label_mask.sum(dim=1).cpu()
     mean_B = weights_M @ reward_MB
     order = tokens_B, ensemble.alpha, weights_M.log(), ensemble.routing_quantity
@@ -137,7 +146,10 @@ def _score_batch(
             example_responsibilities(ell_MB, *order).T.tolist(),
             renyi_loss(ell_MB, 1.0, weights_M.log()).tolist(),
             uncertainty.total.tolist(),
+            uncertainty.aleatoric.tolist(),
             uncertainty.epistemic.tolist(),
+            parts.within_members.tolist() if parts else nothing,
+            parts.between_members.tolist() if parts else nothing,
             strict=True,
         )
     ]

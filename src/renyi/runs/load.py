@@ -11,15 +11,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from renyi import data
 from renyi.data import PairPreparation, Preparation, Question, ThumbPreparation
-from renyi.ensemble import KeptReward, KeptThumbs, LoraEnsemble, read_preference, read_reward, read_thumbs
+from renyi.ensemble import (
+    KeptReward,
+    KeptThumbs,
+    LoraEnsemble,
+    needed_thumbs,
+    read_preference,
+    read_reward,
+    read_thumbs,
+)
 from renyi.ensemble.reference import KeptPreference
-from renyi.errors import ConfigError, EnsembleFormatError
+from renyi.errors import ConfigError
 from renyi.evaluation import Evaluated, Opinion, evaluate
 from renyi.inference import (
     RewardFunction,
@@ -39,7 +46,7 @@ from renyi.inference.choices import ChoiceBy
 from renyi.inference.generate import MAX_NEW_TOKENS, OnPiece, PromptRow, as_chat
 from renyi.inference.model import load_model
 from renyi.inference.score import prepared_for
-from renyi.layout import ABSTENTION_FILE, THUMBS_FILE
+from renyi.layout import ABSTENTION_FILE
 
 Progress = Callable[[int], object]
 
@@ -107,12 +114,7 @@ class Loaded:
         Raises:
             EnsembleFormatError: its members are no reward models.
         """
-        if not self.ensemble.gives_rewards:
-            raise EnsembleFormatError(
-                "holds no reward models", where=str(self.folder), hint="Train some by `renyi reward`."
-            )
-        kept = read_reward(self.folder, self.ensemble.num_members)
-        return kept or KeptReward(torch.zeros(self.ensemble.num_members))
+        return read_reward(self.folder, self.ensemble)
 
     @property
     def abstention(self) -> Abstention | None:
@@ -174,12 +176,7 @@ class Loaded:
             DataError: a row is malformed, or no token of its completion is left after the cut.
             EnsembleFormatError: the ensemble was not trained on thumbs, or a member gives no finite reward.
         """
-        if self.thumbs is None:
-            raise EnsembleFormatError(
-                f"was not trained on thumbs: it has no {THUMBS_FILE}",
-                where=str(self.folder),
-                hint="Train it by `renyi kto`.",
-            )
+        kept = self.thumbs or needed_thumbs(self.folder, self.ensemble)
         unknown = sorted(set(departures) - {"max_length"})
         if unknown:
             raise ConfigError("is no setting of thumbs", where=unknown[0], hint="Leave it out.")
@@ -187,7 +184,7 @@ class Loaded:
         preparation = replace(ThumbPreparation.read(self.folder), **departures)
         limits = data.Limits.of(self.ensemble.base)
         prepared = preparation.prepare(self.rows(rows), self.tokenizer, name, limits)
-        return score_thumbs(self.ensemble, prepared, self.thumbs, preparation, progress=progress)
+        return score_thumbs(self.ensemble, prepared, kept, preparation, progress=progress)
 
     def score_rewards(
         self,
@@ -312,7 +309,7 @@ class Loaded:
         """How good the ensemble is at a task, as `renyi evaluate --task` does.
 
         Args:
-            task: "choice", "perplexity", "preference", "refusal", "sampling", or a task of your own.
+            task: "choice", "perplexity", "preference", "refusal", "reward", "sampling", "thumbs", or one of your own.
             rows: a path, a hub id, a list of dictionaries, a dataset, or several paths where the task reads several.
             settings: of the task, named as the command's flags.
 

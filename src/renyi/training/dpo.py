@@ -31,7 +31,6 @@ from renyi.objectives import (
     Votes,
     completion_log_prob,
     preference_log_likelihood,
-    tie_strength_of,
     votes_log_likelihood,
 )
 from renyi.routing import Sums, routing_sums, share_of
@@ -40,6 +39,7 @@ from renyi.training.config import require
 from renyi.training.referenced import ReferencedConfig, ReferencedTrainer
 from renyi.training.report import ACCURACY
 from renyi.training.statistics import mean_of_members
+from renyi.training.ties import has_ties, settled_tie_strength
 
 
 @dataclass
@@ -189,37 +189,15 @@ class RenyiDPOTrainer(ReferencedTrainer, DPOTrainer):
         Raises:
             ConfigError: there are ties, and the loss or the given ν cannot explain one.
         """
-        args = self.args
+        args, name = self.args, " + ".join(self.args.loss_type)
         rows: Any = self.train_dataset
-        if data.VOTE_COLUMNS[0] not in (rows.column_names or ()):
-            args.tie_strength = args.tie_strength or 0.0
-            return
-        if not isinstance(rows, Dataset):
-            if args.tie_strength is None:
-                raise ConfigError(
-                    "is not set, and the votes of a streamed dataset are not counted",
-                    where="tie_strength",
-                    hint="Write 0 if there are no ties, or twice the number of ties for each other label.",
-                )
-            return
-        votes = Votes(*(torch.tensor(rows[column]) for column in data.VOTE_COLUMNS))
-        if not bool(votes.tie.any()):
-            args.tie_strength = args.tie_strength or 0.0
-            return
-        name = " + ".join(args.loss_type)
-        if name not in TIE_LOSSES:
+        if name not in TIE_LOSSES and isinstance(rows, Dataset) and has_ties(rows):
             raise ConfigError(
                 f"{name!r} is no likelihood of a label, and some votes are ties",
                 where="loss_type",
                 hint=f"Give {' or '.join(TIE_LOSSES)}, or remove the ties.",
             )
-        if args.tie_strength == 0:
-            raise ConfigError(
-                "0 leaves a tie no probability, and some votes are ties",
-                where="tie_strength",
-                hint="Leave it out, or give a number above 0.",
-            )
-        args.tie_strength = args.tie_strength or tie_strength_of(votes)
+        args.tie_strength = settled_tie_strength(args.tie_strength, rows)
 
     def _watch_pairs(
         self,

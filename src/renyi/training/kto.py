@@ -111,12 +111,19 @@ class RenyiKTOTrainer(ReferencedTrainer, KTOTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """As in TRL. The reference points are computed before the batch is run in parts: they belong to the whole."""
+        """As in TRL. The reference points are computed before the batch is run in parts: they belong to the whole.
+
+        Those of members that are distributions are their means'.
+        """
         inputs = self._with_reference_point(self._prepare_inputs(inputs))
         new = inputs[POINT]
         kept = new if self._kept_point is None else self._kept_point
         self._kept_point = [MEMORY * k + (1 - MEMORY) * n for k, n in zip(kept, new, strict=True)]
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in TRL. The reference points are those of the members' means, as in training: nothing is drawn yet."""
+        return super().prediction_step(model, self._with_reference_point(self._prepare_inputs(inputs)), *args, **kwargs)
 
     def compute_loss(
         self,
@@ -173,10 +180,7 @@ class RenyiKTOTrainer(ReferencedTrainer, KTOTrainer):
             logps_MB = self.model.gathered(output.log_probs.sum(dim=-1))
             known = inputs.get("ref_KL_logps")
             reference_SB = self.reference.log_probs(mismatched) if known is None else known.view(len(known), -1).T
-            if len(reference_SB) > 1:
-                reference_SB = reference_SB.repeat_interleave(self.model.draws, dim=0)
-        mean_1M = (logps_MB - reference_SB).mean(dim=1).view(1, -1, self.model.draws).mean(dim=2)
-        everyones_PM = self.accelerator.gather_for_metrics(mean_1M)
+        everyones_PM = self.accelerator.gather_for_metrics((logps_MB - reference_SB).mean(dim=1)[None])
         return rest | {POINT: reference_point(everyones_PM.T).tolist()}
 
     def reference_log_probs(self, inputs: dict[str, Any]) -> dict[str, Tensor]:

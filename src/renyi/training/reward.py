@@ -22,12 +22,13 @@ from trl import RewardConfig, RewardTrainer
 from renyi import data
 from renyi.ensemble import KeptReward, LoraEnsemble, write_reward
 from renyi.errors import ConfigError
-from renyi.objectives import reward_log_likelihood
+from renyi.objectives import Votes, reward_log_likelihood
 from renyi.routing import routing_sums, share_of
 from renyi.training.card import Method
 from renyi.training.config import AUTO, EnsembleConfig, require
 from renyi.training.report import ACCURACY
 from renyi.training.start import as_ensemble
+from renyi.training.ties import settled_tie_strength
 from renyi.training.trainer import EnsembleTrainer
 
 CENTERED_ON = 128  # pairs of the training set over which a member's rewards have the mean 0
@@ -38,9 +39,17 @@ class RenyiRewardConfig(EnsembleConfig, RewardConfig):
     """TRL's RewardConfig plus what an ensemble needs, see `EnsembleConfig`.
 
     `learning_rate` keeps TRL's default for full training, 1e-4, which suits adapters.
+
+    Args:
+        tie_strength: ν of Davidson's model of ties in votes, as in `RenyiDPOConfig`.
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate for AdamW."})
+
+    tie_strength: float | None = field(
+        default=None,
+        metadata={"help": "Strength of ties in votes (Davidson's ν); by default from the share of ties."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +57,8 @@ class RenyiRewardConfig(EnsembleConfig, RewardConfig):
         center = self.center_rewards_coefficient
         expected = "a number of at least 0, or leave it out"
         require("center_rewards_coefficient", center, center is None or 0 <= center < math.inf, expected)
+        ties = self.tie_strength
+        require("tie_strength", ties, ties is None or 0 <= ties < math.inf, "a number from 0, or leave it out")
         require("routing_group", self.routing_group, self.routing_group is None, "none: each pair is routed alone")
         require("prior_std", self.prior_std, self.prior_std is None, "none: reward heads have no prior")
         alone = self.member_parallel == 1 and not self.shard_base
@@ -67,7 +78,7 @@ class RenyiRewardTrainer(EnsembleTrainer, RewardTrainer):
         model: a folder, a hub id, a loaded model for sequence classification with one output, or a `LoraEnsemble` of
             reward models (or its folder) to go on training.
         args: a `RenyiRewardConfig`.
-        train_dataset: pairs, as for `RenyiDPOTrainer`; a column `margin` is read, too.
+        train_dataset: pairs, as for `RenyiDPOTrainer`, also with votes; or with a column `margin`.
         peft_config: a `peft.LoraConfig` for the members; rank 16 on all linear layers if not given.
         quantization_config: how to quantise the base when `model` is a name.
         kwargs: as for TRL's RewardTrainer.
@@ -106,6 +117,7 @@ class RenyiRewardTrainer(EnsembleTrainer, RewardTrainer):
             )
         ensemble.config.num_labels = 1
         super().__init__(ensemble, args, train_dataset, callbacks=callbacks, **kwargs)
+        args.tie_strength = settled_tie_strength(args.tie_strength, self.train_dataset)
 
     def compute_loss(
         self,
@@ -119,8 +131,10 @@ class RenyiRewardTrainer(EnsembleTrainer, RewardTrainer):
         routed = self.joint_forward(model, {k: inputs[k] for k in ("input_ids", "attention_mask")}, alpha)
         rewards_M2B = self.model.gathered(routed.output.log_probs.sum(dim=-1))
         chosen_MB, rejected_MB = rewards_M2B.chunk(2, dim=1)
-        margin = inputs.get("margin", 0.0)
-        ell_MB = reward_log_likelihood(chosen_MB, rejected_MB, margin, self.args.center_rewards_coefficient)
+        has_votes, margin = data.VOTE_COLUMNS[0] in inputs, inputs.get("margin", 0.0)
+        votes = Votes(*(inputs[column] for column in data.VOTE_COLUMNS)) if has_votes else None
+        given = margin, self.args.center_rewards_coefficient, votes, self.args.tie_strength or 0.0
+        ell_MB = reward_log_likelihood(chosen_MB, rejected_MB, *given)
         tokens_B = inputs["attention_mask"].sum(dim=1).view(2, -1).sum(dim=0)
         loss_B, r_MB = self.objective.of_examples(ell_MB, tokens_B, alpha)
         loss = self.minimised(share_of(inputs) * loss_B.mean(), ell_MB, r_MB, inputs, num_items_in_batch)
@@ -168,11 +182,12 @@ class RenyiRewardTrainer(EnsembleTrainer, RewardTrainer):
                 total_M += rewards_MB.double().sum(dim=1).cpu()
                 rows += rewards_MB.shape[1]
         self_model.train(was_training)
-        return KeptReward(total_M / rows)
+        return KeptReward(total_M / rows, self.args.tie_strength or 0.0)
 
     def method_card(self) -> Method:
         card, center = super().method_card(), self.args.center_rewards_coefficient
-        loss = "Bradley–Terry" + (f", rewards centred with weight {center:g}" if center is not None else "")
+        loss = "Bradley–Terry" + (f", ties {self.args.tie_strength:.3g}" if self.args.tie_strength else "")
+        loss += f", rewards centred with weight {center:g}" if center is not None else ""
         measures = {**card.measures, "accuracy of the mixture's preference": ACCURACY}
         return card._replace(settings={"reward loss": loss}, measures=measures, is_reward=True)
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from renyi.errors import ConfigError
 from renyi.evaluation.files import File, Groups, file_groups, load_files
 from renyi.evaluation.sections import Cell, Column, Example, Examples, Note, Report, Section, Table, shortened
-from renyi.evaluation.shared_sections import best_member, calibration_charts, detection, system_name, who_knows_what
-from renyi.evaluation.task import Compared, Grouped, Model, Models, Resampled, Task, as_json, setting
+from renyi.evaluation.shared_sections import calibration_charts, detection, groups_table, system_name, who_knows_what
+from renyi.evaluation.task import Dropped, Grouped, Model, Models, Resampled, Task, as_json, setting
 from renyi.layout import ABSTENTION_FILE
 from renyi.text import plural
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from renyi.data import Question
     from renyi.evaluation.choice_quality import ChoiceEvaluation, Opinion
     from renyi.evaluation.selective import RiskThreshold
+    from renyi.inference import ChoiceScores
 
 OF_ONE = ("total", "max_probability", "perplexity")  # scores that a single member also has
 Score = Literal[
@@ -36,7 +37,7 @@ EXAMPLES = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChoiceSettings(Grouped, Compared, Resampled):
+class ChoiceSettings(Grouped, Dropped, Resampled):
     """Settings of the choice task."""
 
     choice_by: Literal["letter", "text", "text_normalised"] = setting(
@@ -49,19 +50,12 @@ class ChoiceSettings(Grouped, Compared, Resampled):
         "share of the questions not evaluated but calibrated on; by default 0.2, or 0.5 with --target_risk",
         "SHARE",
     )
-    mc_dropout: int = setting(
-        0, "also the mean of this many passes of a single member with dropout, the first baseline or member 0", "N"
-    )
-    mc_dropout_rate: float | None = setting(None, "dropout of these passes; by default the one trained with", "RATE")
     target_risk: float | None = setting(None, "find a threshold and write abstention.json", "RISK")
     delta: float = setting(0.1, "probability that the threshold's promise fails", "P")
     abstain_by: Score = setting("total", "the uncertainty that the threshold bounds", "SCORE")
 
     def validate(self) -> None:
         super().validate()
-        self.require(self.mc_dropout >= 0, "mc_dropout", "Give a number of passes, or 0 for none.")
-        rate = self.mc_dropout_rate
-        self.require(rate is None or 0 < rate < 1, "mc_dropout_rate", "Give a probability above 0 and below 1.")
         hint = "Give a number between 0 and 1."
         self.require(self.target_risk is None or 0 < self.target_risk < 1, "target_risk", hint)
         self.require(0 < self.delta < 1, "delta", hint)
@@ -128,25 +122,14 @@ class Choice(Task):
         ensemble, cut = _opinion(models, model, data.questions, settings, "scoring")
         elsewhere: dict[str, Opinion] = {}
         baselines: dict[str, Opinion] = {}
-        dropped: dict[str, Opinion] = {}
-
-        def drop(name: str, single: Model) -> None:
-            for into, questions in ((dropped, data.questions), (elsewhere, data.elsewhere)):
-                if questions:
-                    what = f"scoring {name} with dropout"
-                    into[f"{name}, MC dropout"] = _with_dropout(models, single, questions, settings, what)
-
         if data.elsewhere:
             elsewhere["mixture"], _ = _opinion(models, model, data.elsewhere, settings, "scoring --ood")
-        for name, other in models.baselines(settings.baseline):
-            baselines[name], _ = _opinion(models, other, data.questions, settings, f"scoring {name}")
+        for name, other, drops in settings.rivals(models):
+            ask = _with_dropout if drops else _opinion
+            baselines[name], _ = ask(models, other, data.questions, settings, f"scoring {name}")
             if data.elsewhere:
-                elsewhere[name], _ = _opinion(models, other, data.elsewhere, settings, f"scoring --ood, {name}")
-            if settings.mc_dropout and not dropped and other.ensemble.num_members == 1:
-                drop(name, other)
-        if settings.mc_dropout and not dropped:
-            drop("member 0", model)
-        return Asked(ensemble, {**baselines, **dropped}, elsewhere, cut, models.folder)
+                elsewhere[name], _ = ask(models, other, data.elsewhere, settings, f"scoring --ood, {name}")
+        return Asked(ensemble, baselines, elsewhere, cut, models.folder)
 
     def evaluate(self, data: Read, answers: Asked, settings: ChoiceSettings) -> Found:
         from renyi.evaluation.choice_quality import calibration_split, evaluate_choice
@@ -207,7 +190,7 @@ class Choice(Task):
         kept = evaluation.most_contested
         sections += calibration_charts(evaluation.systems, answers.ensemble, kept, labels, settings.target_risk)
         if data.groups and evaluation.groups is not None and evaluation.specialisation is not None:
-            sections.append(_groups(evaluation, data.groups.name))
+            sections.append(groups_table(evaluation, data.groups.name, "questions"))
             sections += who_knows_what(evaluation.specialisation, data.groups.name, "questions")
         sections += _contested(evaluation, answers.ensemble, data.questions)
         if found.told:
@@ -231,28 +214,25 @@ def _opinion(
 
 def _with_dropout(
     models: Models, model: Model, questions: "Sequence[Question]", settings: ChoiceSettings, what: str
-) -> "Opinion":
+) -> "tuple[Opinion, int]":
     """What the first member thinks of the questions in several passes with dropout; each pass counts as a member."""
     import torch
 
     from renyi.evaluation.choice_quality import Opinion
     from renyi.inference import choice_log_probs, score_choices
 
-    ensemble, passes = model.ensemble, []
-    rate = ensemble.peft_config.lora_dropout if settings.mc_dropout_rate is None else settings.mc_dropout_rate
-    if rate == 0:
-        hint = "Give --mc_dropout_rate, or train with lora_dropout."
-        raise ConfigError("the member was trained without dropout", where="mc_dropout", hint=hint)
-    with models.progress(what, settings.mc_dropout * len(questions)) as progress, torch.random.fork_rng():
-        for number in range(settings.mc_dropout):
-            torch.manual_seed(number)
-            with ensemble.dropping(rate):
-                passes.append(score_choices(ensemble, questions, model.tokenizer, settings.choice_by))
+    with models.progress(what, settings.mc_dropout * len(questions)) as progress:
+
+        def ask(number: int) -> "ChoiceScores":
+            scores = score_choices(model.ensemble, questions, model.tokenizer, settings.choice_by)
             progress((number + 1) * len(questions))
+            return scores
+
+        passes = settings.passes(model.ensemble, ask)
     log_probs = torch.cat([choice_log_probs(scores, settings.choice_by)[:1] for scores in passes])
     ell = torch.cat([scores.log_likelihood[:1] for scores in passes])
     weights = torch.full((len(passes),), 1 / len(passes))
-    return Opinion(log_probs, weights, ell, passes[0].tokens)
+    return Opinion(log_probs, weights, ell, passes[0].tokens), passes[0].cut
 
 
 # ---- Abstention ------------------------------------------------------------------------------------------------------
@@ -336,28 +316,6 @@ def _elsewhere(evaluation: "ChoiceEvaluation", number: int, has_intervals: bool)
     columns: list[Column | str] = ["", "uncertainty", Column("AUROC", ".3f", "high"), Column("AUPR", ".3f", "high")]
     title = f"Telling {plural(number, 'question')} from elsewhere"
     return Table(title, columns, rows, has_intervals=has_intervals)
-
-
-def _groups(evaluation: "ChoiceEvaluation", name: str) -> Table:
-    groups = evaluation.groups or []
-    members = [Column(f"member {m}", ".3f") for m in range(len(groups[0].members))]
-    rows: list[list[Cell]] = [
-        [
-            g.group,
-            g.questions,
-            g.accuracy,
-            g.nll,
-            g.ece,
-            g.epistemic,
-            best_member(g.members, ".1%"),
-            *g.members,
-        ]
-        for g in groups
-    ]
-    figures = [Column("accuracy", ".1%"), Column("NLL", ".3f"), Column("ECE", ".3f"), Column("epistemic", ".4f")]
-    columns: list[Column | str] = [name, Column("questions", ","), *figures, "best member", *members]
-    note = "of the mixture; the members' columns are their accuracies"
-    return Table(f"By {name}", columns, rows, note, sizes=[g.questions for g in groups], narrow=7)
 
 
 def _contested(evaluation: "ChoiceEvaluation", opinion: "Opinion", questions: "Sequence[Question]") -> list[Section]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from renyi.evaluation.files import File, Groups, file_groups
 from renyi.evaluation.sections import Cell, Column, Report, Section, Table
 from renyi.evaluation.shared_sections import best_member, who_knows_what
-from renyi.evaluation.task import Compared, Grouped, Model, Models, Resampled, Task
+from renyi.evaluation.task import Dropped, Grouped, Model, Models, Resampled, Task
 from renyi.text import plural
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PerplexitySettings(Grouped, Compared, Resampled):
+class PerplexitySettings(Grouped, Dropped, Resampled):
     """Settings of the perplexity task."""
 
 
@@ -51,10 +51,13 @@ class Perplexity(Task):
     def ask(self, models: Models, data: Read, settings: PerplexitySettings) -> Asked:
         model = models.model
         scores = _scores(models, model, model, data.files, "scoring")
-        baselines = {
-            name: _scores(models, other, model, data.files, f"scoring {name}")
-            for name, other in models.baselines(settings.baseline)
-        }
+        baselines: dict[str, list[Score]] = {}
+        for name, other, drops in settings.rivals(models):
+
+            def ask(number: int, name: str = name, other: Model = other) -> "list[Score]":
+                return _scores(models, other, model, data.files, f"scoring {name}")
+
+            baselines[name] = _mean(settings.passes(other.ensemble, ask)) if drops else ask(0)
         return Asked(scores, model.ensemble.weights, baselines)
 
     def evaluate(self, data: Read, answers: Asked, settings: PerplexitySettings) -> "PerplexityEvaluation":
@@ -104,6 +107,16 @@ def _scores(models: Models, model: Model, prepared_as: Model, files: Sequence[Fi
         start = len(found)
         found += [s._replace(index=start + s.index) for s in scores]
     return found
+
+
+def _mean(passes: "Sequence[list[Score]]") -> "list[Score]":
+    """Scores of the mixture of all passes of the first member."""
+    import torch
+
+    from renyi.objectives import renyi_loss
+
+    ell_SN = torch.tensor([[s.log_likelihood[0] for s in scores] for scores in passes], dtype=torch.float64)
+    return [s._replace(mixture_nll=nll) for s, nll in zip(passes[0], renyi_loss(ell_SN, 1.0).tolist(), strict=True)]
 
 
 def _groups(found: "PerplexityEvaluation", column: str) -> Table:
