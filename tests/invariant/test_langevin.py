@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from float64 import SAME
 from processes import KILLED, interrupted_run, run
 from test_resume import assert_equal_runs
-from tiny import lora, member_distance, tiny_model, trainer_of
+from tiny import lora, member_distance, scatter_members, tiny_model, trainer_of
 
 from renyi import LoraEnsemble
 from renyi.errors import ConfigError
@@ -71,6 +72,32 @@ def test_noise_has_the_size_of_the_step_and_members_have_their_own(tmp_path):
     expected = math.sqrt(2 * 0.1 * 4.0 / trainer.loss_units())
     assert added.std().item() == pytest.approx(expected, rel=0.05)
     assert torch.corrcoef(added)[0, 1].abs() < 0.1
+
+
+@pytest.mark.usefixtures("float64")
+def test_micro_batches_get_one_noise_a_step(tmp_path):
+    whole = trainer_of(tmp_path / "whole", **QUICK, per_device_train_batch_size=4)
+    cut = trainer_of(tmp_path / "cut", **QUICK, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    for trainer in (whole, cut):
+        trainer.train()
+    assert member_distance(cut.model, whole.model) <= SAME
+
+
+@pytest.mark.usefixtures("float64")
+def test_permuting_members_and_their_noise_permutes_everything(tmp_path, monkeypatch):
+    """The noise belongs to a place, so members that change places change their noise: it is permuted, too."""
+    order, plain, ends = [1, 2, 0], torch.randn, []
+    for name, members in (("plain", [0, 1, 2]), ("permuted", order)):
+        start = scatter_members(LoraEnsemble.from_base(tiny_model(), 3, lora(), seed=7, member_kind="langevin"))
+        start.stack.keep(members)
+        settings = {**QUICK, "num_members": 3, "alpha": 0.8, "alpha_hold_ratio": 0.0, "max_steps": 4}
+        trainer = trainer_of(tmp_path / name, model=start, **settings)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "randn", lambda shape, of=members, **how: plain(shape, **how)[of])
+            trainer.train()
+        ends.append(trainer.model)
+    assert member_distance(ends[1], ends[0], list(enumerate(order))) <= SAME
+    assert member_distance(ends[1], ends[0], [(0, 0)]) > 0.1
 
 
 @pytest.mark.slow  # the resume of random members is tested in test_random_members.py

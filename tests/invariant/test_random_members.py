@@ -14,6 +14,7 @@ from test_trl import SETTINGS, assert_equal_curves, trl_run
 from tiny import (
     adapter_distance,
     dpo_trainer_of,
+    kto_trainer_of,
     logged,
     lora,
     member_distance,
@@ -23,6 +24,7 @@ from tiny import (
     scatter_members,
     sft_config,
     text_rows,
+    thumb_rows,
     tiny_model,
     trainer_of,
 )
@@ -35,8 +37,13 @@ from renyi.routing.race import race
 pytestmark = pytest.mark.usefixtures("float64")
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
-TRAINERS = {"sft": (trainer_of, text_rows), "dpo": (dpo_trainer_of, pair_rows)}
+TRAINERS = {
+    "sft": (trainer_of, text_rows),
+    "dpo": (dpo_trainer_of, pair_rows),
+    "kto": (kto_trainer_of, thumb_rows),
+}
 RANDOM = {"member_kind": "gaussian", "initial_std": 0.1, "prior_std": 0.5, "std_learning_rate": 0.05}
+WALSH_HADAMARD = {**RANDOM, "member_kind": "walsh_hadamard"}
 PARTING = {"alpha": 0.8, "alpha_hold_ratio": 0.0, "alpha_ramp_ratio": 0.5, "learning_rate": 2e-2, "max_steps": 6}
 
 
@@ -94,7 +101,7 @@ def test_at_alpha_zero_members_are_runs_of_their_own(tmp_path):
         assert member_distance(together.model, alone.model, [(member, 0)]) <= SAME
 
 
-@pytest.mark.parametrize("method", TRAINERS)
+@pytest.mark.parametrize("method", ["sft", "dpo"])
 @pytest.mark.parametrize(
     ("settings", "among"),
     [
@@ -112,6 +119,18 @@ def test_however_a_step_is_cut_up_its_noise_and_its_result_are_the_same(tmp_path
     whole = trained(tmp_path / "whole", method, **shared)
     cut = trained(tmp_path / "cut", method, **shared, **settings)
     assert_same(cut, whole, among)
+
+
+def test_the_noise_of_other_kinds_and_methods_is_that_of_the_step_too(tmp_path):
+    """Micro-batches for Walsh–Hadamard members; parts of a batch for thumbs, which are compared within a batch."""
+    shared = {**WALSH_HADAMARD, "num_draws": 2}
+    whole = trained(tmp_path / "whole", **shared)
+    cut = trained(tmp_path / "cut", **shared, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert_same(cut, whole)
+    shared = {**RANDOM, "num_draws": 2}
+    whole = trained(tmp_path / "thumbs", "kto", **shared)
+    assert_same(trained(tmp_path / "parts", "kto", **shared, token_budget=60), whole)
+    assert logged(whole, "loss")[-1] < logged(whole, "loss")[0]
 
 
 def test_sampled_and_raced_steps_learn(tmp_path):
@@ -140,21 +159,28 @@ def test_a_race_between_draws_scores_them_with_their_noise():
     assert alive.any(dim=0).all()  # the leader of each example is scored to its end
 
 
-def test_permuting_members_permutes_everything(tmp_path):
+@pytest.mark.parametrize("random", [RANDOM, WALSH_HADAMARD], ids=lambda settings: settings["member_kind"])
+def test_permuting_members_permutes_everything(tmp_path, random):
     order, ends = [2, 0, 1], []
     for name, members in (("plain", [0, 1, 2]), ("permuted", order)):
-        start = LoraEnsemble.from_base(tiny_model(), 3, lora(), seed=7, member_kind="gaussian")
+        start = LoraEnsemble.from_base(tiny_model(), 3, lora(), seed=7, member_kind=random["member_kind"])
         start.stack.set_std(0.1)
         scatter_members(start).stack.keep(members)
-        ends.append(trained(tmp_path / name, model=start, **{**RANDOM, "num_members": 3, "num_draws": 2}))
+        ends.append(trained(tmp_path / name, model=start, **{**random, "num_members": 3, "num_draws": 2}))
     plain, permuted = ends
     assert member_distance(permuted.model, plain.model, list(enumerate(order))) <= SAME
     assert member_distance(permuted.model, plain.model, [(0, 0)]) > 0.1
     assert logged(permuted, "member_load/0") == pytest.approx(logged(plain, "member_load/2"), rel=SAME)
 
 
-def test_two_processes_that_share_the_examples_are_one(tmp_path):
-    settings = {**PARTING, **RANDOM, "num_members": 2, "num_draws": 2, "max_steps": 4}
+LANGEVIN = {"member_kind": "langevin", "prior_std": 0.5, "adam_epsilon": 1.0, "num_draws": 1}
+
+
+@pytest.mark.parametrize(
+    "random", [RANDOM, slow(WALSH_HADAMARD), slow(LANGEVIN)], ids=lambda settings: settings["member_kind"]
+)
+def test_two_processes_that_share_the_examples_are_one(tmp_path, random):
+    settings = {**PARTING, "num_members": 2, "num_draws": 2, "max_steps": 4, **random}
     kept, logs = [], []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
@@ -167,7 +193,9 @@ def test_two_processes_that_share_the_examples_are_one(tmp_path):
         logs.append([row["loss"] for row in read_log(folder) if "loss" in row])
     assert member_distance(*kept) <= SAME
     for layer, other in zip(*(ensemble.stack.layers.values() for ensemble in kept), strict=True):
-        torch.testing.assert_close(layer.members.log_std, other.members.log_std, rtol=SAME, atol=SAME)
+        for name in layer.members.spreads:
+            one, two = (getattr(members, name) for members in (layer.members, other.members))
+            torch.testing.assert_close(one, two, rtol=SAME, atol=SAME)
     assert logs[0] == pytest.approx(logs[1], rel=SAME)
 
 
@@ -180,16 +208,18 @@ def test_two_processes_that_share_the_members_are_one(tmp_path):
     assert_same_runs(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.parametrize("method", ["sft", slow("dpo")])
-def test_resuming_after_a_kill_changes_nothing(tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "kind"), [("sft", "gaussian"), slow("dpo", "gaussian"), slow("sft", "walsh_hadamard")]
+)
+def test_resuming_after_a_kill_changes_nothing(tmp_path, method, kind):
     expected, killed = tmp_path / "expected", tmp_path / "killed"
-    settings = {"member_kind": "gaussian", "num_draws": 2, "kl_warmup_ratio": 0.5, "std_learning_rate": 0.05}
+    settings = {"member_kind": kind, "num_draws": 2, "kl_warmup_ratio": 0.5, "std_learning_rate": 0.05}
     assert run(interrupted_run, str(expected), None, method, settings) == [0]
     assert run(interrupted_run, str(killed), ("between micro-batches", 3), method, settings) == [KILLED]
     assert run(interrupted_run, str(killed), None, method, settings) == [0]
     assert_equal_runs(killed, expected)
     assert (expected / "final" / "member_0" / "distribution.safetensors").exists()
-    assert json.loads((expected / "final" / "ensemble.json").read_text())["member_kind"] == "gaussian"
+    assert json.loads((expected / "final" / "ensemble.json").read_text())["member_kind"] == kind
 
 
 # The prior, and the learning rate of the spread
