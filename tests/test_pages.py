@@ -24,7 +24,7 @@ from renyi.objectives import renyi_loss
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/ensembles.md"]
 # Other pages with Python on them. What needs a server or a GPU is not run. Long answers and whole runs are slow.
-NOT_RUN = ("OpenAI(", "GRPOTrainer(")
+NOT_RUN = ("OpenAI(", "litellm", "GRPOTrainer(")
 SLOW = ("docs/answers.md", "docs/fine-tuning.md", "docs/powerflow.md")
 OTHERS = [
     pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
