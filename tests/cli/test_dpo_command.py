@@ -25,7 +25,7 @@ from tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from renyi import LoraEnsemble, data
 from renyi.ensemble import Reference, read_preference
 from renyi.inference import score_pairs
-from renyi.training import reference
+from renyi.training import reference_cache
 
 SHARED = Path(__file__).parents[3] / "shared"
 DEMO, STORIES = SHARED / "data" / "dpo_en_demo.json", SHARED / "models" / "tinystories-656k"
@@ -408,7 +408,7 @@ def test_a_precomputed_reference_is_paid_for_once(
         return log_probs(self, pairs, ld_alpha)
 
     monkeypatch.setattr(Reference, "log_probs", counted)
-    monkeypatch.setattr(reference, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(reference_cache, "cache_folder", lambda: tmp_path / "cache")
     given = {"model_name_or_path": trained[0]} if from_ensemble else {}
     config = settings(dataset_name=pairs_file, precompute_ref_log_probs=True, **given)
     ended = dpo(config, "--dry_run")

@@ -13,7 +13,7 @@ from processes import kill_once_written
 
 import renyi as library
 from renyi import RenyiKTOTrainer
-from renyi.training import reference
+from renyi.training import reference_cache
 
 
 def thumb_rows(number: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -152,12 +152,12 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(
 def test_a_reference_is_computed_ahead_once(
     settings: Settings, thumbs_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reference, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(reference_cache, "HF_HOME", str(tmp_path / "home"))
     plain = settings(dataset_name=thumbs_file)
     assert kto(plain, "--output_dir", tmp_path / "plain").code == 0
     computed = []
-    original = reference._computed
-    monkeypatch.setattr(reference, "_computed", lambda *args: computed.append(1) or original(*args))
+    original = reference_cache._computed
+    monkeypatch.setattr(reference_cache, "_computed", lambda *args: computed.append(1) or original(*args))
     for folder in ("one", "two"):
         assert kto(plain, "--output_dir", tmp_path / folder, "--precompute_ref_log_probs").code == 0
     assert len(computed) == 1

@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from renyi import LoraEnsemble
 from renyi.errors import ConfigError
 from renyi.inference import score
-from renyi.training import reference
+from renyi.training import reference_cache
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -96,7 +96,7 @@ def leave() -> None:
 
 def train_together(rank: int, world_size: int, port: int, jobs: list[Job]) -> None:
     join(rank, world_size, port)
-    reference.HF_HOME = str(jobs[0].output_dir)
+    reference_cache.HF_HOME = str(jobs[0].output_dir)
     for job in jobs:
         train(job, rank)
     leave()
@@ -110,7 +110,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     precomputed = {**dpo, "precompute_ref_log_probs": True}
     one, two = folder / "one", folder / "two"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "HF_HOME", str(one))  # where precomputed references are kept
+        patch.setattr(reference_cache, "HF_HOME", str(one))  # where precomputed references are kept
         train(Job(one / "sft", "sft", SETTINGS))
         train(Job(one / "dpo", "dpo", precomputed))
         train(Job(one / "further", "dpo", dpo, further=True))

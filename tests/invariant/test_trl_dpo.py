@@ -41,7 +41,7 @@ def assert_equal_curves(ours, theirs, names: list[str]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("renyi.training.reference.HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("renyi.training.reference_cache.HF_HOME", str(tmp_path / "home"))
 
 
 @pytest.mark.parametrize("alpha", [slow(0.0), 0.8, slow(1.0)])

@@ -22,7 +22,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)  # other values on paths th
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("renyi.training.reference.HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("renyi.training.reference_cache.HF_HOME", str(tmp_path / "home"))
 
 
 def trl_run(output_dir, dataset, model=None, peft_config=None, **settings) -> KTOTrainer:

@@ -27,14 +27,14 @@ from renyi.objectives import (
     renyi_loss,
     responsibilities,
 )
-from renyi.training import reference
+from renyi.training import reference_cache
 
 PARTING = {"alpha": 0.8, "alpha_hold_ratio": 0.0, "alpha_ramp_ratio": 0.0, "learning_rate": 2e-2, "max_steps": 8}
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(reference_cache, "HF_HOME", str(tmp_path / "home"))
 
 
 def batch_of(trainer, rows: int = 4) -> dict[str, torch.Tensor]:
@@ -119,8 +119,8 @@ def test_precomputed_references_are_those_of_training(tmp_path):
 
 def test_a_second_run_over_the_same_pairs_reads_the_first_ones_references(tmp_path, monkeypatch):
     computed = []
-    plain = reference._computed
-    monkeypatch.setattr(reference, "_computed", lambda *args: computed.append(1) or plain(*args))
+    plain = reference_cache._computed
+    monkeypatch.setattr(reference_cache, "_computed", lambda *args: computed.append(1) or plain(*args))
 
     def run(number: int, rows: Dataset | None = None, **settings) -> list[float]:
         trainer = dpo_trainer_of(
@@ -370,7 +370,7 @@ def test_log_probabilities_of_completions_leave_prompts_out(tmp_path):
 
 def test_references_that_cannot_be_kept_are_used_all_the_same(tmp_path, monkeypatch, caplog):
     (tmp_path / "a file").write_text("")
-    monkeypatch.setattr(reference, "HF_HOME", str(tmp_path / "a file"))
+    monkeypatch.setattr(reference_cache, "HF_HOME", str(tmp_path / "a file"))
     trainer = dpo_trainer_of(tmp_path, num_members=2, precompute_ref_log_probs=True)
     assert "ref_chosen_logps" in trainer.train_dataset.column_names
     assert "not kept" in caplog.text

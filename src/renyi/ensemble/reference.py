@@ -1,7 +1,7 @@
 """The reference of preference margins, and its files in the folder of an ensemble that was tuned on preferences.
 
-Read next: `objectives/preference.py`, the margins, and `training/reference.py`, which computes the reference before
-training.
+Read next: `objectives/preference.py`, the margins, and `training/reference_cache.py`, which computes the
+reference before training.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Statistics of routing: what a pass scored and left out, which members take the examples, and the choice of "auto".
 
-Read next: `training/statistics.py`, which adds these sums up between two logs.
+Read next: `training/log.py`, which adds these sums up between two logs.
 """
 
 from collections.abc import Mapping

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from renyi.training.statistics import Sums
+from renyi.routing import Sums
 
 
 class Balance(NamedTuple):

@@ -36,9 +36,9 @@ from renyi.objectives import (
 from renyi.routing import Sums, routing_sums, share_of
 from renyi.training.card import Method
 from renyi.training.config import require
+from renyi.training.log import mean_of_members
 from renyi.training.referenced import ReferencedConfig, ReferencedTrainer
 from renyi.training.report import ACCURACY
-from renyi.training.statistics import mean_of_members
 from renyi.training.ties import has_ties, settled_tie_strength
 
 

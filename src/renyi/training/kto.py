@@ -24,9 +24,9 @@ from renyi.objectives import THUMB_LOSSES, ThumbLoss, reference_point, thumb_log
 from renyi.routing import routing_sums, share_of
 from renyi.training.card import Method
 from renyi.training.config import AUTO, require
+from renyi.training.log import mean_of_members
 from renyi.training.referenced import ReferencedConfig, ReferencedTrainer
 from renyi.training.report import ACCURACY
-from renyi.training.statistics import mean_of_members
 
 POINT = "reference_point"  # in a batch whose reference points are known: z of each member, a list of M numbers
 MEMORY = 0.9  # how much of the kept reference points each batch of training leaves

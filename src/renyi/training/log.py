@@ -1,6 +1,6 @@
 """What an ensemble trainer logs: means since the last log, trained tokens, and a warning about members that starve.
 
-`RunningMeans`, which adds things up, is in `statistics.py`; what a run leaves on disk (`metrics.jsonl`,
+What is summed for every ensemble is in `renyi.routing.statistics`; what a run leaves on disk (`metrics.jsonl`,
 `training.png`) in `report.py`.
 """
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from renyi.routing import Sums
-from renyi.training.statistics import RunningMeans
 
 logger = logging.getLogger(__name__)
 
@@ -92,3 +91,39 @@ class TrainingLog:
         if not holds_sums:
             watched.sums = torch.zeros_like(watched.sums)
         self.starved.low_logs, self.starved.has_warned = state["starved_logs"], state["warned_starved"]
+
+
+class RunningMeans:
+    """Means over what this process saw since the last log, each kept as a sum and a count.
+
+    Sums can be added, so the means over processes, micro-batches and log intervals are exact.
+    """
+
+    def __init__(self, device: torch.device):
+        self.names: list[str] = []
+        self.sums = torch.zeros(2, 0, dtype=torch.float64, device=device)  # sums, counts
+
+    def add(self, batch: Sums) -> None:
+        """Add the sums of a batch. Every batch has the same names."""
+        added = torch.stack([torch.stack([x.double() for x in pair]) for pair in batch.values()], dim=1)
+        if not self.names:
+            self.names, self.sums = list(batch), torch.zeros_like(added)
+        self.sums = self.sums + added
+
+    def means(self, sums: Tensor) -> dict[str, float]:
+        """The means by name, from the `sums` of all processes. A mean over nothing is left out."""
+        totals, counts = sums.tolist()
+        return {name: x / n for name, x, n in zip(self.names, totals, counts, strict=True) if n > 0}
+
+    def state(self, sums: Tensor) -> dict[str, list[float]]:
+        return dict(zip(self.names, sums.T.tolist(), strict=True))
+
+    def restore(self, state: Mapping[str, list[float]]) -> None:
+        self.names = list(state)
+        values = torch.tensor(list(state.values()), dtype=torch.float64, device=self.sums.device)
+        self.sums = values.T.contiguous() if state else self.sums.new_zeros(2, 0)
+
+
+def mean_of_members(values_MBT: Tensor) -> Tensor:
+    """The sum over the tokens of a batch, averaged over the members that this process holds."""
+    return values_MBT.sum() / len(values_MBT)

@@ -13,8 +13,8 @@ from torch import Tensor
 from renyi.ensemble import LoraEnsemble
 from renyi.objectives import example_loss, example_responsibilities, group_sums, renyi_loss, responsibilities
 from renyi.routing import BatchGroups
+from renyi.training.mixture_weights import LearnMixtureWeights
 from renyi.training.schedule import scheduled_alpha
-from renyi.training.statistics import LearnMixtureWeights
 
 
 class Prior(NamedTuple):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from renyi.ensemble import LoraEnsemble, Reference
 from renyi.errors import ConfigError
 from renyi.training.config import EnsembleConfig, require
-from renyi.training.reference import with_reference
+from renyi.training.reference_cache import with_reference
 from renyi.training.start import as_ensemble
 from renyi.training.trainer import EnsembleTrainer
 

@@ -22,8 +22,8 @@ from renyi.ensemble import LoraEnsemble, example_log_likelihood
 from renyi.routing import routing_sums, share_of
 from renyi.training.config import EnsembleConfig, require
 from renyi.training.group_batches import ROUTED_ROW
+from renyi.training.log import mean_of_members
 from renyi.training.packing import check_packing
-from renyi.training.statistics import mean_of_members
 from renyi.training.trainer import EnsembleTrainer
 
 

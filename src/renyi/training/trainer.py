@@ -46,11 +46,11 @@ from renyi.training.hub import push_checkpoint, pushed, refused_by_the_hub, with
 from renyi.training.langevin import KeepSnapshots, LangevinNoise, check_noise
 from renyi.training.log import TrainingLog
 from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
+from renyi.training.mixture_weights import LearnMixtureWeights
 from renyi.training.objective import Objective, Prior
 from renyi.training.parallel import MemberAccelerator, load_optimizer, save_optimizer
 from renyi.training.report import FIGURE_FILE, MetricsFile, draw_training
 from renyi.training.start import as_ensemble, check_kind
-from renyi.training.statistics import LearnMixtureWeights
 from renyi.training.steps import RoutedSteps
 
 LOGGING_STATE_FILE = "logging_state.json"
