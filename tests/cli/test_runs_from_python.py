@@ -11,16 +11,15 @@ from datasets import Dataset
 from renyi import RenyiSFTConfig, RenyiSFTTrainer, runs
 from renyi.data.prepare import Preparation
 from renyi.errors import ConfigError
+from renyi.runs.learned import LEARNED_FILE
 from renyi.runs.record import RUN_FILE
-from renyi.runs.report import LEARNED_FILE
 from renyi.runs.settings import METHODS
 
 HELD_OUT = {"test_split_size": 0.25, "eval_strategy": "steps", "eval_steps": 3}
 
 
 def files_in(folder: Path) -> set[str]:
-    """All files but the table of the command line, which it also leaves as text."""
-    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()} - {LEARNED_FILE}
+    return {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
 
 
 def metrics_in(folder: Path) -> list[dict[str, float]]:
@@ -41,10 +40,15 @@ def test_a_run(trained: tuple[Path, Ended], base: Path, rows_file: Path, tmp_pat
     assert run.ensemble.num_members == 2
     kept = [json.loads((place / RUN_FILE).read_text(encoding="utf-8")) for place in (folder, trained[0])]
     assert kept[0] == kept[1]
+    ours, theirs = ((place / LEARNED_FILE).read_text(encoding="utf-8").splitlines() for place in (folder, trained[0]))
+    assert ours == theirs
+    said = trained[1].out.splitlines()
+    start = said.index(ours[0])
+    assert [line.split() for line in said[start : start + len(ours) - 1]] == [line.split() for line in ours[:-1]]
 
 
 def test_a_bare_trainer(trained: tuple[Path, Ended], base: Path, rows_file: Path, tmp_path: Path) -> None:
-    """Its folder has the files of a run, but for what a run keeps of its settings to go on with."""
+    """Its folder has the files of a run, but for what a run keeps of its settings, and what members say at its end."""
     keys = settings_of(base, rows_file)
     of_members = {"lora_r", "lora_dropout", "model_name_or_path", "dataset_name"}
     args = RenyiSFTConfig(**{k: v for k, v in keys.items() if k not in of_members}, output_dir=str(tmp_path / "out"))
@@ -52,7 +56,7 @@ def test_a_bare_trainer(trained: tuple[Path, Ended], base: Path, rows_file: Path
     trainer.train()
     trainer.save_model()
     folder = tmp_path / "out"
-    assert files_in(folder) == files_in(trained[0]) - {RUN_FILE}
+    assert files_in(folder) == files_in(trained[0]) - {RUN_FILE, LEARNED_FILE}
     assert [row["step"] for row in metrics_in(folder) if "loss" in row] == [1, 2, 3, 4, 5, 6]
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "README.md").read_text(encoding="utf-8").startswith("---\n")

@@ -25,11 +25,9 @@ class TrainingCommand(ABC):
         method: one of `renyi.runs.settings.METHODS`.
         trl_config: name of TRL's config; every key of it works.
         keys: the method's own keys on the help page, by group; `_BEFORE` and `_AFTER` are shown for all methods.
-        example: its word for an example of the data.
         row: its word for a row of a batch.
         about: what it does, for the help page.
         member, members: its words for a member and for several.
-        sampled: how many examples members score at the end, to show what each learned.
         first_keys: the keys among `keys` that a user chooses first; `renyi init` sets them in its file.
         holds_out: whether the file of `renyi init` holds out a share of the rows.
         for_tiny_model: values that `renyi init` writes for the tiny model that comes with renyi.
@@ -38,12 +36,10 @@ class TrainingCommand(ABC):
     method: ClassVar[str]
     trl_config: ClassVar[str]
     keys: ClassVar[Mapping[str, str]]
-    example: ClassVar[str]
     row: ClassVar[str]
     about: ClassVar[str] = "Train an α-Rényi LoRA ensemble."
     member: ClassVar[str] = "member"
     members: ClassVar[str] = "members"
-    sampled: ClassVar[int] = 256
     first_keys: ClassVar[str] = ""
     holds_out: ClassVar[bool] = True
     for_tiny_model: ClassVar[Mapping[str, object]] = MappingProxyType({})
@@ -63,10 +59,6 @@ class TrainingCommand(ABC):
     @abstractmethod
     def first(self, ready: "Run", prepared: "Dataset", coloured: bool) -> RenderableType:
         """The first example as the model sees it."""
-
-    @abstractmethod
-    def learned(self, ready: "Run", prepared: "Dataset", of: str) -> RenderableType:
-        """What each member learned, from examples that are called `of`."""
 
     def files(self, ready: "Run") -> Mapping[str, str]:
         """Files that only this method writes to an ensemble's folder, and what they are."""

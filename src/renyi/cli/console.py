@@ -3,7 +3,6 @@
 Results and reports go to stdout; progress, warnings and errors to stderr, so that a pipe carries results only.
 """
 
-import io
 import json
 import logging
 import os
@@ -47,14 +46,6 @@ def stream(stderr: bool = False) -> Console:
     console = _Terminal(stderr=stderr, highlight=False, markup=False, emoji=False, quiet=not is_first)
     console.width = min(console.width, WIDEST) if console.is_terminal else WIDEST
     return console
-
-
-def as_text(shown: RenderableType) -> str:
-    """What a stream would show, as plain text."""
-    console = _Terminal(file=io.StringIO(), width=WIDEST, highlight=False, markup=False, emoji=False)
-    with console.capture() as captured:
-        console.print(shown)
-    return "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def show_error(error: RenyiError) -> None:

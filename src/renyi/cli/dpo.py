@@ -10,7 +10,6 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from renyi.cli.command import TrainingCommand
-from renyi.cli.members import members_table
 from renyi.cli.training import run_training
 from renyi.text import number_text, plural
 
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from renyi.runs.build import Run
-
-SNIPPET = 24  # characters shown of either side of a pair
 
 
 def run(argv: Sequence[str]) -> int:
@@ -36,7 +33,6 @@ class DPO(TrainingCommand):
         "eos_token",
     }
     first_keys = "beta loss_type"
-    example = "pair"
     row = "pair"
 
     def plan(self, ready: "Run") -> dict[str, str]:
@@ -76,25 +72,6 @@ class DPO(TrainingCommand):
         what = f"{trained[0]} chosen{colours[0]} and {trained[1]} rejected{colours[1]} tokens are trained"
         return example_panel(Text("\n").join(lines), "first pair", what if coloured else f"{what}, between « »")
 
-    def learned(self, ready: "Run", prepared: "Dataset", of: str) -> RenderableType:
-        from renyi.inference import score_pairs, summarise_members
-
-        trainer: Any = ready.trainer
-        preparation: Any = ready.preparation
-        loss = trainer.args.preference_loss
-        scores = score_pairs(ready.ensemble, prepared, loss, trainer.reference, preparation)
-        right = sum(score.preference > 0.5 for score in scores) / len(scores)
-        members = summarise_members(scores, ready.ensemble.weights)
-        clearest = [_snippet(ready, prepared[m.clearest]) if m.clearest is not None else "–" for m in members]
-        return members_table(
-            members,
-            "What each member learned",
-            f"from {of}; the mixture prefers the chosen completion in {right:.1%} of them",
-            clearest,
-            example="pair",
-            nll="NLL of the label in nats a pair" if loss.loss_type == ("sigmoid",) else "NLL: the loss of a pair",
-        )
-
     def files(self, ready: "Run") -> dict[str, str]:
         from renyi.layout import PREFERENCE_FILE, REFERENCE_FOLDER
 
@@ -118,14 +95,3 @@ def _loss(args: Any) -> str:
     parts += [f"ld_alpha {args.ld_alpha:g}"] if args.ld_alpha is not None else []
     parts += [f"tie_strength {args.tie_strength:.3g}"] if args.tie_strength else []
     return ", ".join(parts)
-
-
-def _snippet(ready: "Run", pair: dict[str, Any]) -> str:
-    """Both completions of a pair on one line, from the point at which they differ."""
-    from renyi.cli.tokens import one_line
-
-    sides = [one_line(ready.tokenizer, pair[column]) for column in ("chosen_ids", "rejected_ids")]
-    shared = next((i for i, (one, other) in enumerate(zip(*sides, strict=False)) if one != other), 0)
-    if shared > SNIPPET // 2:
-        sides = [f"…{side[shared:]}" for side in sides]
-    return " ≻ ".join(side if len(side) <= SNIPPET else f"{side[: SNIPPET - 1]}…" for side in sides)

@@ -10,7 +10,6 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from renyi.cli.command import TrainingCommand
-from renyi.cli.members import members_table
 from renyi.cli.training import run_training
 from renyi.text import number_text, plural
 
@@ -33,7 +32,6 @@ class KTO(TrainingCommand):
         "eos_token",
     }
     first_keys = "beta"
-    example = "thumb"
     row = "row"
 
     def plan(self, ready: "Run") -> dict[str, str]:
@@ -69,31 +67,6 @@ class KTO(TrainingCommand):
         how = f"in {colour}" if coloured else "between « »"
         what = f"thumbs {thumb}: {sum(is_trained)} of {len(ids)} tokens are trained, {how}"
         return example_panel(text, "first row", what)
-
-    def learned(self, ready: "Run", prepared: "Dataset", of: str) -> RenderableType:
-        from renyi.cli.tokens import one_line
-        from renyi.inference import score_thumbs, summarise_members
-
-        trainer: Any = ready.trainer
-        scores = score_thumbs(ready.ensemble, prepared, trainer.kept, trainer.preparation)
-        right = sum((s.approval > 0.5) == up for s, up in zip(scores, prepared["label"], strict=True)) / len(scores)
-
-        def snippet(example: int | None) -> str:
-            if example is None:
-                return "–"
-            return f"{'+' if prepared[example]['label'] else '−'} " + one_line(
-                ready.tokenizer, prepared[example]["completion_ids"]
-            )
-
-        members = summarise_members(scores, ready.ensemble.weights)
-        return members_table(
-            members,
-            "What each member learned",
-            f"from {of}; the mixture predicts {right:.1%} of them",
-            [snippet(m.clearest) for m in members],
-            example="thumb",
-            nll="NLL: the loss of a thumb",
-        )
 
     def files(self, ready: "Run") -> dict[str, str]:
         from renyi.layout import REFERENCE_FOLDER, THUMBS_FILE

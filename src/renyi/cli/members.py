@@ -1,6 +1,5 @@
-"""The table of what each member learned. Training and `renyi score` end with it."""
+"""How a table about members looks on a terminal. Training and `renyi score` end with one."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
@@ -10,40 +9,27 @@ from rich.text import Text
 from renyi.cli.console import headed
 
 if TYPE_CHECKING:
-    from renyi.inference import MemberSummary
+    from renyi.inference import MemberTable
 
 
-def members_table(
-    members: "Sequence[MemberSummary]",
-    title: str,
-    subtitle: str,
-    clearest: Sequence[str] = (),
-    example: str = "example",
-    nll: str = "NLL in nats a token",
-) -> RenderableType:
-    """One row a member.
-
-    Args:
-        members: their summaries.
-        title: of the table.
-        subtitle: what was scored.
-        clearest: for each member, the example that it claims most strongly; left out if not given.
-        example: the word for an example.
-        nll: the meaning and unit of the summaries' NLL.
-    """
+def shown_table(members: "MemberTable") -> RenderableType:
+    """The table, with its title above and its legend and what members wrote below."""
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for column in ("member", "weight", "load", "leads", "NLL led", "NLL others"):
-        table.add_column(column, justify="right", no_wrap=True, min_width=max(len(column), 6))
-    if clearest:
-        table.add_column(f"clearest {example}", style="italic")  # the only one that may become narrower
-    for m, member in enumerate(members):
-        cells = [str(m), f"{member.weight:.3f}", f"{member.load:.1%}", f"{member.leads:,}"]
-        cells += [_nll(member.nll_led), _nll(member.nll_others)]
-        claimed = [Text(clearest[m], no_wrap=True, overflow="ellipsis")] if clearest else []
-        table.add_row(*(Text(cell) for cell in cells), *claimed)
-    legend = f"load: share of the {example}s it learns from · leads: {example}s it explains best · {nll}"
-    return Group(headed(title), Text(subtitle, "dim"), table, Text(legend, "dim"))
-
-
-def _nll(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    is_text = [column in members.texts for column in members.columns]
+    for column, text in zip(members.columns, is_text, strict=True):
+        if text:
+            table.add_column(column, style="italic" if column else "")  # only such a column may become narrower
+        else:
+            table.add_column(column, justify="right", no_wrap=True, min_width=max(len(column), 6))
+    for row in members.rows:
+        table.add_row(*(Text(cell, no_wrap=True, overflow="ellipsis") for cell in row))
+    parts: list[RenderableType] = [headed(members.title), Text(members.about, "dim"), table]
+    parts += [Text(members.legend, "dim")] if members.legend else []
+    for prompt, answers in members.written:
+        side_by_side = Table.grid(padding=(0, 2))
+        side_by_side.add_column(style="dim", no_wrap=True)
+        side_by_side.add_column()
+        for name, answer in answers:
+            side_by_side.add_row(f"  {name}", Text(answer))
+        parts += [Text(f"\n{prompt}", "dim"), side_by_side]
+    return Group(*parts)

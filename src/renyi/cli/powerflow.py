@@ -3,28 +3,20 @@
 This file has only what differs from other training commands. Read next: `training.py`, what they share.
 """
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 
 from renyi.cli.command import TrainingCommand
-from renyi.cli.tables import figures_table, shortened, titled
 from renyi.cli.training import run_training
 from renyi.text import number_text, plural
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from renyi.inference.policies import PolicySummary
     from renyi.runs.build import Run
-
-ROLLOUTS = 8  # of each prompt, to say what a policy learned
-SHOWN = 3  # prompts of which a rollout is shown
-LONGEST = 200  # characters shown of a prompt or a rollout
 
 
 def run(argv: Sequence[str]) -> int:
@@ -45,11 +37,9 @@ class PowerFlow(TrainingCommand):
     first_keys = "power partition num_generations max_completion_length"
     holds_out = False
     for_tiny_model: ClassVar = {"max_completion_length": 16}  # it reads 256 tokens
-    example = "prompt"
     row = "rollout"
     member = "policy"
     members = "policies"
-    sampled = 8
 
     def plan(self, ready: "Run") -> dict[str, str]:
         from renyi.training.target import target_in_words
@@ -76,27 +66,6 @@ class PowerFlow(TrainingCommand):
         prompt = shown(str(ready.tokenizer.decode(ids)), None, coloured)
         what = f"{plural(len(ids), 'token')}; the policy goes on {'in green' if coloured else 'between « »'}"
         return example_panel(Text.assemble(prompt, " ", shown("…", "green", coloured)), "first prompt", what)
-
-    def learned(self, ready: "Run", prepared: "Dataset", of: str) -> RenderableType:
-        from renyi.inference.policies import summarise_policies
-
-        trainer: Any = ready.trainer
-        base, *policies = summarise_policies(
-            ready.ensemble,
-            prepared["input_ids"],
-            ready.tokenizer,
-            trainer.base_score,
-            rollouts=ROLLOUTS,
-            max_new_tokens=trainer.args.max_completion_length,
-            seed=trainer.args.seed,
-        )
-        named = {"base": base} | {f"policy {m}" if len(policies) > 1 else "policy": p for m, p in enumerate(policies)}
-        prompts = [str(ready.tokenizer.decode(ids)) for ids in prepared["input_ids"][:SHOWN]]
-        title = "What the policy learned" if len(policies) == 1 else "What each policy learned"
-        parts: list[RenderableType] = [titled(title)]
-        parts += [Text(f"from {ROLLOUTS} fresh rollouts of each of {of}", "dim"), _figures(named)]
-        parts += [Text(_legend(trainer), "dim")]
-        return Group(*parts, *_side_by_side(prompts, named))
 
     def next(self, folder: str, dataset_name: str) -> Sequence[str]:
         return f"renyi generate {folder} --input {dataset_name} --temperature 1", f"renyi info {folder}"
@@ -130,41 +99,3 @@ def _rollouts(args: Any) -> str:
     used = "a step" if updates == 1 else f"for every {updates} steps"
     each = f"{plural(prompts, 'prompt')} × {args.num_generations} {used}"
     return f"{each}, each of at most {number_text(args.max_completion_length)} tokens, by {engine}"
-
-
-# ---- After -----------------------------------------------------------------------------------------------------------
-
-
-def _figures(named: "dict[str, PolicySummary]") -> Table:
-    table = figures_table(["", "log p", "log π", "slope", "tokens", "cut"])
-    for name, policy in named.items():
-        slope = "–" if math.isnan(policy.slope) else f"{policy.slope:.2f}"
-        cells = (name, f"{policy.log_base:.3f}", f"{policy.log_policy:.3f}", slope)
-        table.add_row(*map(Text, (*cells, f"{policy.mean_length:.1f}", f"{policy.truncated:.0%}")))
-    return table
-
-
-def _legend(trainer: Any) -> str:
-    from renyi.training.target import reference_in_words
-
-    args = trainer.args
-    parts = [
-        f"log p: log-probability of a token under {reference_in_words(args, trainer.base_score)}, and log π under what "
-        "wrote it, nats",
-        f"slope: of log π/tokens on log p/tokens within a prompt, {args.power:g} at the target",
-        f"cut: share without an end after {number_text(args.max_completion_length)} tokens",
-    ]
-    return " · ".join(part for part in parts if args.balance == "length_aware" or not part.startswith("slope"))
-
-
-def _side_by_side(prompts: Sequence[str], named: "dict[str, PolicySummary]") -> list[RenderableType]:
-    """What the base and each policy write to some prompts, with the same random numbers."""
-    shown: list[RenderableType] = []
-    for i, prompt in enumerate(prompts):
-        table = Table.grid(padding=(0, 2))
-        table.add_column(style="dim", no_wrap=True)
-        table.add_column()
-        for name, policy in named.items():
-            table.add_row(f"  {name}", Text(shortened(" ".join(policy.first[i].split()), LONGEST)))
-        shown += [Text(f"\n{shortened(' '.join(prompt.split()), LONGEST)}", "dim"), table]
-    return shown

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from renyi.cli.console import emit_json, quiet_progress_bars, stream
-from renyi.cli.members import members_table
+from renyi.cli.members import shown_table
 from renyi.cli.parser import StrictParser, converted, parse_strictly
 from renyi.cli.reading import (
     add_draw_flags,
@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
     args = _parse(argv)
     err = stream(stderr=True)
     with err.status("loading"):
-        from renyi.inference import summarise_members
+        from renyi.inference import members_table, summarise_members
 
         quiet_progress_bars()
         rows = load_rows(args)
@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
     if args.json:
         emit_json(summary, stderr=args.output is None)
         return 0
-    err.print(members_table(members, "What the members make of it", _in_short(summary)))
+    err.print(shown_table(members_table(members, "What the members make of it", _in_short(summary))))
     if args.output:
         err.print(f"\n{plural(len(scores), 'line')} in {args.output}", soft_wrap=True)
     return 0
@@ -100,7 +100,7 @@ def _score_rewards(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset", 
 def _score_thumbs(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset", err: Console) -> int:
     """Write a line for each thumb, and say how many the mixture predicts."""
     from renyi.data import read_label
-    from renyi.inference import summarise_members
+    from renyi.inference import members_table, summarise_members
 
     with progress_bar(err, "scoring", len(rows)) as progress, naming_flags(args):
         scores = loaded.score_thumbs(rows, name=args.data, progress=progress, **args.preparation)
@@ -114,7 +114,8 @@ def _score_thumbs(args: argparse.Namespace, loaded: "Loaded", rows: "Dataset", e
         return 0
     said = f"{plural(len(scores), 'thumb')}, of which the mixture predicts {right:.1%} · α {alpha:g}"
     loss = "NLL: the loss of a thumb"
-    err.print(members_table(members, "What the members make of it", said, example="thumb", nll=loss))
+    table = members_table(members, "What the members make of it", said, example="thumb", nll=loss)
+    err.print(shown_table(table))
     if args.output:
         err.print(f"\n{plural(len(scores), 'line')} in {args.output}", soft_wrap=True)
     return 0

@@ -10,7 +10,6 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from renyi.cli.command import TrainingCommand
-from renyi.cli.members import members_table
 from renyi.cli.training import run_training
 from renyi.text import number_text, plural
 
@@ -32,7 +31,6 @@ class SFT(TrainingCommand):
         "dataset_test_split test_split_size chat_template_path pad_token eos_token",
     }
     first_keys = "max_length"
-    example = "example"
     row = "row"
 
     def sizes(self, ready: "Run", prepared: "Dataset") -> str:
@@ -57,21 +55,6 @@ class SFT(TrainingCommand):
         text = Text().join(shown(piece, "green" if trained else None, coloured) for piece, trained in pieces)
         how = "in green" if coloured else "between « »"
         return example_panel(text, "first example", f"{sum(is_trained)} of {len(ids)} tokens are trained, {how}")
-
-    def learned(self, ready: "Run", prepared: "Dataset", of: str) -> RenderableType:
-        from renyi.cli.tokens import one_line
-        from renyi.inference import score, summarise_members
-        from renyi.labels import IGNORED
-
-        def snippet(example: int | None) -> str:
-            if example is None:
-                return "–"
-            tokens = zip(prepared[example]["input_ids"], prepared[example]["labels"], strict=True)
-            return one_line(ready.tokenizer, [token for token, label in tokens if label != IGNORED])
-
-        members = summarise_members(score(ready.ensemble, prepared), ready.ensemble.weights)
-        clearest = [snippet(m.clearest) for m in members]
-        return members_table(members, "What each member learned", f"from {of}", clearest)
 
     def next(self, folder: str, dataset_name: str) -> Sequence[str]:
         return f"renyi info {folder}", f"renyi score {folder} {dataset_name} --output scores.jsonl"

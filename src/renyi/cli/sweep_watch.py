@@ -74,7 +74,8 @@ def _plan(settings: SweepSettings, command: TrainingCommand, ready: Run) -> Rend
     if several:
         alphas = ", ".join(f"{a:g}" for a in sorted(settings.alphas))
         parts.append(f"{' and '.join(map(str, several))} members at alpha {alphas}")
-    prepared = ready.preparation.prepare(ready.eval_rows, ready.tokenizer, limits=ready.trainer.limits)
+    assert ready.eval_rows is not None
+    prepared = ready.prepared(ready.eval_rows)
     rows = {
         "base": f"{ready.ensemble.base_model_name} · {str(ready.ensemble.dtype).removeprefix('torch.')} "
         f"on {trainer.args.device}",

@@ -48,8 +48,3 @@ def example_panel(text: Text, name: str, what_is_trained: str) -> Panel:
     """An example in a frame, with its name and a line that says what is trained."""
     title = Text.assemble((name, "bold"), (f" · {what_is_trained}", "dim"))
     return Panel(text, title=title, title_align="left", border_style="dim", padding=(0, 1))
-
-
-def one_line(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    """The beginning of a text on one line."""
-    return " ".join(str(tokenizer.decode(ids[:60], skip_special_tokens=True)).split())

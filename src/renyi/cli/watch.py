@@ -17,14 +17,15 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 from renyi.cli.command import TrainingCommand
-from renyi.cli.console import as_text, bytes_text, facts, headed, typed
+from renyi.cli.console import bytes_text, facts, headed, typed
+from renyi.cli.members import shown_table
 from renyi.cli.progress import Progress
-from renyi.data import sample, told_cut, told_tokenizer
-from renyi.files import write_whole
+from renyi.data import told_cut, told_tokenizer
+from renyi.inference import MemberTable
 from renyi.runs.auto import Chosen
 from renyi.runs.build import Rows, Run, Watch
-from renyi.runs.report import LEARNED_FILE
-from renyi.runs.settings import Settings
+from renyi.runs.learned import LEARNED_FILE
+from renyi.runs.settings import METHODS, Settings
 from renyi.text import number_text, plural
 from renyi.training.checkpoints import find_checkpoints
 from renyi.training.config import AUTO
@@ -60,7 +61,7 @@ class TrainingWatch(Watch):
         """Show the plan and the first example; in a dry run also the memory of a step."""
         auto_undecided = is_dry and run.record.settings["alpha"] == AUTO
         self._out.print(_plan(self._command, run, auto_undecided))
-        first = _prepared(run, run.train_rows, 1)
+        first = run.prepared(run.train_rows, 1)
         self._out.print(self._command.first(run, first, self._out.is_terminal))
         if is_dry:
             _show_memory(self._out, self._err, run)
@@ -68,12 +69,10 @@ class TrainingWatch(Watch):
     def trained(self, run: Run) -> None:
         _show_end(self._out, self._command, run)
 
+    def learned(self, table: MemberTable) -> None:
+        self._out.print(shown_table(table))
+
     def saved(self, run: Run) -> None:
-        with self.doing(f"asking every {self._command.member} what it learned"):  # in every process: all prepare
-            learned = _what_members_learned(self._command, run)
-        self._out.print(learned)
-        if run.trainer.is_world_process_zero():
-            write_whole(run.output_dir / LEARNED_FILE, as_text(learned).encode("utf-8", "surrogatepass"))
         _show_files(self._out, self._command, run)
 
     def after_interruption(self) -> str:
@@ -96,11 +95,6 @@ def _what_was_chosen(command: TrainingCommand, chosen: Chosen, num_members: int)
         "how sure": f"{chosen.mean_share:.0%} of the leading direction is unfinished fitting{calibration}",
     }
     return facts("alpha: auto", {name: Text(value) for name, value in rows.items()})
-
-
-def _prepared(ready: Run, rows: Rows, size: int) -> Dataset:
-    """At most `size` rows as training sees them."""
-    return ready.preparation.prepare(sample(rows, size), ready.tokenizer, limits=ready.trainer.limits)
 
 
 # ---- Before ----------------------------------------------------------------------------------------------------------
@@ -202,7 +196,8 @@ def _sizes(command: TrainingCommand, ready: Run, prepared: Any, rows: "Rows | No
         return "none"
     if not isinstance(rows, Dataset):
         return "streamed"
-    return command.sizes(ready, prepared) if isinstance(prepared, Dataset) else plural(len(rows), command.example)
+    example = METHODS[command.method].example
+    return command.sizes(ready, prepared) if isinstance(prepared, Dataset) else plural(len(rows), example)
 
 
 def _steps(command: TrainingCommand, args: Any, steps: int) -> str:
@@ -246,14 +241,6 @@ def _show_end(out: Console, command: TrainingCommand, ready: Run) -> None:
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         best = state.best_model_checkpoint.rpartition("/")[2]
         out.print(f"the {command.members} are those of {best}, the best by {trainer.args.metric_for_best_model}")
-
-
-def _what_members_learned(command: TrainingCommand, ready: Run) -> RenderableType:
-    held_out = ready.eval_rows is not None
-    prepared = _prepared(ready, ready.eval_rows if ready.eval_rows is not None else ready.train_rows, command.sampled)
-    of = f"{len(prepared)} {'held-out' if held_out else 'training'} {command.example}s"
-    with ready.trainer.accelerator.autocast():
-        return command.learned(ready, prepared, of)
 
 
 def _show_files(out: Console, command: TrainingCommand, ready: Run) -> None:

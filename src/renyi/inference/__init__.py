@@ -5,7 +5,7 @@ from renyi.inference.continuation import ContinuationScore, score_continuations
 from renyi.inference.diagnose import Diagnosis, diagnose
 from renyi.inference.generate import Answer, Prompt, generate
 from renyi.inference.group_scores import GroupScore, group_scores
-from renyi.inference.members import MemberSummary, summarise_members
+from renyi.inference.members import MemberSummary, MemberTable, members_table, summarise_members
 from renyi.inference.pair_scores import PairScore, score_pairs
 from renyi.inference.reward_scores import RewardFunction, RewardScore, rated_rows, score_rated_pairs, score_rewards
 from renyi.inference.score import Score, score
@@ -19,6 +19,7 @@ __all__ = [
     "Diagnosis",
     "GroupScore",
     "MemberSummary",
+    "MemberTable",
     "PairScore",
     "Prompt",
     "RewardFunction",
@@ -31,6 +32,7 @@ __all__ = [
     "diagnose",
     "generate",
     "group_scores",
+    "members_table",
     "rated_rows",
     "score",
     "score_choices",

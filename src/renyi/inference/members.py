@@ -1,7 +1,7 @@
 """What each member learned, computed from the scores of examples, pairs or thumbs.
 
-The scores come from `score.py`, `pair_scores.py` and `thumb_scores.py`. `renyi.cli.members` shows the summaries as a
-table.
+The scores come from `score.py`, `pair_scores.py` and `thumb_scores.py`. `renyi.runs.learned` asks the members of a run
+and keeps the table; `renyi.cli.members` shows one on a terminal.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 from renyi.inference.pair_scores import PairScore
 from renyi.inference.score import Score
 from renyi.inference.thumb_scores import ThumbScore
+from renyi.text import printable
 
 
 class MemberSummary(NamedTuple):
@@ -63,3 +64,72 @@ def summarise_members(
         )
 
     return [summary(member) for member in range(len(weights))]
+
+
+class MemberTable(NamedTuple):
+    """A table about members, whose cells are text.
+
+    Attributes:
+        title: above it.
+        about: a line below the title: what was asked.
+        columns: their headings.
+        rows: as many cells as columns.
+        legend: a line below the table: what the headings mean; may be empty.
+        texts: headings of the columns that hold text and no figures.
+        written: answers to some prompts: each prompt, and who wrote what. Empty unless members were asked to write.
+    """
+
+    title: str
+    about: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    legend: str = ""
+    texts: Sequence[str] = ()
+    written: Sequence[tuple[str, Sequence[tuple[str, str]]]] = ()
+
+    def as_text(self) -> str:
+        """The table in lines of plain text, the title in the first one."""
+        lines = [self.title, self.about, *self._aligned([self.columns, *self.rows])]
+        lines += [self.legend] if self.legend else []
+        for prompt, answers in self.written:
+            width = max(len(name) for name, _ in answers)
+            lines += ["", prompt, *(f"  {name:{width}}  {answer}" for name, answer in answers)]
+        return "".join(f"{printable(line, keep='').rstrip()}\n" for line in lines)
+
+    def _aligned(self, rows: Sequence[Sequence[str]]) -> list[str]:
+        sides = ["<" if column in self.texts else ">" for column in self.columns]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(row, sides, widths, strict=True)) for row in rows]
+
+
+def members_table(
+    members: Sequence[MemberSummary],
+    title: str,
+    about: str,
+    clearest: Sequence[str] = (),
+    example: str = "example",
+    nll: str = "NLL in nats a token",
+) -> MemberTable:
+    """One row a member.
+
+    Args:
+        members: their summaries.
+        title: of the table.
+        about: what was scored.
+        clearest: for each member, the example that it claims most strongly; left out if not given.
+        example: the word for an example.
+        nll: the meaning and unit of the summaries' NLL.
+    """
+
+    def figure(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    columns = ["member", "weight", "load", "leads", "NLL led", "NLL others"]
+    rows = [
+        [str(m), f"{s.weight:.3f}", f"{s.load:.1%}", f"{s.leads:,}", figure(s.nll_led), figure(s.nll_others)]
+        for m, s in enumerate(members)
+    ]
+    texts = [f"clearest {example}"] if clearest else []
+    rows = [[*row, text] for row, text in zip(rows, clearest, strict=True)] if clearest else rows
+    legend = f"load: share of the {example}s it learns from · leads: {example}s it explains best · {nll}"
+    return MemberTable(title, about, [*columns, *texts], rows, legend, texts)

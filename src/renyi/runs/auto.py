@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from datasets import Dataset
 
-from renyi import data
 from renyi.ensemble.curvature import AdapterSpace
 from renyi.errors import ConfigError, EnsembleFormatError
 from renyi.files import write_whole
@@ -116,8 +115,7 @@ def _fit_and_spread(settings: Settings, args: Any, folder: Path, watch: Watch) -
     with watch.doing("diagnosing the one adapter"):
         # The adapter was not fitted to these rows. On rows that it was fitted to it would look better than it is.
         grouped = run.trainer.args.routing_group is not None
-        probes = run.probe_rows if grouped else data.sample(run.probe_rows, MAX_EXAMPLES)
-        rows = run.preparation.prepare(probes, run.tokenizer, limits=run.trainer.limits)
+        rows = run.prepared(run.probe_rows, None if grouped else MAX_EXAMPLES)
         pairs = None
         if isinstance(run.trainer, RenyiDPOTrainer):
             preparation: Any = run.preparation

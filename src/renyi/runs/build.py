@@ -20,6 +20,7 @@ from renyi import data
 from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.storage import Manifest, is_adapter, read_ensemble
 from renyi.errors import ConfigError, DataError, RenyiError
+from renyi.inference import MemberTable
 from renyi.inference.diagnose import FEWEST_MEASURED
 from renyi.keys import Where, explained
 from renyi.layout import MANIFEST_FILE
@@ -78,6 +79,11 @@ class Run(NamedTuple):
     def output_dir(self) -> Path:
         return Path(self.trainer.args.output_dir or "")
 
+    def prepared(self, rows: Rows, most: int | None = None) -> Dataset:
+        """Rows as training sees them: all of them, or at most so many, evenly spaced."""
+        some = rows if most is None else data.sample(rows, most)
+        return self.preparation.prepare(some, self.tokenizer, limits=self.trainer.limits)
+
 
 class Watch:
     """Callbacks of a run, for showing its progress. They do nothing by default; override those that you need."""
@@ -98,6 +104,9 @@ class Watch:
 
     def trained(self, run: Run) -> None:
         """Training has ended; saving begins."""
+
+    def learned(self, table: MemberTable) -> None:
+        """Every member was asked what it learned. The table is in the folder, too."""
 
     def saved(self, run: Run) -> None:
         """The folder is complete."""

@@ -255,7 +255,7 @@ def failed_before(folder: Path) -> Outcome | None:
 
 def _measure(run: Run) -> HeldOut:
     assert isinstance(run.eval_rows, Dataset)
-    prepared = run.preparation.prepare(run.eval_rows, run.tokenizer, limits=run.trainer.limits)
+    prepared = run.prepared(run.eval_rows)
     measured = _measured_pairs if isinstance(run.trainer, RenyiDPOTrainer) else _measured_texts
     try:
         with run.trainer.accelerator.autocast():

@@ -29,13 +29,13 @@ from renyi.evaluation.sections import (
 )
 from renyi.evaluation.stored import SECTIONS_FILE, read_sections
 from renyi.layout import MANIFEST_FILE
+from renyi.runs.learned import LEARNED_FILE
 from renyi.runs.record import RUN_FILE, Record, defaults
 from renyi.text import number_text
 from renyi.training.report import FIGURE_FILE, METRICS_FILE
 
 Step = Mapping[str, Any]  # what was logged at one step
 
-LEARNED_FILE = "learned.txt"  # the table that training ends with
 PAGE_FILE = "run.html"
 # What is shown of the last logged step, if it is there; other figures are in metrics.jsonl.
 _LAST = {

@@ -89,12 +89,16 @@ class Method(NamedTuple):
         config: its TRL config with our settings.
         members: the settings of members.
         tokenizer: settings of the tokenizer that `config` does not have; None if it has them all.
+        example: its word for an example of the data.
+        sampled: how many examples members are asked about at the end, to say what each learned.
     """
 
     trainer: type[EnsembleTrainer]
     config: type[EnsembleConfig]
     members: type[MemberConfig] = MemberConfig
     tokenizer: type[TokenizerArguments] | None = None
+    example: str = "example"
+    sampled: int = 256
 
     @property
     def dataclasses(self) -> tuple[type, ...]:
@@ -105,11 +109,18 @@ class Method(NamedTuple):
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "sft": Method(training.RenyiSFTTrainer, training.RenyiSFTConfig),
-        "dpo": Method(training.RenyiDPOTrainer, training.RenyiDPOConfig, tokenizer=TokenizerArguments),
-        "kto": Method(training.RenyiKTOTrainer, training.RenyiKTOConfig, tokenizer=PaddedTokenizerArguments),
-        "reward": Method(training.RenyiRewardTrainer, training.RenyiRewardConfig),
+        "dpo": Method(training.RenyiDPOTrainer, training.RenyiDPOConfig, tokenizer=TokenizerArguments, example="pair"),
+        "kto": Method(
+            training.RenyiKTOTrainer, training.RenyiKTOConfig, tokenizer=PaddedTokenizerArguments, example="thumb"
+        ),
+        "reward": Method(training.RenyiRewardTrainer, training.RenyiRewardConfig, example="pair", sampled=64),
         "powerflow": Method(
-            training.PowerFlowTrainer, training.PowerFlowConfig, PolicyConfig, PaddedTokenizerArguments
+            training.PowerFlowTrainer,
+            training.PowerFlowConfig,
+            PolicyConfig,
+            PaddedTokenizerArguments,
+            example="prompt",
+            sampled=8,
         ),
     }
 )

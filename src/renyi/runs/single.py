@@ -5,6 +5,7 @@ Read next: `build.py`, its stages; `auto.py`, what `alpha: auto` does before the
 
 from renyi.runs.auto import with_chosen_alpha
 from renyi.runs.build import Run, Watch, build, save, train
+from renyi.runs.learned import ask_members
 from renyi.runs.output import no_empty_folder
 from renyi.runs.settings import Settings
 from renyi.training.config import AUTO
@@ -34,6 +35,9 @@ def run(settings: Settings, watch: Watch | None = None) -> Run:
         watch.trained(ready)
         with watch.doing("saving"):
             save(ready)
+        with watch.doing("asking every member what it learned"):
+            learned = ask_members(ready)
+        watch.learned(learned)
         watch.saved(ready)
         ready.trainer.end()
     return ready
