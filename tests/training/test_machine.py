@@ -36,8 +36,8 @@ def test_the_faster_precision_is_found(monkeypatch):
     ],
 )
 def test_bf16_is_on_where_nobody_said_otherwise_and_it_pays(tmp_path, monkeypatch, given, pays, least, expected):
-    monkeypatch.setattr("renyi.training.trainer.bf16_pays", lambda: pays)
-    monkeypatch.setattr("renyi.training.trainer.LEAST_PARAMETERS", least)
+    monkeypatch.setattr("renyi.training.start.bf16_pays", lambda: pays)
+    monkeypatch.setattr("renyi.training.start.LEAST_PARAMETERS", least)
     trainer = trainer_of(tmp_path, bf16=given, use_cpu=False, max_steps=1)
     seen = []
     trainer.model.base.model.norm.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))

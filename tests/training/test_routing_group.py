@@ -169,8 +169,7 @@ def test_a_group_larger_than_a_batch_comes_to_share_one_member(tmp_path):
     settings = {**BY_GROUP, "max_steps": 6, "learning_rate": 0.0, "per_device_train_batch_size": 4}
     trainer = make("dpo", tmp_path, ["a"] * 12, model=tiny_ensemble(3), **settings)
     trainer.train()
-    evidence = trainer._evidence
-    assert evidence is not None
+    evidence = trainer.groups.training
     r_M = responsibilities(evidence.ell_MN.sum(dim=1), 0.8)
     loads = [[row[f"member_load/{m}"] for m in range(3)] for row in trainer.state.log_history if "member_load/0" in row]
     for load in loads[-3:]:

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from renyi.routing import Sums
+from renyi.training.schedule import follow_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -127,3 +129,20 @@ class RunningMeans:
 def mean_of_members(values_MBT: Tensor) -> Tensor:
     """The sum over the tokens of a batch, averaged over the members that this process holds."""
     return values_MBT.sum() / len(values_MBT)
+
+
+class AfterLoopBegan(TrainerCallback):
+    """Puts a checkpoint's sums and learning rates back once the training loop has begun, because the loop resets them.
+
+    Args:
+        restore: puts the sums back.
+    """
+
+    def __init__(self, restore: Callable[[], None]):
+        self.restore = restore
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.restore()
+        follow_schedule(kwargs.get("lr_scheduler"))

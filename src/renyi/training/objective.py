@@ -52,6 +52,26 @@ class Objective:
     ):
         self.ensemble, self.args, self.prior, self.learned_weights = ensemble, args, prior, learned_weights
 
+    @classmethod
+    def of(
+        cls, ensemble: LoraEnsemble, args: Any, units: Callable[[], int], reduce: Callable[[Any], Any]
+    ) -> "Objective":
+        """The objective that an `EnsembleConfig` asks for. A prior is also kept on the ensemble, which records it.
+
+        Args:
+            ensemble: the members.
+            args: the config.
+            units: counts the units of the training data, if there is a prior.
+            reduce: sums a tensor over processes.
+        """
+        learned, prior = None, None
+        if args.mixture_weights == "learned":
+            learned = LearnMixtureWeights(ensemble, reduce, args.mixture_weights_rate)
+        if args.prior_std is not None:
+            prior = Prior(ensemble.stack.prior(args.prior_std), units())
+            ensemble.prior = prior.divergence
+        return cls(ensemble, args, prior, learned)
+
     def alpha(self, progress: float) -> float:
         """The order after this share of training, in [0, 1]."""
         return scheduled_alpha(progress, self.args.alpha, self.args.alpha_hold_ratio, self.args.alpha_ramp_ratio)

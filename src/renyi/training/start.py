@@ -1,11 +1,14 @@
-"""The ensemble that a trainer starts from: given, loaded, or newly drawn on a base. It may be split over processes.
+"""What a trainer starts from: its arguments, checked, and an ensemble that is given, loaded, or drawn on a base.
 
 Read next: `renyi.ensemble.facade`, `LoraEnsemble`.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from peft import LoraConfig, PeftConfig
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
 from trl.trainer.reward_trainer import suppress_seqcls_warning
@@ -14,9 +17,11 @@ from trl.trainer.utils import create_model_from_path
 from renyi.ensemble import LoraEnsemble
 from renyi.ensemble.mesh import MemberMesh
 from renyi.ensemble.storage import is_adapter, read_ensemble
-from renyi.errors import ConfigError
+from renyi.errors import ConfigError, DataError
 from renyi.layout import MANIFEST_FILE
 from renyi.members import kind_of
+from renyi.training.config import AUTO
+from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
 
 
 def as_ensemble(
@@ -101,9 +106,77 @@ def _base(name: str, init: dict[str, Any], rates: bool) -> PreTrainedModel:
         return create_model_from_path(name, kind, **{**init, "num_labels": 1})
 
 
-def check_kind(ensemble: LoraEnsemble, args: Any) -> None:
-    """Raise `ConfigError` for a setting that does not go with the kind of the members."""
+def check_asked(args: Any, train_dataset: Any, given: Mapping[str, Any], whole: str | None) -> None:
+    """Raise an error about what a trainer was given, before anything is loaded.
+
+    Args:
+        args: its config.
+        train_dataset: its rows.
+        given: its further arguments.
+        whole: what it scores as a whole, such as "pair"; None if it can also route tokens.
+
+    Raises:
+        ConfigError: a setting or an argument cannot be used.
+        DataError: there are no rows.
+    """
+    if args.alpha == AUTO:
+        raise ConfigError(
+            "auto is decided ahead of training, by `renyi.runs.run`, `renyi sft` and `renyi dpo`",
+            where="alpha",
+            hint="Give a number here; `renyi.inference.diagnose` recommends one.",
+        )
+    for unsupported in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if given.get(unsupported) is not None:
+            raise ConfigError(f"{unsupported} needs logits, which are never built", hint="Leave it out.")
+    if args.routing_quantity == "token" and whole is not None:
+        raise ConfigError(
+            f"'token' is not built here: a {whole} is scored as a whole",
+            where="routing_quantity",
+            hint="Give sequence or length_normalised.",
+        )
+    if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
+        raise DataError("the dataset is empty", where="train dataset", hint="A dataset needs at least one row.")
+
+
+def check_batch(args: Any, rows: Any) -> None:
+    """Raise `ConfigError` if the prepared rows do not fill one batch, and batches that are not full are dropped."""
+    batch = args.train_batch_size * args.data_processes
+    if args.dataloader_drop_last and isinstance(rows, Dataset) and len(rows) < batch:
+        raise ConfigError(
+            f"{len(rows)} rows are less than a batch of {batch}, and the last batch is dropped: none is left",
+            where="dataloader_drop_last",
+            hint=f"Write dataloader_drop_last: false, or a batch of at most {len(rows)}.",
+        )
+
+
+def make_ready(ensemble: LoraEnsemble, args: Any) -> None:
+    """Give an ensemble the order of the training, compile it if asked, and settle what depends on the machine."""
+    ensemble.alpha, ensemble.routing_quantity = args.alpha, args.routing_quantity
+    if args.compile_blocks is not None:
+        # Scoring and training are different graphs. With lengths as variables they stay within torch's limit.
+        ensemble.compile(dynamic=None if args.routing == "dense" else True, **args.compile_blocks)
+    if args.device.type == "cpu":
+        keep_freed_memory()
+        large = ensemble.base.num_parameters() >= LEAST_PARAMETERS
+        if args.bf16_if_it_pays and large and bf16_pays():
+            args.bf16, args.mixed_precision = True, "bf16"
+
+
+def check_kind(ensemble: LoraEnsemble, args: Any, are_policies: bool) -> None:
+    """Raise `ConfigError` for a setting that does not go with the kind of the members.
+
+    Args:
+        ensemble: the members.
+        args: the trainer's config.
+        are_policies: whether members write what they are trained on.
+    """
     kind = kind_of(ensemble.stack.kind)
+    if are_policies and kind.kind != "point":
+        raise ConfigError(
+            f"the members of the given ensemble are {kind.kind}, and a policy is one adapter",
+            where="member_kind",
+            hint="Save its means first: ensemble.mean().save(folder).",
+        )
     if not kind.is_random and args.num_draws > 1:
         raise ConfigError(
             f"{args.num_draws} draws of a {kind.kind} member are {args.num_draws} times the same",
@@ -129,3 +202,16 @@ def check_kind(ensemble: LoraEnsemble, args: Any) -> None:
             where="initial_std",
             hint="Give a number above 0, or no prior_std.",
         )
+
+
+@contextmanager
+def unmasked(args: Any) -> Iterator[None]:
+    """Keep TRL from masking messages in its own way. Rows of every form already have labels."""
+    asked = getattr(args, "assistant_only_loss", False)
+    if asked:
+        args.assistant_only_loss = False
+    try:
+        yield
+    finally:
+        if asked:
+            args.assistant_only_loss = True

@@ -1,9 +1,9 @@
 """What every trainer of an ensemble changes in transformers' Trainer: hooks of a few lines each.
 
 `EnsembleTrainer` is mixed in before a TRL trainer. The work behind the hooks is in files that can be read alone:
-`objective.py` (what is minimised), `clipping.py`, `checkpoints.py`, `log.py`, `parallel.py` (members split over
-processes), `steps.py` (parts of a batch, and the router), `start.py` (where the ensemble comes from). Each trainer says
-what an example's log-likelihood is; `sft.py` is the shortest.
+`start.py` (where the ensemble comes from), `objective.py` (what is minimised), `row_groups.py` (rows that share a
+responsibility), `clipping.py`, `checkpoints.py`, `log.py`, `parallel.py` (members split over processes), `steps.py`
+(parts of a batch, and the router). Each trainer says what an example's log-likelihood is; `sft.py` is the shortest.
 
 Transformers' Trainer has no public hook for much of this, so this file and `steps.py` override and read its private
 methods and counters. Trainers add to what is prepared and saved (`_prepare_dataset`, `_save`).
@@ -11,63 +11,38 @@ methods and counters. Trainers add to what is prepared and saved (`_prepare_data
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from renyi import data
 from renyi.ensemble import LoraEnsemble
-from renyi.errors import ConfigError, DataError, TrainingDivergedError
-from renyi.routing import AutoRouting, GroupEvidence, Sums, share_of
+from renyi.errors import ConfigError, TrainingDivergedError
+from renyi.routing import AutoRouting, Sums, share_of
 from renyi.training import card
 from renyi.training.checkpoints import find_checkpoints, saved, state_at_end, written_whole
 from renyi.training.clipping import clip_by_member
-from renyi.training.config import AUTO
-from renyi.training.group_batches import ROUTED_ROW, GroupBatches, WithColumns
+from renyi.training.group_batches import ROUTED_ROW, WithColumns
 from renyi.training.hub import push_checkpoint, pushed, refused_by_the_hub, without_token
 from renyi.training.langevin import KeepSnapshots, LangevinNoise, check_noise
-from renyi.training.log import TrainingLog
-from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
-from renyi.training.mixture_weights import LearnMixtureWeights
-from renyi.training.objective import Objective, Prior
+from renyi.training.log import AfterLoopBegan, TrainingLog
+from renyi.training.objective import Objective
+from renyi.training.optimizer import give_spreads_a_rate
 from renyi.training.parallel import MemberAccelerator, load_optimizer, save_optimizer
 from renyi.training.report import FIGURE_FILE, MetricsFile, draw_training
-from renyi.training.start import as_ensemble, check_kind
+from renyi.training.row_groups import RowGroups, numbered
+from renyi.training.start import as_ensemble, check_asked, check_batch, check_kind, make_ready, unmasked
 from renyi.training.steps import RoutedSteps
 
 LOGGING_STATE_FILE = "logging_state.json"
-GROUPS_FILE = "routing_groups.safetensors"  # of a checkpoint: what the rows of groups said when they were last run
-
-
-@contextmanager
-def _unmasked(args: Any) -> Iterator[None]:
-    """Keep TRL from masking messages in its own way. Rows of every form already have labels."""
-    asked = getattr(args, "assistant_only_loss", False)
-    if asked:
-        args.assistant_only_loss = False
-    try:
-        yield
-    finally:
-        if asked:
-            args.assistant_only_loss = True
 
 
 class EnsembleTrainer(RoutedSteps):
@@ -92,89 +67,45 @@ class EnsembleTrainer(RoutedSteps):
         callbacks: list[TrainerCallback] | None = None,
         **kwargs: Any,
     ):
-        if args.alpha == AUTO:
-            raise ConfigError(
-                "auto is decided ahead of training, by `renyi.runs.run`, `renyi sft` and `renyi dpo`",
-                where="alpha",
-                hint="Give a number here; `renyi.inference.diagnose` recommends one.",
-            )
-        for unsupported in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
-            if kwargs.get(unsupported) is not None:
-                raise ConfigError(f"{unsupported} needs logits, which are never built", hint="Leave it out.")
-        if isinstance(train_dataset, Dataset) and len(train_dataset) == 0:
-            raise DataError("the dataset is empty", where="train dataset", hint="A dataset needs at least one row.")
+        check_asked(args, train_dataset, kwargs, None if self.routes_tokens else self.unit)
         self.preparation = self.preparation_class.of(args)
         if kwargs.get("formatting_func") is None:  # such a function reads columns of its own
-            readable, held_out = self.preparation.readable, kwargs.get("eval_dataset")
-            train_dataset = readable(train_dataset, "train dataset")
-            if isinstance(held_out, dict):
-                kwargs["eval_dataset"] = {k: readable(v, f"{k} dataset") for k, v in held_out.items()}
-            elif held_out is not None:
-                kwargs["eval_dataset"] = readable(held_out, "eval dataset")
+            train_dataset = self.preparation.readable(train_dataset, "train dataset")
+            kwargs["eval_dataset"] = _each(kwargs.get("eval_dataset"), self.preparation.readable)
         callbacks = [MetricsFile(), *(callbacks or [])]
         if args.early_stopping_patience is not None:
             callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping_patience)]
-        if args.routing_quantity == "token" and not self.routes_tokens:
-            raise ConfigError(
-                f"'token' is not built here: a {self.unit} is scored as a whole",
-                where="routing_quantity",
-                hint="Give sequence or length_normalised.",
-            )
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
-        ensemble.alpha, ensemble.routing_quantity = args.alpha, args.routing_quantity
-        check_kind(ensemble, args)
-        if not self.splits_batches and ensemble.stack.kind != "point":
-            raise ConfigError(
-                f"the members of the given ensemble are {ensemble.stack.kind}, and a policy is one adapter",
-                where="member_kind",
-                hint="Save its means first: ensemble.mean().save(folder).",
-            )
-        if args.compile_blocks is not None:
-            # Scoring and training are different graphs. With lengths as variables they stay within torch's limit.
-            ensemble.compile(dynamic=None if args.routing == "dense" else True, **args.compile_blocks)
-        if args.device.type == "cpu":
-            keep_freed_memory()
-            large = ensemble.base.num_parameters() >= LEAST_PARAMETERS
-            if args.bf16_if_it_pays and large and bf16_pays():
-                args.bf16, args.mixed_precision = True, "bf16"
+        check_kind(ensemble, args, are_policies=not self.splits_batches)
+        make_ready(ensemble, args)
         self.limits = data.Limits.of(ensemble.base)
         if (given := kwargs.get("processing_class")) is not None:
             data.check_fits(getattr(given, "tokenizer", given), self.limits.vocabulary)
         self.cut_rows: dict[str, int] = {}  # how many rows of each dataset are cut
-        with _unmasked(args):
+        with unmasked(args):
             super().__init__(model=ensemble, args=args, train_dataset=train_dataset, callbacks=callbacks, **kwargs)
         # Count the tokens that are trained. For models whose class names no loss (GPT-2), transformers counts the
         # first token of each row, too, which nothing predicts.
         self._loss_shifts_labels = True
         # TRL wraps the model's forward to add a head of its own. The ensemble has its own head.
         self.model.__dict__.pop("forward", None)
-        rows, batch = self.train_dataset, args.train_batch_size * args.data_processes
-        if args.dataloader_drop_last and self.splits_batches and isinstance(rows, Dataset) and len(rows) < batch:
-            raise ConfigError(
-                f"{len(rows)} rows are less than a batch of {batch}, and the last batch is dropped: none is left",
-                where="dataloader_drop_last",
-                hint=f"Write dataloader_drop_last: false, or a batch of at most {len(rows)}.",
-            )
+        if self.splits_batches:
+            check_batch(args, self.train_dataset)
         extra = [ROUTED_ROW] if args.routing_group is not None else []
         self.data_collator = WithColumns(self.data_collator, [*extra, *data.VOTE_COLUMNS])
-        self._evidence: GroupEvidence | None = None
-        self._evidence_of_evaluation: GroupEvidence | None = None
+        self.groups: RowGroups | None = None
         if args.routing_group is not None:
-            self._number_rows()
+            self.train_dataset = numbered(self.train_dataset, "train dataset")
+            self.eval_dataset = _each(self.eval_dataset, numbered)
+            self.groups = RowGroups(self.train_dataset, self.model.num_members)
         self.logged = TrainingLog(args.device, self.model.num_members, self.accelerator.reduce)
         self._restored_logging: dict[str, Any] | None = None
         self._step_of_first_loss = 0  # the step from which the total loss is summed
-        self.add_callback(_RestoreLogging(self))
+        self.add_callback(AfterLoopBegan(self.restore_logging_state))
         self.start_routing()
-        learned_weights = None
-        if args.mixture_weights == "learned":
-            learned_weights = LearnMixtureWeights(self.model, self.accelerator.reduce, args.mixture_weights_rate)
-            self.add_callback(learned_weights)
-        prior = None
-        if args.prior_std is not None:
-            prior = Prior(self.model.stack.prior(args.prior_std), self.loss_units())
-            self.model.prior = prior.divergence
-        self.objective = Objective(self.model, args, prior, learned_weights)
+        self.objective = Objective.of(self.model, args, self.loss_units, self.accelerator.reduce)
+        if self.objective.learned_weights is not None:
+            self.add_callback(self.objective.learned_weights)
         self._snapshots = KeepSnapshots(self.model, args.keep_snapshots) if args.keep_snapshots else None
         if args.member_kind == "langevin":
             units = self.loss_units()
@@ -248,14 +179,9 @@ class EnsembleTrainer(RoutedSteps):
             alpha: the order.
             inputs: the batch; with `routing_group` it has the numbers of its rows.
         """
-        rows_E = inputs.get(ROUTED_ROW)
-        if rows_E is None:
+        if self.groups is None or ROUTED_ROW not in inputs:
             return self.objective.of_examples(ell_ME, tokens_E, alpha)
-        evidence = self._evidence if self.model.training else self._evidence_of_evaluation
-        assert evidence is not None
-        found = self.objective.of_groups(ell_ME, evidence.of_batch(rows_E), alpha)
-        evidence.record(rows_E, ell_ME)
-        return found
+        return self.groups.loss(self.objective, ell_ME, inputs[ROUTED_ROW], alpha, self.model.training)
 
     def loss_units(self) -> int:
         """How many units (tokens, or pairs) of the training data the reported loss is a mean over."""
@@ -271,17 +197,7 @@ class EnsembleTrainer(RoutedSteps):
             hint="Lower learning_rate, or set max_grad_norm; earlier checkpoints are untouched.",
         )
 
-    # ---- Groups of rows ----------------------------------------------------------------------------------------
-
-    def _number_rows(self) -> None:
-        """Number the rows of the datasets, and make what is kept of each."""
-        self.train_dataset = _numbered(self.train_dataset, "train dataset")
-        held_out = self.eval_dataset
-        if isinstance(held_out, dict):
-            self.eval_dataset = {name: _numbered(rows, f"{name} dataset") for name, rows in held_out.items()}
-        elif held_out is not None:
-            self.eval_dataset = _numbered(held_out, "eval dataset")
-        self._evidence = GroupEvidence(self.train_dataset[data.GROUP_COLUMN], self.model.num_members)
+    # ---- Batches -----------------------------------------------------------------------------------------------
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -291,44 +207,24 @@ class EnsembleTrainer(RoutedSteps):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in transformers; with `routing_group` its batches keep the rows of a group together."""
-        evidence, args = self._evidence, self.args
-        if evidence is None:
+        if self.groups is None:
             return super().get_train_dataloader()
-        seed = args.seed if args.data_seed is None else args.data_seed
-        rows: Any = self.train_dataset
-        loader: DataLoader[Any] = DataLoader(
-            rows,
-            batch_sampler=GroupBatches(
-                evidence.group_N.tolist(), args.train_batch_size, seed, args.dataloader_drop_last
-            ),
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-        )
-        return self.accelerator.prepare(loader)
+        return self.accelerator.prepare(self.groups.loader(self.train_dataset, self.args, self.data_collator))
 
     def evaluation_loop(self, dataloader: DataLoader[Any], *args: Any, **kwargs: Any) -> Any:
         """As in transformers. A group's loss is exact, in whatever batches its rows are."""
-        if self._evidence is not None:
-            rows: Any = dataloader.dataset
-            self._evidence_of_evaluation = GroupEvidence(rows[data.GROUP_COLUMN], self.model.num_members)
+        if self.groups is not None:
+            self.groups.begin_evaluation(dataloader.dataset)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
     # ---- Gradients ---------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As in transformers; the members' spreads are a group of their own, with their own rate and no decay."""
-        made, names = self.optimizer is None, self.model.stack.spread_names
+        is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        spreads = {p for name, p in self.model.named_parameters() if name.rpartition(".")[2] in names}
-        if made and spreads:
-            first = optimizer.param_groups[0]
-            for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if p not in spreads]
-            own = {"params": [p for p in self.model.parameters() if p in spreads], "weight_decay": 0.0}
-            optimizer.add_param_group({**first, **own, "lr": self.args.std_learning_rate})
+        if is_new:
+            give_spreads_a_rate(optimizer, self.model, self.args.std_learning_rate)
         return optimizer
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -466,8 +362,8 @@ class EnsembleTrainer(RoutedSteps):
         self._restore_members(resume_from_checkpoint)
         state_file = Path(resume_from_checkpoint) / LOGGING_STATE_FILE
         self._restored_logging = json.loads(state_file.read_text(encoding="utf-8")) if state_file.exists() else None
-        if self._evidence is not None:
-            self._evidence.restore(load_file(Path(resume_from_checkpoint) / GROUPS_FILE))
+        if self.groups is not None:
+            self.groups.restore(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -531,12 +427,14 @@ class EnsembleTrainer(RoutedSteps):
             "num_tokens": self._total_train_tokens,
             "routing": self.router.auto.state(),
         }
-        if self.args.should_save and self._evidence is not None:
-            save_file(self._evidence.state(), checkpoint / GROUPS_FILE)
-        if self.args.should_save:
-            (checkpoint / LOGGING_STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
+        if not self.args.should_save:
+            return
+        if self.groups is not None:
+            self.groups.save(checkpoint)
+        (checkpoint / LOGGING_STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def restore_logging_state(self) -> None:
+        """Take back what `_write_logging_state` wrote; the training loop has just set it to zero."""
         state, self._restored_logging = self._restored_logging, None
         self._step_of_first_loss = self.state.global_step
         if state is None:
@@ -576,50 +474,8 @@ class EnsembleTrainer(RoutedSteps):
             )
 
 
-def _numbered(rows: Any, name: str) -> Dataset:
-    """Prepared rows with their numbers.
-
-    Raises:
-        ConfigError: the rows are streamed.
-        DataError: they have no groups.
-    """
-    if not isinstance(rows, Dataset):
-        raise ConfigError(
-            "needs all rows of a group, and the dataset is streamed",
-            where="routing_group",
-            hint="Load the dataset whole, or leave routing_group out.",
-        )
-    if data.GROUP_COLUMN not in rows.column_names:
-        raise DataError(
-            f"has no column {data.GROUP_COLUMN!r}",
-            where=name,
-            hint="Prepared rows need the name of their group there (routing_group).",
-        )
-    return rows.add_column(ROUTED_ROW, list(range(len(rows))))
-
-
-class _RestoreLogging(TrainerCallback):
-    """Puts a checkpoint's sums back right after the training loop has started, because the loop resets them there."""
-
-    def __init__(self, trainer: EnsembleTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.restore_logging_state()
-        follow_schedule(kwargs.get("lr_scheduler"))
-
-
-def follow_schedule(scheduler: Any) -> None:
-    """Give the optimizer the learning rates of its schedule at the step where it stands.
-
-    A checkpoint has the rates of the schedule that it was written under. A run that goes on for longer has another
-    schedule. It would take its first step at the old rate, which is 0 at the end of a linear schedule.
-    """
-    if isinstance(scheduler, LambdaLR):
-        step = scheduler.last_epoch
-        rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        scheduler.load_state_dict({**scheduler.state_dict(), "_last_lr": rates})  # `_last_lr` is what is logged
+def _each(held_out: Any, work: Callable[[Any, str], Any]) -> Any:
+    """The evaluation rows, or each of several evaluation datasets, after some work that takes rows and their name."""
+    if isinstance(held_out, dict):
+        return {name: work(rows, f"{name} dataset") for name, rows in held_out.items()}
+    return None if held_out is None else work(held_out, "eval dataset")
