@@ -7,10 +7,12 @@ from tiny import lora, padded_batch, scatter_members, tiny_ensemble, tiny_model
 from torch import nn
 
 from renyi import LoraEnsemble
-from renyi.ensemble import evaluating
-from renyi.inference import score
+from renyi.data import ThumbPreparation
+from renyi.ensemble import KeptThumbs, Reference, evaluating
+from renyi.inference import score, score_thumbs
 from renyi.inference.continuation import score_continuations
 from renyi.members.adapters import joint_layers
+from renyi.objectives import ThumbLoss
 
 BASE_DROPOUT = {"resid_pdrop": 0.3, "attn_pdrop": 0.3, "embd_pdrop": 0.3}
 
@@ -107,12 +109,17 @@ def test_inference_has_the_numbers_of_adapters_in_the_bases_precision(in_half):
         [{"input_ids": x[:n].tolist(), "labels": x[:n].tolist()} for x, n in zip(ids, mask.sum(1), strict=True)]
     )
     pairs = [([5, 6], [7, 8]), ([6], [9])]
+    thumbs = Dataset.from_list(
+        [{"prompt_ids": x, "completion_ids": y, "label": len(x) == 1} for x, y in pairs],
+    )
     rounded = scatter_members(LoraEnsemble.from_base(tiny_model().to(torch.bfloat16), 3, lora())).to(torch.bfloat16)
 
     def asked(ensemble):
         settings = {"max_new_tokens": 6, "do_sample": True, "seed": 3}
         written = ensemble.generate(ids, mask, **settings).sequences.tolist()
-        return score(ensemble, rows), score_continuations(ensemble, *zip(*pairs, strict=True)), written
+        kept = KeptThumbs(ThumbLoss(), Reference(ensemble), torch.zeros(3))
+        approved = score_thumbs(ensemble, thumbs, kept, ThumbPreparation())
+        return score(ensemble, rows), score_continuations(ensemble, *zip(*pairs, strict=True)), approved, written
 
     assert asked(in_half) == asked(rounded)
     assert score(in_half, rows)[0].log_likelihood != in_half.log_likelihood(ids, mask)[:, 0].tolist()

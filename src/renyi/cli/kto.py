@@ -58,7 +58,8 @@ class KTO(TrainingCommand):
     def first(self, ready: "Run", prepared: "Dataset", coloured: bool) -> RenderableType:
         from renyi.cli.tokens import example_panel, shown, spans
 
-        row, longest = prepared[0], ready.trainer.preparation.within(ready.trainer.limits).max_length  # type: ignore[attr-defined]
+        preparation: Any = ready.preparation
+        row, longest = prepared[0], preparation.within(ready.trainer.limits).max_length
         ids = [*row["prompt_ids"], *row["completion_ids"]][:longest]
         is_trained = [i >= max(len(row["prompt_ids"]), 1) for i in range(len(ids))]
         pieces = spans(ready.tokenizer, ids, is_trained)

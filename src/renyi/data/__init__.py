@@ -14,6 +14,7 @@ from renyi.data.messages import read_messages
 from renyi.data.pairs import check_pairs, read_pair
 from renyi.data.prepare import (
     IGNORED,
+    CompletionPreparation,
     Counts,
     Limits,
     Preparation,
@@ -59,6 +60,7 @@ __all__ = [
     "LETTERS",
     "ROW_COLUMN",
     "VOTE_COLUMNS",
+    "CompletionPreparation",
     "Counts",
     "Form",
     "Limits",

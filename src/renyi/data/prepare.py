@@ -9,7 +9,7 @@ Read next: `prepare_pairs.py`, the same for preference pairs, or `training/sft.p
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -177,6 +177,24 @@ class Preparation(RowPreparation):
         self, rows: Any, tokenizer: PreTrainedTokenizerBase, name: str = "dataset", limits: Limits = NO_LIMITS
     ) -> Any:
         return prepare(rows, tokenizer, self, name, limits)
+
+
+@dataclass(frozen=True)
+class CompletionPreparation(RowPreparation):
+    """What the settings of pairs, thumbs and rated pairs share: the length of a prompt with its completion.
+
+    Attributes:
+        max_length: number of tokens after which a prompt with its completion is cut; None for the model's limit only.
+    """
+
+    max_length: int | None = 1024
+
+    def __post_init__(self) -> None:
+        check_cut(self.max_length, getattr(self, "truncation_mode", "keep_start"))
+
+    def within(self, limits: Limits) -> Self:
+        """The same settings, with `max_length` lowered to the base's positions if these are fewer."""
+        return replace(self, max_length=limits.longest(self.max_length))
 
 
 def check_cut(max_length: int | None, truncation_mode: str) -> None:

@@ -7,8 +7,8 @@ Read next: `training/dpo.py`, the trainer.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -19,9 +19,8 @@ from renyi.data.groups import GROUP_COLUMN, check_groups, check_has_group, group
 from renyi.data.pairs import PREPARED, check_pairs, pair_form, read_pair
 from renyi.data.prepare import (
     NO_LIMITS,
+    CompletionPreparation,
     Limits,
-    RowPreparation,
-    check_cut,
     check_ids,
     closed,
     common_length,
@@ -40,7 +39,7 @@ Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
 @dataclass(frozen=True)
-class PairPreparation(RowPreparation):
+class PairPreparation(CompletionPreparation):
     """The settings that decide the tokens of preference pairs.
 
     Attributes:
@@ -50,12 +49,8 @@ class PairPreparation(RowPreparation):
             "annotator" makes a row of each of a pair's annotations.
     """
 
-    max_length: int | None = 1024
     truncation_mode: str = "keep_start"
     routing_group: str | None = None
-
-    def __post_init__(self) -> None:
-        check_cut(self.max_length, self.truncation_mode)
 
     def check(self, rows: Dataset, name: str = "dataset") -> Form:
         form = check_pairs(rows, name)
@@ -82,10 +77,6 @@ class PairPreparation(RowPreparation):
         if self.routing_group is not None and not self.by_annotation(form):
             check_has_group(rows, self.routing_group, name)
         return only_columns(rows, form)
-
-    def within(self, limits: Limits) -> Self:
-        """The same settings, with `max_length` lowered to the base's positions if these are fewer."""
-        return replace(self, max_length=limits.longest(self.max_length))
 
     def prepare(
         self, rows: Any, tokenizer: PreTrainedTokenizerBase, name: str = "dataset", limits: Limits = NO_LIMITS

@@ -8,13 +8,13 @@ end. Where TRL would drop a pair that is too long, `prepare_rated` raises an err
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from renyi.data.pairs import check_pairs, pair_form
-from renyi.data.prepare import NO_LIMITS, Limits, RowPreparation, check_cut, closed
+from renyi.data.prepare import NO_LIMITS, CompletionPreparation, Limits, closed
 from renyi.data.prepare_pairs import PairPreparation, prepare_pairs
 from renyi.data.rendering import chat_tokens, text_tokens
 from renyi.data.rows import FILE_COLUMN, RIVALS, ROW_COLUMN, Form, columns_of, numbered_rows, row_name
@@ -25,17 +25,12 @@ PREPARED_RATED = ("chosen_ids", "rejected_ids")
 
 
 @dataclass(frozen=True)
-class RatedPreparation(RowPreparation):
+class RatedPreparation(CompletionPreparation):
     """The settings that decide the tokens of pairs for a reward model.
 
     Attributes:
         max_length: the greatest number of tokens of a prompt with its completion; None for the model's limit only.
     """
-
-    max_length: int | None = 1024
-
-    def __post_init__(self) -> None:
-        check_cut(self.max_length, "keep_start")
 
     def check(self, rows: Dataset, name: str = "dataset") -> Form:
         form = check_pairs(rows, name)
@@ -63,10 +58,6 @@ class RatedPreparation(RowPreparation):
         form = self.form(rows, name)
         kept = {*form.columns, *form.kept, *RIVALS, ROW_COLUMN, FILE_COLUMN}
         return rows.remove_columns([c for c in columns_of(rows) if c not in kept])
-
-    def within(self, limits: Limits) -> Self:
-        """The same settings, with `max_length` lowered to the base's positions if these are fewer."""
-        return replace(self, max_length=limits.longest(self.max_length))
 
     def prepare(
         self, rows: Any, tokenizer: PreTrainedTokenizerBase, name: str = "dataset", limits: Limits = NO_LIMITS

@@ -5,8 +5,8 @@ The tokens are those of TRL's KTOTrainer; a test checks that. Where TRL would dr
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -16,10 +16,9 @@ from renyi.data.files import new_fingerprint
 from renyi.data.groups import GROUP_COLUMN, check_groups, check_has_group, group_of, with_group
 from renyi.data.prepare import (
     NO_LIMITS,
+    CompletionPreparation,
     Limits,
     Preparation,
-    RowPreparation,
-    check_cut,
     countable,
     nothing_left,
     prepare,
@@ -50,7 +49,7 @@ Rows = TypeVar("Rows", Dataset, IterableDataset)
 
 
 @dataclass(frozen=True)
-class ThumbPreparation(RowPreparation):
+class ThumbPreparation(CompletionPreparation):
     """The settings that decide the tokens of thumbs.
 
     Attributes:
@@ -59,11 +58,7 @@ class ThumbPreparation(RowPreparation):
             None if every row has its own.
     """
 
-    max_length: int | None = 1024
     routing_group: str | None = None
-
-    def __post_init__(self) -> None:
-        check_cut(self.max_length, "keep_start")
 
     def check(self, rows: Dataset, name: str = "dataset") -> Form:
         check_not_empty(rows, name)
@@ -100,10 +95,6 @@ class ThumbPreparation(RowPreparation):
             check_has_group(rows, self.routing_group, name)
         kept = {*form.columns, *form.kept, *RIVALS, ROW_COLUMN, FILE_COLUMN}
         return rows.remove_columns([c for c in columns_of(rows) if c not in kept])
-
-    def within(self, limits: Limits) -> Self:
-        """The same settings, with `max_length` lowered to the base's positions if these are fewer."""
-        return replace(self, max_length=limits.longest(self.max_length))
 
     def prepare(
         self, rows: Any, tokenizer: PreTrainedTokenizerBase, name: str = "dataset", limits: Limits = NO_LIMITS

@@ -61,7 +61,8 @@ def with_groups(scores: list[Scored], rows: Dataset, ensemble: "LoraEnsemble") -
     """Scores of prepared rows with `group` and `group_responsibilities`, if the rows have groups."""
     if GROUP_COLUMN not in rows.column_names:
         return scores
-    groups = [str(rows[GROUP_COLUMN][score.index]) for score in scores]
+    of_rows = list(rows[GROUP_COLUMN])
+    groups = [str(of_rows[score.index]) for score in scores]
     shared = {g.group: g.responsibilities for g in group_scores(scores, groups, ensemble)}
     return [
         score._replace(group=group, group_responsibilities=shared[group])

@@ -3,7 +3,6 @@
 Tokens, reference and joint forward are the same as in training. Read next: `renyi.objectives.preference` (margins).
 """
 
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -14,11 +13,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from renyi.data import VOTE_COLUMNS, Limits, PairPreparation, count_cut_pairs, told_cut
+from renyi.data import VOTE_COLUMNS, PairPreparation, count_cut_pairs
 from renyi.ensemble import LoraEnsemble, Reference, completion_labels
 from renyi.errors import EnsembleFormatError
-from renyi.inference.batches import batches_by_length
-from renyi.inference.group_scores import with_groups
+from renyi.inference.scoring import cut_to_fit, scored
 from renyi.measures import draw_uncertainty, token_uncertainty
 from renyi.objectives import (
     LogRatios,
@@ -32,8 +30,6 @@ from renyi.objectives import (
     renyi_loss,
     votes_log_likelihood,
 )
-
-logger = logging.getLogger(__name__)
 
 
 class PairScore(NamedTuple):
@@ -110,11 +106,7 @@ def score_pairs(
         EnsembleFormatError: a member gives no finite likelihood.
     """
     ensemble.check_writes()
-    limits, asked = Limits.of(ensemble.base), preparation.max_length
-    preparation = preparation.within(limits)
-    told = told_cut(count_cut_pairs(pairs, preparation), asked, limits)
-    if told:
-        logger.warning("%s", told)
+    preparation = cut_to_fit(ensemble, pairs, preparation, count_cut_pairs)
     collate = DataCollatorForPreference(0, preparation.max_length, preparation.truncation_mode)
     columns = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])
     votes_N3 = votes_of(pairs)
@@ -123,14 +115,13 @@ def score_pairs(
         for batch in columns.iter(1000)
         for prompt, chosen, rejected in zip(*batch.values(), strict=True)
     ]
-    scores: list[PairScore] = []
-    with ensemble.inference(), torch.no_grad():
-        for rows in batches_by_length(lengths, tokens_per_batch // (2 * ensemble.num_members)):
-            batch = {k: v.to(ensemble.device) for k, v in collate([columns[i] for i in rows]).items()}
-            votes = None if votes_N3 is None else Votes(*votes_N3[rows].T)
-            scores += _score_batch(ensemble, rows, batch, loss, reference, votes)
-            progress(len(scores))
-    return with_groups(sorted(scores, key=lambda score: score.index), pairs, ensemble)
+
+    def score_batch(rows: list[int]) -> list[PairScore]:
+        batch = {k: v.to(ensemble.device) for k, v in collate([columns[i] for i in rows]).items()}
+        votes = None if votes_N3 is None else Votes(*votes_N3[rows].T)
+        return _score_batch(ensemble, rows, batch, loss, reference, votes)
+
+    return scored(ensemble, pairs, lengths, score_batch, tokens_per_batch, progress, rows_per_example=2)
 
 
 def votes_of(pairs: Dataset) -> Tensor | None:

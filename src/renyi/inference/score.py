@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -16,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from renyi.data import Limits, Preparation, count_cut, prepare, told_cut
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError, DataError, EnsembleFormatError
-from renyi.inference.batches import batches_by_length, padded
-from renyi.inference.group_scores import with_groups
+from renyi.inference.batches import padded
+from renyi.inference.scoring import scored
 from renyi.labels import IGNORED
 from renyi.objectives import example_responsibilities, jensen_gap, renyi_loss
 
@@ -82,12 +81,11 @@ def score(
         dataset = prepared_for(ensemble, dataset, tokenizer, preparation)
     lengths = [len(ids) for batch in dataset.select_columns("input_ids").iter(1000) for ids in batch["input_ids"]]
     _check_lengths(lengths, Limits.of(ensemble.base).positions)
-    scores: list[Score] = []
-    with ensemble.inference(), torch.inference_mode():
-        for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
-            scores += _score_batch(ensemble, rows, dataset[rows])
-            progress(len(scores))
-    return with_groups(sorted(scores, key=lambda score: score.index), dataset, ensemble)
+
+    def score_batch(rows: list[int]) -> list[Score]:
+        return _score_batch(ensemble, rows, dataset[rows])
+
+    return scored(ensemble, dataset, lengths, score_batch, tokens_per_batch, progress)
 
 
 def prepared_for(

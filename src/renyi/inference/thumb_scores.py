@@ -4,7 +4,6 @@ Tokens, reference and joint forward are the same as in training. The reference p
 so that a score is a function of its row alone. Read next: `renyi.objectives.thumbs` (the formulas).
 """
 
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,15 +13,12 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
-from renyi.data import Limits, ThumbPreparation, count_cut_thumbs, told_cut
-from renyi.ensemble import KeptThumbs, LoraEnsemble, completion_labels, evaluating
+from renyi.data import ThumbPreparation, count_cut_thumbs
+from renyi.ensemble import KeptThumbs, LoraEnsemble, completion_labels
 from renyi.errors import EnsembleFormatError
-from renyi.inference.batches import batches_by_length
-from renyi.inference.group_scores import with_groups
+from renyi.inference.scoring import cut_to_fit, scored
 from renyi.measures import draw_uncertainty, token_uncertainty
 from renyi.objectives import example_responsibilities, renyi_loss, thumb_log_likelihood, thumb_logit
-
-logger = logging.getLogger(__name__)
 
 
 class ThumbScore(NamedTuple):
@@ -91,23 +87,18 @@ def score_thumbs(
         EnsembleFormatError: a member gives no finite reward.
     """
     ensemble.check_writes()
-    limits, asked = Limits.of(ensemble.base), preparation.max_length
-    preparation = preparation.within(limits)
-    told = told_cut(count_cut_thumbs(thumbs, preparation), asked, limits)
-    if told:
-        logger.warning("%s", told)
+    preparation = cut_to_fit(ensemble, thumbs, preparation, count_cut_thumbs)
     collate = DataCollatorForUnpairedPreference(pad_token_id=0, max_length=preparation.max_length)
-    rows_and_groups, thumbs = thumbs, thumbs.select_columns(["prompt_ids", "completion_ids", "label"])
+    columns = thumbs.select_columns(["prompt_ids", "completion_ids", "label"])
     lengths = [
-        len(p) + len(c) for b in thumbs.iter(1000) for p, c in zip(b["prompt_ids"], b["completion_ids"], strict=True)
+        len(p) + len(c) for b in columns.iter(1000) for p, c in zip(b["prompt_ids"], b["completion_ids"], strict=True)
     ]
-    scores: list[ThumbScore] = []
-    with evaluating(ensemble), torch.inference_mode():
-        for rows in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
-            batch = {name: x.to(ensemble.device) for name, x in collate(list(thumbs.select(rows))).items()}
-            scores += _score_batch(ensemble, rows, batch, kept)
-            progress(len(scores))
-    return with_groups(sorted(scores, key=lambda score: score.index), rows_and_groups, ensemble)
+
+    def score_batch(rows: list[int]) -> list[ThumbScore]:
+        batch = {name: x.to(ensemble.device) for name, x in collate([columns[i] for i in rows]).items()}
+        return _score_batch(ensemble, rows, batch, kept)
+
+    return scored(ensemble, thumbs, lengths, score_batch, tokens_per_batch, progress)
 
 
 def _score_batch(

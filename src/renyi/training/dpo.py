@@ -142,9 +142,6 @@ class RenyiDPOTrainer(ReferencedTrainer, DPOTrainer):
         **kwargs: Any,
     ):
         super().__init__(model, args, train_dataset, **kwargs)
-        if kwargs.get("data_collator") is None:  # then TRL's collator is used, and it cuts rows
-            collator: Any = self.data_collator
-            collator.inner.max_length = self.preparation.within(self.limits).max_length
         self._settle_ties()
 
     def compute_loss(

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from trl import KTOConfig, KTOTrainer
 
 from renyi import data
-from renyi.ensemble import JointOutput, KeptThumbs, LoraEnsemble, completion_labels, read_thumbs, write_thumbs
+from renyi.ensemble import JointOutput, KeptThumbs, completion_labels, read_thumbs, write_thumbs
 from renyi.objectives import THUMB_LOSSES, ThumbLoss, reference_point, thumb_log_likelihood, thumb_logit
 from renyi.routing import routing_sums, share_of
 from renyi.training.card import Method
@@ -94,19 +93,7 @@ class RenyiKTOTrainer(ReferencedTrainer, KTOTrainer):
 
     args: RenyiKTOConfig
     preparation: data.ThumbPreparation
-
-    def __init__(
-        self,
-        model: str | PreTrainedModel | LoraEnsemble,
-        args: RenyiKTOConfig,
-        train_dataset: Dataset | IterableDataset,
-        **kwargs: Any,
-    ):
-        super().__init__(model, args, train_dataset, **kwargs)
-        if kwargs.get("data_collator") is None:  # then TRL's collator is used, and it cuts rows
-            collator: Any = self.data_collator
-            collator.inner.max_length = self.preparation.within(self.limits).max_length
-        self._kept_point: list[float] | None = None
+    _kept_point: list[float] | None = None  # of each member, a running mean over batches
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

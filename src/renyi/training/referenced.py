@@ -15,6 +15,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from renyi.data import CompletionPreparation
 from renyi.ensemble import LoraEnsemble, Reference
 from renyi.errors import ConfigError
 from renyi.training.config import EnsembleConfig, require
@@ -52,6 +53,7 @@ class ReferencedTrainer(EnsembleTrainer):
     """Mixin for a TRL trainer that compares the ensemble with a reference."""
 
     args: Any
+    preparation: CompletionPreparation
 
     def __init__(
         self,
@@ -81,6 +83,9 @@ class ReferencedTrainer(EnsembleTrainer):
             )
         kwargs["ref_model"] = _NoSecondModel(ensemble)
         super().__init__(ensemble, args, train_dataset, callbacks=callbacks, **kwargs)
+        if kwargs.get("data_collator") is None:  # then TRL's collator is used, and it cuts rows
+            collator: Any = self.data_collator
+            collator.inner.max_length = self.preparation.within(self.limits).max_length
         _ = self.reference  # made now, before a checkpoint is resumed or a step is taken
 
     @cached_property
