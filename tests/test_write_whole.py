@@ -5,7 +5,7 @@ import os
 import pytest
 
 from renyi.errors import SaveError
-from renyi.files import write_whole
+from renyi.files import opened_whole, write_whole
 
 
 @pytest.mark.parametrize(
@@ -61,3 +61,17 @@ def test_content_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "fsync", lambda number: seen.append((os.fstat(number).st_size, file.exists())))
     write_whole(file, b"content")
     assert seen == [(7, False)]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path, monkeypatch):
+    """Two processes may fill the same cache. The last to end wins, whole."""
+    file = tmp_path / "file.txt"
+    with opened_whole(file) as first:
+        first.write(b"first")
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        with opened_whole(file) as second:
+            second.write(b"second")
+        assert file.read_bytes() == b"second"
+        monkeypatch.undo()
+    assert file.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]

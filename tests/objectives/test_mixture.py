@@ -16,6 +16,8 @@ from renyi.objectives import (
     example_loss,
     example_responsibilities,
     jensen_gap,
+    mixture_log_probs,
+    mixture_logits,
     renyi_loss,
     responsibilities,
     running_log_weights,
@@ -520,6 +522,19 @@ def test_a_token_that_no_member_allows_leaves_the_weights_as_they_are():
     torch.testing.assert_close(found, torch.tensor([[0.25, 0.0], [0.75, 1.0]], dtype=torch.float64))
     again = running_log_weights(running_log_weights(log_w, log_p), torch.zeros(2, 2, dtype=torch.float64)).exp()
     torch.testing.assert_close(again, found)
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_the_logits_of_a_mixture_are_its_probabilities_and_a_mean_normaliser(members):
+    logits = 4 * torch.randn(members, 2, 7, generator=torch.Generator().manual_seed(0))
+    log_p = logits.log_softmax(-1)
+    log_w = torch.randn(members, 2, dtype=torch.float64).log_softmax(0)
+    expected = (log_w.exp()[..., None] * log_p.double().exp()).sum(0).log()
+    torch.testing.assert_close(mixture_log_probs(log_p, log_w).double(), expected, atol=1e-5, rtol=0)
+    mixed = mixture_logits(logits, log_p, log_w).double()
+    torch.testing.assert_close(mixed.log_softmax(-1), expected, atol=1e-5, rtol=0)
+    level = (log_w.exp() * logits.double().logsumexp(-1)).sum(0)
+    torch.testing.assert_close(mixed.logsumexp(-1), level, atol=1e-5, rtol=0)
 
 
 # What is routed

@@ -67,7 +67,7 @@ def fill_the_disk_at(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "ensemble.json":  # written beside its place, and then moved there
         parents.append(".partial")
     if name == "complete.json":
-        name += ".partial"
+        name = f".{name}.{os.getpid()}.partial"
     plain = os.mkdir
 
     def mkdir(path: Any, *args: Any, **kwargs: Any) -> None:

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from renyi.ensemble.choosing import mixture_log_probs, step
+from renyi.ensemble.choosing import step
 from renyi.errors import ConfigError
+from renyi.objectives import mixture_log_probs
 from renyi.vllm.groups import GROUP, MEMBER, WEIGHTS, Membership, membership_of
 from renyi.vllm.mixing import Mixing, Record
 

@@ -24,6 +24,7 @@ from datasets.utils.json import ujson_loads
 
 from renyi.data.rows import FILE_COLUMN, ROW_COLUMN
 from renyi.errors import DataError
+from renyi.files import opened_whole
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _LARGE = 64 * 2**20  # rows of larger files (in bytes) are not held in memory
@@ -96,16 +97,10 @@ def _through_cache(rows: RowsOf, files: Sequence[Path]) -> Dataset:
     cached = Path(datasets.config.HF_DATASETS_CACHE) / "renyi" / f"{key}.arrow"
     if not cached.is_file():
         kinds = _kinds(rows)
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        partial = cached.with_suffix(f".{id(rows)}.partial")
-        try:
-            schema = _features(kinds).arrow_schema
-            with partial.open("wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for chunk in _chunks(rows):
-                    writer.write_table(_table(chunk, kinds).cast(schema))
-            partial.replace(cached)
-        finally:
-            partial.unlink(missing_ok=True)
+        schema = _features(kinds).arrow_schema
+        with opened_whole(cached) as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for chunk in _chunks(rows):
+                writer.write_table(_table(chunk, kinds).cast(schema))
     return Dataset.from_file(str(cached))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from renyi.errors import EnsembleFormatError
 from renyi.measures import DrawUncertainty, TokenUncertainty, draw_uncertainty, token_uncertainty
-from renyi.objectives import running_log_weights
+from renyi.objectives import mixture_logits, running_log_weights
 
 
 class TokenChoice(NamedTuple):
@@ -85,7 +85,7 @@ def step(
     logits_KBV = logits_KBV.float()
     log_p_KBV = logits_KBV.log_softmax(-1)
     _check_numbers(log_p_KBV)
-    token_B = choice(ids_BT, _mixed(logits_KBV, log_p_KBV, log_w_KB))
+    token_B = choice(ids_BT, mixture_logits(logits_KBV, log_p_KBV, log_w_KB))
     if unfinished_B is not None:
         token_B = torch.where(unfinished_B, token_B, pad if pad is not None else token_B.new_zeros(()))
     log_p_KB = log_p_KBV.gather(-1, token_B.expand(num_members, batch)[..., None]).squeeze(-1).double()
@@ -96,11 +96,6 @@ def step(
             after_KB = torch.where(unfinished_B, after_KB, log_w_KB)
     parts = draw_uncertainty(log_p_KBV, log_w_KB, num_draws) if num_draws > 1 else None
     return Step(token_B, log_p_KB, after_KB, token_uncertainty(log_p_KBV, log_w_KB), log_p_KBV, parts)
-
-
-def mixture_log_probs(log_p_KBV: Tensor, log_w_KB: Tensor) -> Tensor:
-    """log p̄ [B, V] of the mixture, float32, nats."""
-    return log_p_KBV[0] if len(log_p_KBV) == 1 else (log_w_KB[..., None].float() + log_p_KBV).logsumexp(0)
 
 
 def _check_numbers(log_p_KBV: Tensor) -> None:
@@ -114,15 +109,3 @@ def _check_numbers(log_p_KBV: Tensor) -> None:
             where="generate",
             hint="Its training diverged, or the base is loaded in a precision too low for it.",
         )
-
-
-def _mixed(logits_KBV: Tensor, log_p_KBV: Tensor, log_w_KB: Tensor) -> Tensor:
-    """log p̄ [B, V] plus the members' mean log-normaliser, because transformers' processors expect logits.
-
-    A repetition penalty depends on the sign of a logit. With the log-normaliser, members that agree exactly are
-    penalised as each of them alone would be.
-    """
-    if len(logits_KBV) == 1:
-        return logits_KBV[0].clone()
-    level_KB1 = (logits_KBV.amax(-1) - log_p_KBV.amax(-1))[..., None]
-    return mixture_log_probs(log_p_KBV, log_w_KB) + (log_w_KB[..., None].float().exp() * level_KB1).sum(0)

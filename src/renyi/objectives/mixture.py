@@ -148,6 +148,33 @@ def running_log_weights(log_weights: Tensor, log_prob: Tensor) -> Tensor:
     return torch.where(evidence > -torch.inf, joint - evidence, log_weights)
 
 
+def mixture_log_probs(log_probs: Tensor, log_weights: Tensor) -> Tensor:
+    """log Σ_m w_m p_m of the mixture's next token, nats, float32: [..., V] from [M, ..., V].
+
+    Args:
+        log_probs: of every token under each member, nats, [M, ..., V].
+        log_weights: of the members, normalised, [M, ...].
+    """
+    return log_probs[0] if len(log_probs) == 1 else (log_weights[..., None].float() + log_probs).logsumexp(0)
+
+
+def mixture_logits(logits: Tensor, log_probs: Tensor, log_weights: Tensor) -> Tensor:
+    """`mixture_log_probs` plus the members' mean log-normaliser: [..., V], float32.
+
+    What changes scores before a token is drawn expects logits: a repetition penalty depends on the sign of a logit.
+    With the log-normaliser, members that agree exactly are penalised as each of them alone would be.
+
+    Args:
+        logits: of every token under each member, float32, [M, ..., V].
+        log_probs: their log-softmax.
+        log_weights: of the members, normalised, [M, ...].
+    """
+    if len(logits) == 1:
+        return logits[0].clone()
+    level = (logits.amax(-1) - log_probs.amax(-1))[..., None]
+    return mixture_log_probs(log_probs, log_weights) + (log_weights[..., None].float().exp() * level).sum(0)
+
+
 def jensen_gap(log_likelihood: Tensor, log_weights: Tensor | None = None) -> Tensor:
     """Mean member NLL − mixture NLL = loss_0 − loss_1: how much better the mixture explains data than a mean member.
 

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from renyi.data import Limits
-from renyi.ensemble.choosing import Step, TokenChoice, mixture_log_probs, step
+from renyi.ensemble.choosing import Step, TokenChoice, step
 from renyi.ensemble.decode import token_choice
 from renyi.ensemble.in_flight import Flight, InFlight
 from renyi.errors import BusyError, ConfigError, EngineError, RenyiError
 from renyi.inference import Score
 from renyi.inference.generate import end_tokens
+from renyi.objectives import mixture_log_probs
 from renyi.runs.load import Loaded
 from renyi.serve.engine import Alternative, Engine, EngineRequest, EngineToken, Load, TokenStream
 

@@ -6,7 +6,6 @@ this.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from renyi.errors import RenyiError, SaveError
+from renyi.files import write_whole
 
 SEAL_FILE = "complete.json"
 
@@ -33,12 +33,7 @@ class Checkpoints(NamedTuple):
 def seal(checkpoint: Path) -> None:
     """Mark a checkpoint folder as complete."""
     sizes = {str(f.relative_to(checkpoint)): f.stat().st_size for f in _files(checkpoint)}
-    part = checkpoint / f"{SEAL_FILE}.partial"
-    with part.open("w", encoding="utf-8") as file:
-        json.dump(sizes, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(checkpoint / SEAL_FILE)
+    write_whole(checkpoint / SEAL_FILE, json.dumps(sizes, indent=1).encode())
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -139,7 +134,7 @@ def state_at_end(checkpoint: Path, num_steps: int) -> TrainerState | None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith(SEAL_FILE))
+    return sorted(f for f in folder.rglob("*") if f.is_file() and f.name != SEAL_FILE)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,7 +7,6 @@ another run over the same rows finds the file, and a run that differs in anythin
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub.constants import HF_HOME
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from renyi.ensemble import Reference
+from renyi.errors import SaveError
+from renyi.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -69,16 +69,11 @@ def cache_folder() -> Path:
 
 
 def _keep(found: dict[str, Tensor], file: Path) -> None:
-    """Write the file whole or not at all. If it cannot be written, the run goes on without it."""
-    partial = file.with_suffix(".partial")
+    """Write the file. If it cannot be written, the run goes on without it."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(found, partial)
-        partial.replace(file)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink()
-        logger.warning("The reference log-probabilities are not kept for another run: %s", error)
+        write_whole(file, save(found))
+    except SaveError as error:
+        logger.warning("The reference log-probabilities are not kept for another run: %s %s", error.where, error.what)
 
 
 def _content(dataset: Dataset, reference: Reference, settings: Sequence[Any]) -> str:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from renyi.measures import token_uncertainty
-from renyi.objectives import running_log_weights
+from renyi.objectives import mixture_log_probs, mixture_logits, running_log_weights
 from renyi.vllm.groups import Membership
 
 # (index, membership or None, output tokens so far: a list that grows)
 AddedRow = tuple[int, Membership | None, list[int]]
 # (from, to, whether they change places)
 MovedRow = tuple[int, int, bool]
+# Tokens with their log-probabilities, likeliest first
+Likeliest = Sequence[tuple[int, float]]
 
 
 class Record(NamedTuple):
@@ -44,8 +46,8 @@ class Record(NamedTuple):
     aleatoric: float = 0.0
     epistemic: float = 0.0
     variation_ratio: float = 0.0
-    alternatives: Sequence[tuple[int, float]] = ()
-    member_alternatives: Sequence[Sequence[tuple[int, float]]] = ()
+    alternatives: Likeliest = ()
+    member_alternatives: Sequence[Likeliest] = ()
     broken: str | None = None
 
 
@@ -165,13 +167,9 @@ class Mixing:
                 weights = torch.tensor(group.weights, dtype=torch.float64, device=logits_RV.device)
                 group.log_w = weights.log().log_softmax(0)
         log_w_MG = torch.stack([group.log_w for _, group, _ in groups if group.log_w is not None], dim=1)
-        log_mixture_GV = (log_w_MG[..., None].float() + log_p_MGV).logsumexp(0)
-        # Penalties expect logits. With the members' mean log-normaliser, members that agree exactly are penalised as
-        # each of them alone would be. `LoraEnsemble.generate` does the same.
-        level_MG1 = (logits_MGV.amax(-1) - log_p_MGV.amax(-1))[..., None]
-        mixed_GV = log_mixture_GV + (log_w_MG[..., None].float().exp() * level_MG1).sum(0)
+        mixed_GV = mixture_logits(logits_MGV, log_p_MGV, log_w_MG)
         is_number_G = ~log_p_MGV[..., 0].isnan().any(0)
-        records = self._records(groups, log_p_MGV, log_w_MG, log_mixture_GV, is_number_G.tolist())
+        records = self._records(groups, log_p_MGV, log_w_MG, is_number_G.tolist())
         for at, (_, group, _) in enumerate(groups):
             if group.broken is None:
                 group.log_p = log_p_MGV[:, at]
@@ -183,7 +181,6 @@ class Mixing:
         groups: list[tuple[str, _Group, list[int]]],
         log_p_MGV: Tensor,
         log_w_MG: Tensor,
-        log_mixture_GV: Tensor,
         is_number_G: list[bool],
     ) -> list[Record]:
         """A record for each group. A group whose logits are not numbers becomes broken."""
@@ -202,8 +199,12 @@ class Mixing:
                 records.append(Record(name, position, broken=group.broken))
                 continue
             several = group.alternatives
-            mixed = _likeliest(log_mixture_GV[at][None], several)[0] if several else ()
-            each = _likeliest(log_p_MGV[:, at], several) if several and group.members else ()
+            mixed: Likeliest = ()
+            each: Sequence[Likeliest] = ()
+            if several:
+                (mixed,) = _likeliest(mixture_log_probs(log_p_MGV[:, at], log_w_MG[:, at])[None], several)
+            if several and group.members:
+                each = _likeliest(log_p_MGV[:, at], several)
             total, aleatoric, epistemic, variation_ratio = (values[at] for values in numbers_4G)
             records.append(
                 Record(name, position, weights_GM[at], total, aleatoric, epistemic, variation_ratio, mixed, each)
@@ -211,7 +212,7 @@ class Mixing:
         return records
 
 
-def _likeliest(log_p_RV: Tensor, several: int) -> list[list[tuple[int, float]]]:
+def _likeliest(log_p_RV: Tensor, several: int) -> list[Likeliest]:
     top = log_p_RV.topk(min(several, log_p_RV.shape[-1]), dim=-1)
     return [
         list(zip(tokens, values, strict=True))
