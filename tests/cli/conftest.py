@@ -5,7 +5,7 @@ import io
 import json
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,16 @@ def renyi(*argv: object) -> Ended:
     os.environ.clear()
     os.environ.update(environment)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def flags_of(values: Mapping[str, Any]) -> list[str]:
+    """Settings as flags. A value of ... leaves a key out."""
+    return [text for key, value in values.items() if value is not ... for text in (f"--{key}", str(value))]
+
+
+def flat(text: str) -> str:
+    """What a command said, without frames and breaks of lines."""
+    return " ".join(text.replace("│", " ").split())
 
 
 def assert_refused(ended: Ended, *parts: str) -> None:
@@ -117,11 +127,14 @@ def settings(base: Path, rows_file: Path, tmp_path: Path) -> Settings:
 @pytest.fixture(scope="session")
 def trained(base: Path, rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """The folder of an ensemble that was trained to the end, and what the command said. Copy it to change it."""
-    folder = tmp_path_factory.mktemp("runs") / "trained"
+    return train("sft", base, rows_file, tmp_path_factory.mktemp("runs") / "trained")
+
+
+def train(method: str, base: Path, rows_file: Path, folder: Path, **given: Any) -> tuple[Path, Ended]:
+    """Train to the end on three quarters of the rows, and evaluate on the others every three steps."""
     values = {**settings_of(base, rows_file), "output_dir": folder, "test_split_size": 0.25}
-    values |= {"eval_strategy": "steps", "eval_steps": 3}
-    flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
-    return folder, renyi("sft", *flags)
+    values |= {"eval_strategy": "steps", "eval_steps": 3, **given}
+    return folder, renyi(method, *flags_of(values))
 
 
 # ---- What a run leaves ---------------------------------------------------------------------------------------------

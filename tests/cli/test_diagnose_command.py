@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ended, assert_refused, contradicting_rows, renyi, save_base, settings_of, write_rows
+from conftest import (
+    Ended,
+    assert_refused,
+    contradicting_rows,
+    flags_of,
+    flat,
+    renyi,
+    save_base,
+    settings_of,
+    write_rows,
+)
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
 from tiny import pair_rows, tiny_model, tiny_tokenizer
@@ -40,17 +50,13 @@ def told(ended: Ended) -> dict[str, Any]:
     return json.loads(ended.out)
 
 
-def flat(text: str) -> str:
-    return " ".join(text.replace("│", " ").split())
-
-
 @pytest.fixture(scope="module")
 def tuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An ensemble of two that was tuned on pairs for a few steps, and the pairs."""
     folder = tmp_path_factory.mktemp("pairs")
     file = write_rows(folder / "pairs.jsonl", pair_rows(60).to_list())
     values = {**settings_of(base, file), "output_dir": folder / "out", "beta": 0.5}
-    assert renyi("dpo", *(text for key, value in values.items() for text in (f"--{key}", value))).code == 0
+    assert renyi("dpo", *flags_of(values)).code == 0
     return folder / "out", file
 
 

@@ -11,10 +11,11 @@ from conftest import (
     Ended,
     Settings,
     assert_refused,
+    flat,
     renyi,
     save_base,
-    settings_of,
     steps_in,
+    train,
     weights_in,
     write_rows,
 )
@@ -51,11 +52,7 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(base: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     """The folder of an ensemble that was tuned to the end on 36 of the pairs, and what the command said."""
-    folder = tmp_path_factory.mktemp("runs") / "tuned"
-    values = {**settings_of(base, pairs_file), "output_dir": folder, "test_split_size": 0.25, "beta": 0.5}
-    values |= {"eval_strategy": "steps", "eval_steps": 3}
-    flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
-    return folder, renyi("dpo", *flags)
+    return train("dpo", base, pairs_file, tmp_path_factory.mktemp("runs") / "tuned", beta=0.5)
 
 
 def dpo(config: Path, *flags: object) -> Ended:
@@ -64,10 +61,6 @@ def dpo(config: Path, *flags: object) -> Ended:
 
 def metrics_in(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def flat(text: str) -> str:
-    return " ".join(text.replace("│", " ").split())
 
 
 # ---- A run -----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ended, Settings, assert_refused, renyi, settings_of, steps_in, weights_in, write_rows
+from conftest import Ended, Settings, assert_refused, flat, renyi, steps_in, train, weights_in, write_rows
 from processes import kill_once_written
 
 import renyi as library
@@ -35,18 +35,11 @@ def thumbs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(base: Path, thumbs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     folder = tmp_path_factory.mktemp("runs") / "tuned"
-    values = {**settings_of(base, thumbs_file), "output_dir": folder, "test_split_size": 0.25, "beta": 0.5}
-    values |= {"eval_strategy": "steps", "eval_steps": 3, "max_steps": 30, "desirable_weight": 1.5}
-    flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
-    return folder, renyi("kto", *flags)
+    return train("kto", base, thumbs_file, folder, beta=0.5, max_steps=30, desirable_weight=1.5)
 
 
 def kto(config: Path, *flags: object) -> Ended:
     return renyi("kto", "--config", config, *flags)
-
-
-def flat(text: str) -> str:
-    return " ".join(text.replace("│", " ").split())
 
 
 def test_it_says_what_it_understood_and_what_it_left(tuned: tuple[Path, Ended], base: Path, thumbs_file: Path) -> None:

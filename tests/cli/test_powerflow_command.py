@@ -6,16 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    Ended,
-    Settings,
-    assert_refused,
-    renyi,
-    save_base,
-    steps_in,
-    weights_in,
-    write_rows,
-)
+from conftest import Ended, Settings, assert_refused, flags_of, flat, renyi, save_base, steps_in, weights_in, write_rows
 from peft import PeftModel
 from processes import kill_once_written
 from tiny import tiny_ensemble, tiny_model, tiny_tokenizer
@@ -56,17 +47,11 @@ def tuned(base: Path, prompts_file: Path, tmp_path_factory: pytest.TempPathFacto
     values = {"model_name_or_path": base, "dataset_name": prompts_file, "output_dir": folder, "test_split_size": 0.25}
     values |= {"lora_r": 2, "max_steps": 6, "save_steps": 2, "logging_steps": 1, "eval_strategy": "steps"}
     values |= {"eval_steps": 3, "per_device_eval_batch_size": 4, "bf16": False, "gradient_checkpointing": False}
-    values |= {"use_cpu": True, **{key: value for key, value in QUICK.items() if value is not ...}}
-    flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
-    return folder, renyi("powerflow", *flags)
+    return folder, renyi("powerflow", *flags_of({**values, "use_cpu": True, **QUICK}))
 
 
 def powerflow(config: Path, *flags: object) -> Ended:
     return renyi("powerflow", "--config", config, *flags)
-
-
-def flat(text: str) -> str:
-    return " ".join(text.replace("│", " ").split())
 
 
 def in_plan(config: Path, *flags: object) -> str:

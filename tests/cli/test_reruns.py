@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ended, assert_refused, contradicting_rows, renyi, settings_of, steps_in, weights_in, write_rows
+from conftest import (
+    Ended,
+    assert_refused,
+    contradicting_rows,
+    flags_of,
+    renyi,
+    settings_of,
+    steps_in,
+    weights_in,
+    write_rows,
+)
 
 from renyi.runs import Settings
 from renyi.runs.record import HARMLESS, LENGTH, RUN_FILE, Record, defaults
@@ -23,7 +33,7 @@ def again(trained: tuple[Path, Ended], base: Path, rows_file: Path, tmp_path: Pa
     def command(**given: object) -> Ended:
         values = {**settings_of(base, rows_file), "test_split_size": 0.25, "eval_strategy": "steps", "eval_steps": 3}
         values = {**values, "output_dir": folder, **given}
-        return renyi("sft", *(text for key, value in values.items() for text in (f"--{key}", str(value))))
+        return renyi("sft", *flags_of(values))
 
     command.folder = folder  # type: ignore[attr-defined]
     return command

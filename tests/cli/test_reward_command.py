@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ended, Settings, assert_refused, renyi, settings_of, steps_in, weights_in, write_rows
+from conftest import Ended, Settings, assert_refused, flat, renyi, settings_of, steps_in, train, weights_in, write_rows
 from peft import AutoPeftModelForSequenceClassification
 from tiny import lora, reward_trainer_of, scatter_members, tiny_reward_model
 from transformers import AutoModelForSequenceClassification
@@ -33,18 +33,11 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(base: Path, pairs_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
     folder = tmp_path_factory.mktemp("runs") / "rewards"
-    values = {**settings_of(base, pairs_file), "output_dir": folder, "test_split_size": 0.25, "max_steps": 20}
-    values |= {"eval_strategy": "steps", "eval_steps": 10, "save_steps": 10, "num_members": 3}
-    flags = [text for key, value in values.items() for text in (f"--{key}", str(value))]
-    return folder, renyi("reward", *flags)
+    return train("reward", base, pairs_file, folder, max_steps=20, eval_steps=10, save_steps=10, num_members=3)
 
 
 def reward(config: Path, *flags: object) -> Ended:
     return renyi("reward", "--config", config, *flags)
-
-
-def flat(text: str) -> str:
-    return " ".join(text.replace("│", " ").split())
 
 
 def test_it_says_what_it_understood_and_what_it_left(tuned: tuple[Path, Ended]) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Ended, contradicting_rows, renyi, settings_of, weights_in, write_rows
+from conftest import Ended, contradicting_rows, flags_of, renyi, settings_of, weights_in, write_rows
 from datasets import Dataset
 
 from renyi import RenyiSFTConfig, RenyiSFTTrainer, runs
@@ -73,7 +73,7 @@ def test_auto(base: Path, tmp_path: Path) -> None:
             chosen.append(found)
 
     runs.run(runs.Settings.of("sft", **keys, output_dir=tmp_path / "python"), Watch())
-    flags = [text for k, v in {**keys, "output_dir": tmp_path / "command"}.items() for text in (f"--{k}", str(v))]
+    flags = flags_of({**keys, "output_dir": tmp_path / "command"})
     assert renyi("sft", *flags).code == 0
     ours, theirs = tmp_path / "python", tmp_path / "command"
     assert files_in(ours) == files_in(theirs)
@@ -91,7 +91,7 @@ def test_a_sweep(base: Path, rows_file: Path, tmp_path: Path) -> None:
     keys = {k: v for k, v in settings_of(base, rows_file).items() if k != "num_members"} | HELD_OUT
     grid = {"alphas": [0.5], "members": [1, 2]}
     swept = runs.sweep(runs.SweepSettings.of("sft", **keys, **grid, output_dir=tmp_path / "python"))
-    flags = [text for k, v in {**keys, "output_dir": tmp_path / "command"}.items() for text in (f"--{k}", str(v))]
+    flags = flags_of({**keys, "output_dir": tmp_path / "command"})
     ended = renyi("sweep", *flags, "--alphas", 0.5, "--members", 1, 2, "--json")
     assert ended.code == 0, ended
     theirs = json.loads(ended.out)

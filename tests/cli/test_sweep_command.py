@@ -10,6 +10,7 @@ from conftest import (
     Settings,
     assert_refused,
     contradicting_rows,
+    flags_of,
     renyi,
     settings_of,
     steps_in,
@@ -144,7 +145,7 @@ def test_preference_pairs(base: Path, tmp_path: Path) -> None:
     pairs = [{"prompt": f"w{i % 8}", "chosen": f" w{10 + i % 3} w1", "rejected": f" w{20 + i % 5}"} for i in range(40)]
     values = {**settings_of(base, write_rows(tmp_path / "pairs.jsonl", pairs)), "output_dir": tmp_path / "out"}
     values |= {"test_split_size": 0.25, "eval_strategy": "steps", "eval_steps": 6, "beta": 0.5, "num_members": ...}
-    flags = [text for key, value in values.items() if value is not ... for text in (f"--{key}", str(value))]
+    flags = flags_of(values)
     ended = renyi("sweep", *flags, "--method", "dpo", "--alphas", "0.5", "--members", "1", "2", "--json")
     assert (ended.code, ended.err) == (0, "")
     result = json.loads(ended.out)

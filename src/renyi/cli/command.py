@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from renyi.runs.build import Run
 
 
+# The keys about data of methods whose rows have prompts and completions.
+DATA = "max_length dataset_train_split dataset_test_split test_split_size chat_template_path pad_token eos_token"
+
+
 class TrainingCommand(ABC):
     """What one method of training shows in its own way.
 
@@ -61,7 +65,7 @@ class TrainingCommand(ABC):
         """The first example as the model sees it."""
 
     def files(self, ready: "Run") -> Mapping[str, str]:
-        """Files that only this method writes to an ensemble's folder, and what they are."""
+        """Files that only this method writes to an ensemble's folder, and what they are; without the reference."""
         return {}
 
     @abstractmethod

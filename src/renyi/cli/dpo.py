@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.console import RenderableType
 from rich.text import Text
 
-from renyi.cli.command import TrainingCommand
+from renyi.cli.command import DATA, TrainingCommand
 from renyi.cli.training import run_training
 from renyi.text import number_text, plural
 
@@ -29,8 +29,7 @@ class DPO(TrainingCommand):
     keys: ClassVar = {
         "Preference": "beta loss_type loss_weights label_smoothing f_divergence_type ld_alpha tie_strength "
         "reference precompute_ref_log_probs",
-        "Data": "max_length dataset_train_split dataset_test_split test_split_size chat_template_path pad_token "
-        "eos_token",
+        "Data": DATA,
     }
     first_keys = "beta loss_type"
     row = "pair"
@@ -73,13 +72,9 @@ class DPO(TrainingCommand):
         return example_panel(Text("\n").join(lines), "first pair", what if coloured else f"{what}, between « »")
 
     def files(self, ready: "Run") -> dict[str, str]:
-        from renyi.layout import PREFERENCE_FILE, REFERENCE_FOLDER
+        from renyi.layout import PREFERENCE_FILE
 
-        trainer: Any = ready.trainer
-        files = {PREFERENCE_FILE: "the loss, and what margins are measured against"}
-        if trainer.reference.start is not None:
-            files[REFERENCE_FOLDER] = "the members as they were when training began"
-        return files
+        return {PREFERENCE_FILE: "the loss, and what margins are measured against"}
 
     def next(self, folder: str, dataset_name: str) -> Sequence[str]:
         return f"renyi evaluate {folder} {dataset_name} --task preference", f"renyi info {folder}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rich.console import RenderableType
 from rich.text import Text
 
-from renyi.cli.command import TrainingCommand
+from renyi.cli.command import DATA, TrainingCommand
 from renyi.cli.training import run_training
 from renyi.text import number_text, plural
 
@@ -28,8 +28,7 @@ class KTO(TrainingCommand):
     trl_config = "KTOConfig"
     keys: ClassVar = {
         "Thumbs": "beta loss_type desirable_weight undesirable_weight reference precompute_ref_log_probs",
-        "Data": "max_length dataset_train_split dataset_test_split test_split_size chat_template_path pad_token "
-        "eos_token",
+        "Data": DATA,
     }
     first_keys = "beta"
     row = "row"
@@ -70,13 +69,9 @@ class KTO(TrainingCommand):
         return example_panel(text, "first row", what)
 
     def files(self, ready: "Run") -> dict[str, str]:
-        from renyi.layout import REFERENCE_FOLDER, THUMBS_FILE
+        from renyi.layout import THUMBS_FILE
 
-        trainer: Any = ready.trainer
-        files = {THUMBS_FILE: "the loss, what rewards are measured against, and the reference points"}
-        if trainer.reference.start is not None:
-            files[REFERENCE_FOLDER] = "the members as they were when training began"
-        return files
+        return {THUMBS_FILE: "the loss, what rewards are measured against, and the reference points"}
 
     def next(self, folder: str, dataset_name: str) -> Sequence[str]:
         return f"renyi score {folder} {dataset_name} --output scores.jsonl", f"renyi info {folder}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from rich.console import RenderableType
 from rich.text import Text
 
-from renyi.cli.command import TrainingCommand
+from renyi.cli.command import DATA, TrainingCommand
 from renyi.cli.training import run_training
 from renyi.text import plural
 
@@ -29,8 +29,7 @@ class Reward(TrainingCommand):
     about = "Train an α-Rényi ensemble of reward models: LoRA adapters with a reward head each."
     keys: ClassVar = {
         "Reward": "center_rewards_coefficient tie_strength",
-        "Data": "max_length dataset_train_split dataset_test_split test_split_size chat_template_path pad_token "
-        "eos_token",
+        "Data": DATA,
     }
     row = "pair"
 

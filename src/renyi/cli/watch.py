@@ -22,6 +22,7 @@ from renyi.cli.members import shown_table
 from renyi.cli.progress import Progress
 from renyi.data import told_cut, told_tokenizer
 from renyi.inference import MemberTable
+from renyi.layout import REFERENCE_FOLDER
 from renyi.runs.auto import Chosen
 from renyi.runs.build import Rows, Run, Watch
 from renyi.runs.learned import LEARNED_FILE
@@ -245,11 +246,12 @@ def _show_end(out: Console, command: TrainingCommand, ready: Run) -> None:
 
 def _show_files(out: Console, command: TrainingCommand, ready: Run) -> None:
     folder = str(ready.output_dir)
-    last = ready.ensemble.num_members - 1
+    last, has_reference = ready.ensemble.num_members - 1, (ready.output_dir / REFERENCE_FOLDER).is_dir()
     files = {
         "ensemble.json": "the ensemble: base, members, weights, alpha",
         f"member_0{f' … member_{last}' if last else ''}": "ordinary PEFT adapters",
         **command.files(ready),
+        **({REFERENCE_FOLDER: "the members as they were when training began"} if has_reference else {}),
         f"{METRICS_FILE}, {FIGURE_FILE}": "every logged step, and the curves",
         LEARNED_FILE: "the table above",
         "README.md": "model card",
