@@ -11,6 +11,7 @@ from datasets import Dataset
 from renyi import RenyiSFTConfig, RenyiSFTTrainer, runs
 from renyi.data.prepare import Preparation
 from renyi.errors import ConfigError
+from renyi.runs.build import build
 from renyi.runs.learned import LEARNED_FILE
 from renyi.runs.record import RUN_FILE
 from renyi.runs.settings import METHODS
@@ -61,6 +62,23 @@ def test_a_bare_trainer(trained: tuple[Path, Ended], base: Path, rows_file: Path
     assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "README.md").read_text(encoding="utf-8").startswith("---\n")
     assert Preparation.read(folder) == Preparation.read(trained[0])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_whole_groups_are_held_out(base: Path, tmp_path: Path, seed: int) -> None:
+    """At most the share that was asked for; the smallest group if all are larger."""
+    rows = [{**row, "author": f"a{min(i // 6, 4)}"} for i, row in enumerate(contradicting_rows(48))]
+    keys = {**settings_of(base, write_rows(tmp_path / "rows.jsonl", rows)), "routing_group": "author", "seed": seed}
+    for share, held_out in ((0.3, {12}), (0.2, {6}), (0.05, {6})):
+        run = build(runs.Settings.of("sft", **keys, test_split_size=share, output_dir=tmp_path / "out"))
+        train, held = run.train_rows["author"], run.eval_rows["author"]  # type: ignore[index]
+        assert not set(train) & set(held)
+        assert sorted([*train, *held]) == sorted(row["author"] for row in rows)
+        assert len(held) in held_out, share
+    one = write_rows(tmp_path / "one.jsonl", [{**row, "author": "a"} for row in rows])
+    keys |= {"dataset_name": str(one), "test_split_size": 0.3, "output_dir": tmp_path / "out"}
+    with pytest.raises(ConfigError, match="are of one group"):
+        build(runs.Settings.of("sft", **keys))
 
 
 def test_auto(base: Path, tmp_path: Path) -> None:

@@ -64,6 +64,9 @@ def test_a_manifest_comes_back_as_it_was_written(tmp_path):
         ({"num_draws": 0}, "num_draws is 0, which does not divide the number of members"),
         ({"num_draws": -1}, "num_draws is -1, which does not divide the number of members"),
         ({"num_draws": 3}, "num_draws is 3, which does not divide the number of members"),
+        ({"divergence": 3.0}, "divergence is not a list of numbers"),
+        ({"divergence": [1.0, "2"]}, "divergence is not a list of numbers"),
+        ({"divergence": [1.0]}, "divergence has 1 numbers for 2 members"),
         ({"alpha": -0.01}, "alpha is -0.01, not between 0 and 1"),
         ({"alpha": 1.01}, "alpha is 1.01, not between 0 and 1"),
     ],
@@ -78,7 +81,15 @@ def test_a_manifest_that_makes_no_sense_is_refused(tmp_path, fields, what):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"alpha": 0}, {"alpha": 1}, {"weights": [0.0, 1.0]}, {"num_draws": 2}, {"format_version": 0}]
+    "fields",
+    [
+        {"alpha": 0},
+        {"alpha": 1},
+        {"weights": [0.0, 1.0]},
+        {"num_draws": 2},
+        {"divergence": [0, 2.5]},
+        {"format_version": 0},
+    ],
 )
 def test_the_ends_of_each_range_are_allowed(tmp_path, fields):
     read = read_manifest(folder_with(tmp_path, **fields))

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from datasets import Dataset
+from float64 import in_float64
 from tiny import pair_rows, text_rows, tiny_ensemble, tiny_tokenizer
 
 from renyi.data import PairPreparation, Preparation, prepare, prepare_pairs
 from renyi.ensemble import Reference
+from renyi.ensemble.curvature import AdapterSpace
 from renyi.errors import DataError
 from renyi.inference import diagnose, score, score_pairs
-from renyi.inference.diagnose import Pairs
+from renyi.inference.diagnose import Pairs, loadings_along
 from renyi.objectives import PreferenceLoss, outcome_log_probs, responsibilities
 
 LOSS = PreferenceLoss(beta=2.0)
@@ -72,6 +74,27 @@ def test_k_equal_votes_divide_the_critical_alpha_by_k():
     four = diagnosed(votes_chosen=[4] * 64, votes_rejected=[0] * 64)
     assert four.critical_alpha == pytest.approx(one.critical_alpha / 4, rel=1e-4)
     assert diagnosed(votes_chosen=[1] * 64, votes_rejected=[0] * 64).critical_alpha == one.critical_alpha
+
+
+@pytest.mark.parametrize("tie_strength", [0.0, 0.6])
+def test_votes_are_laid_along_directions_as_finite_differences_are(tie_strength):
+    loss, many = PreferenceLoss(beta=2.0, tie_strength=tie_strength), 8
+    votes = {"votes_chosen": [2, 0] * 4, "votes_rejected": [1, 3] * 4, "votes_tie": [1 if tie_strength else 0] * many}
+    with in_float64():
+        ensemble, rows, *given = pairs_with(loss, many, **votes)
+        pairs, space, step = Pairs(*given), AdapterSpace(ensemble), 1e-4
+        v = torch.randn(space.size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        v /= v.norm(dim=0)
+        ell, loadings = loadings_along(ensemble, rows, v, pairs)
+
+        def moved(offset):
+            with ensemble.acting_as(space.displaced(offset.expand(3, -1))):
+                return torch.tensor([s.log_likelihood[0] for s in score_pairs(ensemble, rows, *given)])
+
+        slopes = torch.stack([moved(step * u) - moved(-step * u) for u in v.T], dim=1) / (2 * step)
+        torch.testing.assert_close(loadings.to(slopes), slopes, rtol=1e-4, atol=1e-5)
+        expected = [s.log_likelihood[0] for s in score_pairs(ensemble, rows, *given)]
+    assert ell.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_groups_of_one_row_are_rows():

@@ -422,9 +422,19 @@ def test_without_curvature_in_most_resamples_the_interval_says_nothing():
     V = -torch.eye(2, dtype=torch.float64).repeat(40, 1, 1)
     for direction in range(2):
         V[direction, direction, direction] = 39.5
-    found = cross_fitted(normal(40, 2), V, relative_damping=0.0)
+    found = cross_fitted(normal(40, 2), V, V, relative_damping=0.0)
     assert (found.low, found.high) == (0.0, math.inf)
-    assert found.plug_in > 0
+    assert found.critical_alpha == found.plug_in > 0
+    assert found.loadings.square().mean().item() == pytest.approx(1)
+    assert 0 <= found.mean_share <= 1
+    assert found.calibration is None or found.calibration == pytest.approx(1)
+
+
+def test_without_gradients_nothing_is_loaded():
+    V = torch.eye(2, dtype=torch.float64).repeat(20, 1, 1)
+    found = cross_fitted(torch.zeros(20, 2), V, V)
+    assert (found.critical_alpha, found.high, found.mean_share, found.calibration) == (math.inf, math.inf, 0.0, 1.0)
+    assert found.loadings.tolist() == [0.0] * 20
 
 
 # Length-normalised routing

@@ -226,20 +226,38 @@ def project_pairs(
     found = []
     for batch in batches:
         margin_B, gradients = per_example_gradients(space, batch, margin, rows_per_example=2)
-        found.append((margin_B, gradients.to(basis) @ basis, torch.stack(_votes(batch, margin_B), dim=-1)))
-    margin_N, direction_Nk, votes_N3 = (torch.cat(parts) for parts in zip(*found, strict=True))
-    slope_N, information_N = votes_slope(margin_N, Votes(*votes_N3.T), tie_strength)
-    V_Nkk = information_N[:, None, None] * direction_Nk[:, :, None] * direction_Nk[:, None]
-    log_p_N3 = outcome_log_probs(margin_N, tie_strength)
-    ell_N = torch.where(votes_N3 > 0, votes_N3 * log_p_N3, 0.0).sum(dim=-1)
-    return Projected(ell_N, slope_N[:, None] * direction_Nk, V_Nkk, None, basis)
+        ell_B, slope_B, information_B = of_labels(margin_B, batch, tie_strength)
+        direction_Bk = gradients.to(basis) @ basis
+        V_Bkk = information_B[:, None, None] * direction_Bk[:, :, None] * direction_Bk[:, None]
+        found.append((ell_B, slope_B[:, None] * direction_Bk, V_Bkk))
+    ell_N, g_Nk, V_Nkk = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Projected(ell_N, g_Nk, V_Nkk, None, basis)
 
 
-def _votes(batch: Batch, like: Tensor) -> Votes:
-    """The votes of a batch of pairs; one vote for each chosen completion if it has none."""
+class Labels(NamedTuple):
+    """What the labels of B pairs say about their margins Δ.
+
+    Attributes:
+        log_likelihood: ℓ of all labels of a pair, nats, [B].
+        slope: dℓ/dΔ, [B].
+        information: −d²ℓ/dΔ², the Fisher information, [B].
+    """
+
+    log_likelihood: Tensor
+    slope: Tensor
+    information: Tensor
+
+
+def of_labels(margin_B: Tensor, batch: Batch, tie_strength: float = 0.0) -> Labels:
+    """The labels of a batch of pairs: its `votes` [B, 3], or one vote for each chosen completion."""
     if "votes" in batch:
-        return Votes(*batch["votes"].to(like).T)
-    return Votes(torch.ones_like(like), torch.zeros_like(like), torch.zeros_like(like))
+        votes_B3 = batch["votes"].to(margin_B)
+    else:
+        votes_B3 = margin_B.new_tensor([1.0, 0.0, 0.0]).expand(len(margin_B), 3)
+    slope_B, information_B = votes_slope(margin_B, Votes(*votes_B3.T), tie_strength)
+    log_p_B3 = outcome_log_probs(margin_B, tie_strength)
+    ell_B = torch.where(votes_B3 > 0, votes_B3 * log_p_B3, 0.0).sum(dim=-1)
+    return Labels(ell_B, slope_B, information_B)
 
 
 # ---- Products in the whole space -------------------------------------------------------------------------------------
@@ -299,7 +317,7 @@ def _gradients(space: AdapterSpace, batch: Batch, margin: Score | None, tie_stre
     if margin is None:
         return per_example_gradients(space, batch)[1]
     margins, gradients = per_example_gradients(space, batch, margin, rows_per_example=2)
-    return votes_slope(margins, _votes(batch, margins), tie_strength)[0][:, None] * gradients
+    return of_labels(margins, batch, tie_strength).slope[:, None] * gradients
 
 
 def _project_fisher(space: AdapterSpace, batch: Batch, basis: Tensor, tokens_per_pass: int) -> tuple[Tensor, ...]:

@@ -190,6 +190,11 @@ def _check_fields(manifest: Manifest) -> None:
     draws = manifest.num_draws
     if not isinstance(draws, int) or draws < 1 or len(manifest.members) % draws:
         raise ValueError(f"num_draws is {draws}, which does not divide the number of members")
+    kept = [0.0] * len(manifest.members) if manifest.divergence is None else manifest.divergence
+    if not isinstance(kept, list) or not all(isinstance(x, int | float) for x in kept):
+        raise TypeError("divergence is not a list of numbers")
+    if len(kept) != len(manifest.members):
+        raise ValueError(f"divergence has {len(kept)} numbers for {len(manifest.members)} members")
     if not 0 <= manifest.alpha <= 1:
         raise ValueError(f"alpha is {manifest.alpha}, not between 0 and 1")
 

@@ -24,6 +24,7 @@ from renyi.ensemble.curvature import (
     Projected,
     Score,
     diagnose_curvature,
+    of_labels,
     per_example_gradients,
 )
 from renyi.errors import ConfigError, DataError, RenyiError
@@ -194,7 +195,7 @@ def diagnose(
             k,
             curvature=curvature,
             margin=margin,
-            tie_strength=0.0 if pairs is None else pairs.loss.tie_strength,
+            tie_strength=_tie_strength(rows, pairs),
             tokens_per_pass=tokens_per_batch,
             seed=seed,
         )
@@ -312,7 +313,7 @@ def loadings_along(
         ensemble: as for `diagnose`.
         rows: prepared, as for `diagnose`; all of them are used.
         directions: in the adapter's parameters, [P, k], such as `Diagnosis.directions`.
-        pairs: as for `diagnose`; the log-likelihood is then that of the label. Votes are not looked at.
+        pairs: as for `diagnose`; the log-likelihood is then that of the label, or of all votes of the pair.
         member: number of the member.
         tokens_per_batch: limit on the tokens of one pass. At most 16 rows are in a pass, for each of which two floats a
             parameter of the adapter are kept.
@@ -321,6 +322,7 @@ def loadings_along(
     space, rows_per_example = AdapterSpace(ensemble, member), 1 if pairs is None else 2
     batches_of = _sequence_batches if pairs is None else _pair_batches(pairs)
     margin = None if pairs is None else _margin(pairs, member)
+    tie_strength = _tie_strength(rows, pairs)
     directions = directions.to(space.origin)
     ell_N, loadings_Nk = torch.zeros(len(rows)), torch.zeros(len(rows), directions.shape[1])
     done = 0
@@ -328,9 +330,9 @@ def loadings_along(
         for numbers, batch in batches_of(ensemble, rows, list(range(len(rows))), tokens_per_batch, 16):
             values_B, gradients_BP = per_example_gradients(space, batch, margin, rows_per_example)
             along_Bk = gradients_BP @ directions
-            if margin is not None:  # of log σ(Δ), from those of Δ
-                along_Bk = torch.sigmoid(-values_B)[:, None] * along_Bk
-                values_B = torch.nn.functional.logsigmoid(values_B)
+            if margin is not None:  # of the labels, from those of Δ
+                values_B, slope_B, _ = of_labels(values_B, batch, tie_strength)
+                along_Bk = slope_B[:, None] * along_Bk
             ell_N[numbers], loadings_Nk[numbers] = values_B.float().cpu(), along_Bk.float().cpu()
             done += len(numbers)
             progress(done)
@@ -445,6 +447,11 @@ def _pair_batches(pairs: Pairs) -> _Batches:
 
 def _at_most(most: int, batches: Iterator[list[int]]) -> Iterator[list[int]]:
     return (batch[start : start + most] for batch in batches for start in range(0, len(batch), most))
+
+
+def _tie_strength(rows: Dataset, pairs: Pairs | None) -> float:
+    """ν of the rows' votes. Pairs without votes are Bradley–Terry, whatever the loss says of ties."""
+    return pairs.loss.tie_strength if pairs is not None and VOTE_COLUMNS[0] in rows.column_names else 0.0
 
 
 def _margin(pairs: Pairs, member: int) -> Score:

@@ -86,7 +86,7 @@ class CrossFitted(NamedTuple):
             the adapter is fitted.
         calibration: second moment of single tokens' gradients divided by curvature, along the directions (see
             `cross_fitted`). It is 1 if predictions are calibrated, and above 1 if the adapter is not fitted or too
-            small. None without `empirical`.
+            small. None without `empirical`, and without curvature along the directions.
     """
 
     critical_alpha: float
@@ -304,6 +304,9 @@ def cross_fitted(
     Both are corrected on the logarithmic scale: each is moved back by half of the bootstrap's estimate of its bias, and
     outwards by the bootstrap's standard error times the quantile of the level.
 
+    Without the examples of a fold, V + damping may not be positive definite: then these examples are measured along
+    the leading direction of all, `critical_alpha` is `plug_in`, and the interval is from 0 to infinity.
+
     Tokens have a second measure of curvature, `empirical`. It equals V if predictions are calibrated. If they are not,
     the two differ. Overconfidence lowers the critical alpha most if `curvature` is V, because V is then too small and J
     too great. Underconfidence lowers it most if `curvature` is `empirical`, because all residuals then have the same
@@ -350,16 +353,18 @@ def cross_fitted(
     mean_V = V_Nkk.mean(dim=0)
     everything = stability_spectrum(mean_V, J_Nkk.mean(dim=0), relative_damping * mean_V.diagonal().mean().item())
     leading = everything.directions[:, 0]
+    v_Fk = torch.where(v_Fk.isnan(), leading, v_Fk)
     v_Fk = torch.where(((v_Fk @ mean_V @ leading) >= 0)[:, None], v_Fk, -v_Fk)
     v_Nk = v_Fk[fold_N]
     pull_N, slope_N = (pull_Nk * v_Nk).sum(dim=1), (g_Nk * v_Nk).sum(dim=1)
     low, _ = _bootstrapped(chosen_in, level)
     _, high = _bootstrapped(crossed, level)
-    critical = crossed[0].exp().item()
+    critical = everything.critical_alpha if crossed[0].isnan() else crossed[0].exp().item()
     calibration = None
     if empirical is not None:
         of_tokens, of_V = (torch.einsum("nij,ni,nj->", X.double(), v_Nk, v_Nk).item() for X in (empirical, V_Nkk))
-        calibration = of_tokens / of_V
+        calibration = of_tokens / of_V if of_V > 0 else None
+    tiny = torch.finfo(g_Nk.dtype).tiny  # without any gradient, loadings and the share of their mean are 0
     return CrossFitted(
         critical_alpha=critical,
         low=min(low, critical),
@@ -367,8 +372,8 @@ def cross_fitted(
         plug_in=everything.critical_alpha,
         eigenvalues=everything.eigenvalues,
         direction=leading,
-        loadings=pull_N / pull_N.square().mean().sqrt(),
-        mean_share=(slope_N.mean().square() / slope_N.square().mean()).item(),
+        loadings=pull_N / pull_N.square().mean().clamp(min=tiny).sqrt(),
+        mean_share=(slope_N.mean().square() / slope_N.square().mean().clamp(min=tiny)).item(),
         calibration=calibration,
     )
 
@@ -395,10 +400,9 @@ def _ratios(
 
     rest = whole[:, :, None] - part
     v_Sk, v_SFk = (_leading(V, J, relative_damping) for V, J in (whole, rest))
-    tiny = torch.finfo(V_Nkk.dtype).tiny
     V_S, J_S = along(v_Sk, whole)
     crossed_V, crossed_J = along(v_SFk, part).sum(dim=-1)
-    chosen_in, crossed = ((V.clamp(min=0.0) / J.clamp(min=tiny)).log() for V, J in ((V_S, J_S), (crossed_V, crossed_J)))
+    chosen_in, crossed = (V.clamp(min=0.0).log() - J.log() for V, J in ((V_S, J_S), (crossed_V, crossed_J)))
     return chosen_in, crossed, v_SFk[0]
 
 

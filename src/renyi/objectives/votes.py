@@ -94,10 +94,12 @@ def votes_slope(margin: Tensor, votes: Votes, tie_strength: float = 0.0) -> tupl
     Davidson's model is an exponential family in Δ whose statistic is +½ for chosen, −½ for rejected and 0 for a tie.
     So the information is the number of labels times the variance of the statistic, which equals −d²ℓ/dΔ².
     """
-    p_chosen, p_rejected, _ = outcome_log_probs(margin, tie_strength).exp().unbind(dim=-1)
-    labels, mean = votes.chosen + votes.rejected + votes.tie, (p_chosen - p_rejected) / 2
-    slope = (votes.chosen - votes.rejected) / 2 - labels * mean
-    return slope, labels * ((p_chosen + p_rejected) / 4 - mean.square())
+    p_chosen, p_rejected, p_tie = outcome_log_probs(margin, tie_strength).exp().unbind(dim=-1)
+    labels = votes.chosen + votes.rejected + votes.tie
+    # The statistic of each label minus its mean, and its variance, without differences of nearly equal numbers.
+    slope = votes.chosen * (p_rejected + p_tie / 2) - votes.rejected * (p_chosen + p_tie / 2)
+    slope = slope - votes.tie * (p_chosen - p_rejected) / 2
+    return slope, labels * (p_chosen * p_rejected + p_tie * (p_chosen + p_rejected) / 4)
 
 
 def tie_strength_of(votes: Votes) -> float:

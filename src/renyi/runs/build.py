@@ -4,6 +4,7 @@ Nothing is printed here: a `Watch` is told how a run goes, and the command line 
 `record.py` (the settings that a folder keeps), `single.py` (all stages in one call).
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -314,7 +315,7 @@ def _load_rows(
         form = preparation.check(train, name)
         train = data.number_rows(train)
         if own.test_split_size is not None:
-            train, test = _held_out(train, own.test_split_size, args.seed, name)
+            train, test = _held_out(train, own.test_split_size, args.seed, name, args.routing_group)
     else:
         form = preparation.form(train, name)
         form = replace(form, name=f"{form.name}, streamed")
@@ -333,7 +334,15 @@ def _load_rows(
     return form, train, test
 
 
-def _held_out(rows: Dataset, share: float, seed: int, name: str) -> tuple[Dataset, Dataset]:
+def _held_out(rows: Dataset, share: float, seed: int, name: str, group: str | None) -> tuple[Dataset, Dataset]:
+    """Rows to train on, and a random share of rows to evaluate on. Groups are not divided, so the share is at most it.
+
+    If all groups are larger than the share, the smallest one is held out. Annotations of a row belong to several
+    groups, so with `routing_group: annotator` rows are drawn one by one.
+
+    Raises:
+        ConfigError: there are too few rows or groups.
+    """
     held_out = round(share * len(rows))
     if not 0 < held_out < len(rows):
         raise ConfigError(
@@ -341,8 +350,36 @@ def _held_out(rows: Dataset, share: float, seed: int, name: str) -> tuple[Datase
             where="test_split_size",
             hint=f"{name} needs at least one row on either side.",
         )
-    parts = rows.train_test_split(test_size=held_out, seed=seed)
-    return parts["train"], parts["test"]
+    if group is None or group not in rows.column_names:
+        parts = rows.train_test_split(test_size=held_out, seed=seed)
+        return parts["train"], parts["test"]
+    of_rows = list(map(str, rows[group]))
+    sizes = Counter(of_rows)
+    if len(sizes) < 2:
+        raise ConfigError(
+            f"all rows of {name} are of one group, and a group is not divided",
+            where="test_split_size",
+            hint="Leave it out, or routing_group.",
+        )
+    kept, left = set[str](), held_out
+    for each in _shuffled(sorted(sizes), seed):
+        if sizes[each] <= left:
+            kept.add(each)
+            left -= sizes[each]
+    return _apart(rows, of_rows, kept or {min(sorted(sizes), key=sizes.__getitem__)})
+
+
+def _shuffled(names: Sequence[str], seed: int) -> list[str]:
+    return [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()]
+
+
+def _apart(rows: Dataset, of_rows: Sequence[str], kept: set[str]) -> tuple[Dataset, Dataset]:
+    """The rows of other groups, and those of the groups that are kept."""
+    is_kept = [group in kept for group in of_rows]
+    return (
+        rows.select([i for i, is_one in enumerate(is_kept) if not is_one]),
+        rows.select([i for i, is_one in enumerate(is_kept) if is_one]),
+    )
 
 
 def _without_probes(rows: Rows, most: int, seed: int, name: str, group: str | None) -> tuple[Rows, Rows]:
@@ -388,13 +425,7 @@ def _without_groups(rows: Dataset, most: int, seed: int, name: str, group: str) 
             hint=f"Give at least {2 * FEWEST_PROBES} groups of {group}, or a number for alpha.",
         )
     many = min(max(FEWEST_PROBES, len(names) // 5), max(FEWEST_PROBES, most * len(names) // len(rows)))
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:many].tolist()
-    kept = {names[i] for i in order}
-    is_probe = [value in kept for value in of_rows]
-    return (
-        rows.select([i for i, probe in enumerate(is_probe) if not probe]),
-        rows.select([i for i, probe in enumerate(is_probe) if probe]),
-    )
+    return _apart(rows, of_rows, set(_shuffled(names, seed)[:many]))
 
 
 @contextmanager

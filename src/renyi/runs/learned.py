@@ -4,7 +4,7 @@ A command shows the same table. Read next: `renyi.inference.members`, which sums
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -177,7 +177,7 @@ _ASK: Mapping[str, Callable[[Run, Dataset, str], MemberTable]] = {
 }
 
 
-def _both_sides(tokenizer: PreTrainedTokenizerBase, pair: Mapping[str, Sequence[int]]) -> str:
+def _both_sides(tokenizer: PreTrainedTokenizerBase, pair: Mapping[str, list[int]]) -> str:
     """Both completions of a pair on one line, from the point at which they differ."""
     sides = [_line(tokenizer, pair[column]) for column in ("chosen_ids", "rejected_ids")]
     shared = next((i for i, (one, other) in enumerate(zip(*sides, strict=False)) if one != other), 0)
@@ -186,6 +186,6 @@ def _both_sides(tokenizer: PreTrainedTokenizerBase, pair: Mapping[str, Sequence[
     return " ≻ ".join(one_line(side, SNIPPET) for side in sides)
 
 
-def _line(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def _line(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     """The beginning of a text on one line."""
     return one_line(str(tokenizer.decode(ids[:60], skip_special_tokens=True)))
