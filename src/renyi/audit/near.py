@@ -6,6 +6,7 @@ Read next: `reading.py`, which compares the answers to such prompts.
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,8 @@ class NearIndex:
     def _digest(self) -> None:
         if self._waiting:
             matrix = RMinHash.digest_matrix_from_token_sets(self._waiting, PERMUTATIONS, self._seed)
-            self._digests.append(np.array(matrix.to_rows(), dtype=np.uint32))
+            numbers, size = chain.from_iterable(matrix.to_rows()), len(self._waiting) * PERMUTATIONS
+            self._digests.append(np.fromiter(numbers, np.uint32, size).reshape(-1, PERMUTATIONS))
             self._waiting = []
 
     def candidates(self, threshold: float, rows_a_band: int = 4) -> NDArray[np.int64]:
@@ -65,18 +67,19 @@ class NearIndex:
         for start in range(0, PERMUTATIONS - rows_a_band + 1, rows_a_band):
             band = np.ascontiguousarray(digests_ND[:, start : start + rows_a_band])
             # Sorted by this band, then by the next band: so the most similar sets of a large bucket are neighbours.
-            beside = np.roll(digests_ND, -start - rows_a_band, axis=1)[:, 0]
+            beside = digests_ND[:, (start + rows_a_band) % PERMUTATIONS]
             order = np.lexsort((beside, *band.T))
             a, b = (
                 np.concatenate(ends) for ends in zip(*(_together(band, order, gap) for gap in (1, 2, 3)), strict=True)
             )
             alike = np.concatenate(
                 [
-                    (digests_ND[a[i : i + BLOCK]] == digests_ND[b[i : i + BLOCK]]).mean(axis=1)
+                    (digests_ND[a[i : i + BLOCK]] == digests_ND[b[i : i + BLOCK]]).sum(axis=1, dtype=np.uint8)
                     for i in range(0, max(1, len(a)), BLOCK)
                 ]
             )
-            likely = alike >= threshold - 3 * (threshold * (1 - threshold) / PERMUTATIONS) ** 0.5
+            least = threshold - 3 * (threshold * (1 - threshold) / PERMUTATIONS) ** 0.5
+            likely = alike >= least * PERMUTATIONS
             found.append(np.sort(np.stack([a[likely], b[likely]], axis=1), axis=1))
         return np.unique(np.concatenate(found), axis=0)
 
@@ -137,9 +140,9 @@ def near_groups(
     return groups_of(sorted(links), size)
 
 
-def words_of_both(prompt: str, answer: str) -> frozenset[str]:
-    """The words of a prompt and of the beginning of its answer, told apart."""
-    return words_of(prompt) | {f"\0{word}" for word in words_of(answer[:BEGINNING])}
+def words_of_both(asked: frozenset[str], answer: str) -> frozenset[str]:
+    """The words of a prompt, which are given, and of the beginning of its answer, told apart."""
+    return asked | {f"\0{word}" for word in words_of(answer[:BEGINNING])}
 
 
 def _alike(one: str, other: str, threshold: float) -> bool:

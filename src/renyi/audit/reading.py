@@ -83,7 +83,7 @@ def find_conflicts(
                 words = words_of(stated.prompt)
                 index.add(words)
                 rarity.add(words)
-                whole.add(words_of_both(stated.prompt, stated.answer))
+                whole.add(words_of_both(words, stated.answer))
                 firsts.append(len(at))
                 shared.add(len(at), stated)
             faults.add(len(at), stated)
