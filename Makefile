@@ -9,7 +9,7 @@ WORKERS ?= 2
 # worksteal gives each worker one stretch of files, so that a module's fixtures are made once. A worker that is done takes
 # tests from the other.
 
-.PHONY: help setup docs dist demo test lint format slow coverage vllm bench studies clean
+.PHONY: help setup docs dist demo test lint format slow coverage vllm mutants bench gpu gpu-rehearsal studies clean
 
 help:
 	@echo "make demo    train the three ensembles of the demo and look at runs/demo/demo.png (minutes)"
@@ -22,6 +22,7 @@ help:
 	@echo "make vllm    the tests against a real vLLM, VLLM_PYTHON=… (minutes)"
 	@echo "make mutants change one thing at a time in the library, and show what no test notices (SAMPLE=20: 20 mutants of each file)"
 	@echo "make bench   what training and decoding cost, beside their peers (minutes)"
+	@echo "make gpu     on a machine with a GPU: equalities, speed, memory and a short run, beside their goals (8 minutes)"
 	@echo "make studies the longer experiments of the docs (hours)"
 
 setup: $(READY)
@@ -93,6 +94,14 @@ bench: $(READY)
 	$(BIN)/python benchmarks/decoding.py --batch_sizes 1 --repeats 1
 	$(BIN)/python benchmarks/member_parallel.py
 	$(BIN)/python benchmarks/dpo_step.py --rounds 2
+
+# On a machine with a GPU, in about eight minutes. ARGS has more arguments of benchmarks/gpu.py.
+gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
+
+# The same on the CPU with tiny shapes, in about two minutes; `make slow` does it, too.
+gpu-rehearsal: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu.py --rehearsal $(ARGS)
 
 # What ensembles learn, choose and know. Takes hours.
 studies: $(READY)

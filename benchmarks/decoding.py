@@ -16,11 +16,13 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from joint_step import model as random_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, logging
@@ -58,22 +60,6 @@ def large() -> PreTrainedModel:
     return LlamaForCausalLM(config).to(torch.bfloat16)
 
 
-def huge() -> PreTrainedModel:
-    """8 billion parameters in the shapes of Llama 3, made in bfloat16 where they stay."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        dtype=torch.bfloat16,
-    )
-    with torch.device("cuda"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, default=8)
@@ -90,14 +76,13 @@ def main() -> None:
     print(f"torch {torch.__version__}, {where}, M = {args.members}")
     print(f"prompts of {PROMPT} tokens; an answer batch and a step, each also in times of one PEFT adapter's")
     models = [("656k", small, args.new_tokens)] if SMALL.is_dir() else []
+    huge = partial(random_llama, "8B", torch.bfloat16, "cuda")
     models.append(("8B", huge, args.new_tokens) if args.gpu else ("134M", large, args.large_new_tokens))
     line: dict[str, object] = {"members": args.members, "prompt": PROMPT}
     for model, make, tokens in models:
-        peers = Peers(make, args.members, args.gpu)
+        peers = Peers(make, args.members, "cuda" if args.gpu else "cpu", static_cache=args.gpu)
         for batch in args.batch_sizes:
-            answers, steps = (
-                dict(zip(COLUMNS, times, strict=True)) for times in peers.measure(batch, tokens, args.repeats)
-            )
+            answers, steps = peers.measure(batch, tokens, args.repeats)
             whole, step = (times["M members, mixed"] / times["one member"] for times in (answers, steps))
             print(f"\n{model}, batch {batch}, {tokens} tokens: M members mixed against one member of ours: ", end="")
             print(f"{whole:.2f} × an answer's time, {step:.2f} × a step's")
@@ -113,30 +98,36 @@ def main() -> None:
 
 
 class Peers:
-    """A base with M adapters for PEFT, and one with M members for us."""
+    """A base with M adapters for PEFT, and one with M members for us.
 
-    def __init__(self, make: Callable[[], PreTrainedModel], members: int, gpu: bool):
-        self.members, self.device = members, "cuda" if gpu else "cpu"
+    With `static_cache`, one adapter, one member and M members mixed have one, and on a GPU compiled steps.
+    """
+
+    def __init__(self, make: Callable[[], PreTrainedModel], members: int, device: str, static_cache: bool):
+        self.members, self.device = members, device
         self.ensemble = LoraEnsemble.from_base(make().to(self.device), members, LoraConfig(**LORA), seed=0).eval()
         self.peft = adapters(make().to(self.device), members)
         with torch.no_grad():
             for name, parameter in [*self.ensemble.named_parameters(), *self.peft.named_parameters()]:
                 if "lora_B" in name:
                     parameter.normal_(std=0.01)
-        self.compiled = {"cache_implementation": "static"} if gpu else {}
+        self.compiled = {"cache_implementation": "static"} if static_cache else {}
 
-    def measure(self, batch: int, tokens: int, repeats: int) -> tuple[list[float], list[float]]:
+    def measure(
+        self, batch: int, tokens: int, repeats: int, columns: Sequence[str] = COLUMNS
+    ) -> tuple[dict[str, float], dict[str, float]]:
         """Median seconds of an answer and of a step, by column. They take turns, so other load affects all alike."""
         ids = torch.randint(5, 2000, (batch, PROMPT), device=self.device)
-        answers, steps = [], []
+        runs = self.runs()
+        answers: dict[str, list[float]] = {column: [] for column in columns}
+        steps: dict[str, list[float]] = {column: [] for column in columns}
         for number in range(repeats + 1):
-            seconds = [[self.seconds(run, ids, new) for new in (tokens, 1)] for run in self.runs()]
-            if number > 0:  # the first round warms up
-                answers.append([whole for whole, _ in seconds])
-                steps.append([(whole - first) / (tokens - 1) for whole, first in seconds])
-        answer, step = (
-            [statistics.median(column) for column in zip(*rounds, strict=True)] for rounds in (answers, steps)
-        )
+            for column in columns:
+                whole, first = (self.seconds(runs[column], ids, new) for new in (tokens, 1))
+                if number > 0:  # the first round warms up
+                    answers[column].append(whole)
+                    steps[column].append((whole - first) / (tokens - 1))
+        answer, step = ({c: statistics.median(s) for c, s in times.items()} for times in (answers, steps))
         return answer, step
 
     def seconds(self, run: Callable[[Tensor, dict[str, Any]], object], ids: Tensor, new_tokens: int) -> float:
@@ -146,17 +137,17 @@ class Peers:
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def runs(self) -> list[Callable[[Tensor, dict[str, Any]], object]]:
-        """As COLUMNS name them."""
+    def runs(self) -> dict[str, Callable[[Tensor, dict[str, Any]], object]]:
+        """By the names in COLUMNS."""
         ensemble, compiled = self.ensemble, self.compiled
-        return [
-            lambda ids, given: self.one_adapter(0, ids, given | compiled),
-            lambda ids, given: [self.one_adapter(m, ids, given) for m in range(self.members)],
-            self.mixed_batch,
-            lambda ids, given: ensemble.generate(ids, mixture="member", member=0, **given, **compiled),
-            lambda ids, given: ensemble.generate(ids, **given, **compiled),
-            lambda ids, given: ensemble.generate(ids, mixture="member", **given),
-        ]
+        return {
+            "PEFT, one adapter": lambda ids, given: self.one_adapter(0, ids, given | compiled),
+            "PEFT, M one by one": lambda ids, given: [self.one_adapter(m, ids, given) for m in range(self.members)],
+            "PEFT, mixed batch": self.mixed_batch,
+            "one member": lambda ids, given: ensemble.generate(ids, mixture="member", member=0, **given, **compiled),
+            "M members, mixed": lambda ids, given: ensemble.generate(ids, **given, **compiled),
+            "M members, each own": lambda ids, given: ensemble.generate(ids, mixture="member", **given),
+        }
 
     def one_adapter(self, member: int, ids: Tensor, given: dict[str, Any]) -> None:
         self.peft.set_adapter(f"member_{member}")

@@ -22,6 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,9 +55,10 @@ def ways(hidden: Tensor, head: nn.Linear, targets: Tensor, upstream: Tensor) -> 
         "ours": with_backward(lambda rows: token_scores(rows, head, targets, LogitTransform()).log_probs),
         "naive": with_backward(lambda rows: -F.cross_entropy(head(rows).float(), targets, reduction="none")),
         "naive, raw": with_backward(lambda rows: -F.cross_entropy(head(rows), targets, reduction="none")),
-        "linear_ce": with_backward(fused),
         "two products": products,
     }
+    if hasattr(F, "linear_cross_entropy"):  # from torch 2.13 on
+        made["linear_ce"] = with_backward(fused)
     options = getattr(nn, "LinearCrossEntropyOptions", None)
     if options is not None:
         made["linear_ce, chunk"] = with_backward(lambda rows: fused(rows, options=options()))
@@ -78,6 +80,37 @@ def peak(run: Callable[[], Tensor], device: str) -> int:
             held += event.nbytes()
             most = max(most, held)
     return most
+
+
+def measure(rows: int, features: int, words: int, dtype: str, device: str, rounds: int) -> list[dict[str, Any]]:
+    """A line for each way; times are medians of rounds in turns."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, features, device=device).to(getattr(torch, dtype))
+    head = nn.Linear(features, words, bias=False, device=device).to(hidden.dtype).requires_grad_(False)
+    targets, upstream = torch.randint(words, (rows,), device=device), torch.rand(rows, device=device)
+    few = slice(0, 256)
+    exact = -F.cross_entropy(hidden[few].double() @ head.weight.double().T, targets[few], reduction="none")
+    made = ways(hidden, head, targets, upstream)
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    for number in range(rounds + 1):
+        for name, run in made.items():
+            began = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    memory = {name: peak(run, device) for name, run in made.items() if name != "two products"}
+    faster = min(medians[name] for name in ("naive", "linear_ce") if name in medians)
+    found: list[dict[str, Any]] = []
+    for name, median in medians.items():
+        row = {"dtype": dtype, "way": name, "ms": 1e3 * median, "of_faster_peer": median / faster}
+        if name in memory:
+            row |= {"bytes": memory[name], "of_naive": memory[name] / memory["naive"]}
+            row["error"] = (made[name]()[few].double() - exact).abs().max().item()
+        found.append(row)
+    return found
 
 
 def main() -> None:
@@ -102,32 +135,10 @@ def main() -> None:
     print("dtype     way               ms     of the faster peer  memory MB  of naive's  greatest error, nats")
     found = []
     for dtype in args.dtypes:
-        torch.manual_seed(0)
-        hidden = torch.randn(rows, features, device=device).to(getattr(torch, dtype))
-        head = nn.Linear(features, words, bias=False, device=device).to(hidden.dtype).requires_grad_(False)
-        targets, upstream = torch.randint(words, (rows,), device=device), torch.rand(rows, device=device)
-        few = slice(0, 256)
-        exact = -F.cross_entropy(hidden[few].double() @ head.weight.double().T, targets[few], reduction="none")
-        made = ways(hidden, head, targets, upstream)
-        seconds: dict[str, list[float]] = {name: [] for name in made}
-        for number in range(args.rounds + 1):
-            for name, run in made.items():
-                began = time.perf_counter()
-                run()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                if number:
-                    seconds[name].append(time.perf_counter() - began)
-        medians = {name: statistics.median(s) for name, s in seconds.items()}
-        memory = {name: peak(run, device) for name, run in made.items() if name != "two products"}
-        faster = min(medians["naive"], medians["linear_ce"])
-        for name, median in medians.items():
-            row = {"dtype": dtype, "way": name, "ms": 1e3 * median, "of_faster_peer": median / faster}
-            text = f"{dtype:9} {name:16} {row['ms']:7.1f} {row['of_faster_peer']:12.2f}"
-            if name in memory:
-                row |= {"bytes": memory[name], "of_naive": memory[name] / memory["naive"]}
-                row["error"] = (made[name]()[few].double() - exact).abs().max().item()
-                text += f" {memory[name] / 1e6:17.1f} {row['of_naive']:11.3f}  {row['error']:.6f}"
+        for row in measure(rows, features, words, dtype, device, args.rounds):
+            text = f"{dtype:9} {row['way']:16} {row['ms']:7.1f} {row['of_faster_peer']:12.2f}"
+            if "bytes" in row:
+                text += f" {row['bytes'] / 1e6:17.1f} {row['of_naive']:11.3f}  {row['error']:.6f}"
             print(text, flush=True)
             found.append(row)
     print(json.dumps({"benchmark": "head", "rows": rows, "hidden": features, "vocabulary": words, "found": found}))

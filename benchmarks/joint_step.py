@@ -22,7 +22,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -36,7 +36,9 @@ SHAPES = {  # hidden size, feed-forward, layers, heads, key-value heads, vocabul
     "0.5B": (896, 4864, 24, 14, 2, 151_936, True),
     "1B": (2048, 8192, 16, 32, 8, 128_256, True),
     "8B": (4096, 14336, 32, 32, 8, 128_256, False),
+    "tiny": (64, 128, 2, 4, 2, 2048, True),  # to try that all runs
 }
+NAMES = ("joint", "joint, compiled", "one member", "one adapter", "one, compiled", "PEFT loop", "vmap")
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -57,46 +59,65 @@ def model(shape: str, dtype: torch.dtype, device: str) -> PreTrainedModel:
         torch.set_default_dtype(before)
 
 
-def steps(
-    shape: str, dtype: torch.dtype, device: str, members: int, tokens: int, peers: bool, compiles: bool
-) -> dict[str, Callable]:
-    """What is timed, by name; adapters have the precision of the base, for all alike."""
-    ids = torch.randint(5, 1000, (1, tokens + 1), device=device)
-    all_members, one = (
-        LoraEnsemble.from_base(model(shape, dtype, device), m, LoraConfig(**LORA), seed=0).to(dtype).train()
-        for m in (members, 1)
-    )
-    peft = get_peft_model(model(shape, dtype, device), LoraConfig(**LORA), adapter_name="0").to(dtype).train()
+def matrix_entries(shape: str) -> int:
+    """Entries of all matrices that a token's features are multiplied by: a pass takes twice as many operations."""
+    hidden, forward, layers, heads, key_value_heads, vocabulary, _ = SHAPES[shape]
+    attention = 2 * hidden * hidden * (1 + key_value_heads / heads)
+    return int(layers * (attention + 3 * hidden * forward) + hidden * vocabulary)
 
-    def joint(ensemble: LoraEnsemble) -> Callable[[], None]:
+
+def steps(
+    shape: str,
+    dtype: torch.dtype,
+    device: str,
+    members: int,
+    tokens: int,
+    names: Sequence[str],
+    backend: str = "inductor",
+) -> dict[str, Callable[[], None]]:
+    """What is timed, of NAMES those that are named; adapters have the precision of the base, for all alike.
+
+    `backend` is what compiles.
+    """
+    ids = torch.randint(5, 1000, (1, tokens + 1), device=device)
+
+    def ours(members: int, compiles: bool = False) -> Callable[[], None]:
+        ensemble = LoraEnsemble.from_base(model(shape, dtype, device), members, LoraConfig(**LORA), seed=0)
+        ensemble.to(dtype).train()
+        if compiles:
+            ensemble.compile(backend=backend)
         return lambda: (-ensemble(ids).log_probs.sum()).backward()
 
-    def one_adapter() -> None:
-        peft(input_ids=ids, labels=ids).loss.backward()
+    def one_adapter(compiles: bool = False) -> Callable[[], None]:
+        peft = get_peft_model(model(shape, dtype, device), LoraConfig(**LORA)).to(dtype).train()
+        if compiles:
+            for block in peft.get_base_model().model.layers:
+                block.compile(backend=backend)
+        return lambda: peft(input_ids=ids, labels=ids).loss.backward()
 
-    made: dict[str, Callable] = {"joint": joint(all_members), "one member": joint(one), "one adapter": one_adapter}
-    if compiles:
-        ensemble = LoraEnsemble.from_base(model(shape, dtype, device), members, LoraConfig(**LORA), seed=0)
-        ensemble.to(dtype).train().compile()
-        made["joint, compiled"] = joint(ensemble)
-        alone = get_peft_model(model(shape, dtype, device), LoraConfig(**LORA)).to(dtype).train()
-        for block in alone.get_base_model().model.layers:
-            block.compile()
-        made["one, compiled"] = lambda: alone(input_ids=ids, labels=ids).loss.backward()
-    if peers:
+    def loop() -> Callable[[], None]:
+        peft = get_peft_model(model(shape, dtype, device), LoraConfig(**LORA), adapter_name="0")
         for m in range(1, members):
             peft.add_adapter(str(m), LoraConfig(**LORA))
-        peft.to(dtype)
+        peft.to(dtype).train()
 
-        def loop() -> None:
+        def run() -> None:
             for m in range(members):
                 peft.set_adapter(str(m))
-                one_adapter()
-            peft.set_adapter("0")
+                peft(input_ids=ids, labels=ids).loss.backward()
 
-        made["PEFT loop"] = loop
-        made["vmap"] = vmapped(shape, dtype, device, members, ids)
-    return made
+        return run
+
+    makers: dict[str, Callable[[], Callable[[], None]]] = {
+        "joint": lambda: ours(members),
+        "joint, compiled": lambda: ours(members, compiles=True),
+        "one member": lambda: ours(1),
+        "one adapter": one_adapter,
+        "one, compiled": lambda: one_adapter(compiles=True),
+        "PEFT loop": loop,
+        "vmap": lambda: vmapped(shape, dtype, device, members, ids),
+    }
+    return {name: makers[name]() for name in names}
 
 
 def vmapped(shape: str, dtype: torch.dtype, device: str, members: int, ids: Tensor) -> Callable[[], None]:
@@ -149,19 +170,19 @@ def main() -> None:
     tokens = args.tokens or ([32, 512, 2048] if args.gpu else [32, 256])
     where = torch.cuda.get_device_name() if args.gpu else platform.processor() or "CPU"
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, M = {args.members}")
-    names = ["joint", "joint, compiled", "one member", "one adapter", "one, compiled", "PEFT loop", "vmap"]
+    peers, compiled = ("PEFT loop", "vmap"), ("joint, compiled", "one, compiled")
+    left_out = (peers if args.no_peers else ()) + (compiled if args.no_compile else ())
+    names = [name for name in NAMES if name not in left_out]
     print(
         "shape dtype     tokens   ratio  compiled  against PEFT loop  "
-        + "  ".join(f"{n:>15}" for n in names)
+        + "  ".join(f"{n:>15}" for n in NAMES)
         + "  tokens/s"
     )
     rows = []
     for shape in shapes:
         for dtype in args.dtypes if not args.gpu else ["bfloat16"]:
             for many in tokens:
-                made = steps(
-                    shape, getattr(torch, dtype), device, args.members, many, not args.no_peers, not args.no_compile
-                )
+                made = steps(shape, getattr(torch, dtype), device, args.members, many, names)
                 seconds = measure(made, args.rounds, device)
                 ratio = seconds["joint"] / (args.members * seconds["one adapter"])
                 gain = seconds["PEFT loop"] / seconds["joint"] if "PEFT loop" in seconds else float("nan")

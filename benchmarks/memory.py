@@ -12,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
@@ -19,46 +20,56 @@ from joint_step import LORA, model
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, PrinterCallback, ProgressCallback, logging
+from trl import SFTConfig, SFTTrainer
 
 from renyi import RenyiSFTConfig, RenyiSFTTrainer
 from renyi.training.steps import peak_memory
 
 
-def run(members: int, examples: int, tokens: int, budget: int | None, gpu: bool) -> None:
-    """Train three steps and print the bytes of the base, of the members with their optimizer state, and of the peak."""
+def run(members: int, examples: int, tokens: int, budget: int | None, shape: str, device: str) -> dict[str, int]:
+    """Train three steps. Bytes of the base, of the members with their optimizer state, and of the peak.
+
+    Without members it is TRL's trainer with one adapter.
+    """
     disable_progress_bars()
     logging.set_verbosity_error()
-    device = "cuda" if gpu else "cpu"
-    base = model("8B" if gpu else "134M", torch.bfloat16, device)
+    base = model(shape, torch.bfloat16, device)
     words = {f"w{i}": i for i in range(100)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w1", eos_token="w2"
     )
     rows = torch.randint(3, 100, (4 * examples, tokens), generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory() as folder:
-        settings = RenyiSFTConfig(
-            folder, num_members=members, alpha_hold_ratio=0.0, alpha_ramp_ratio=0.0, max_steps=3, bf16=True,
-            use_cpu=not gpu, per_device_train_batch_size=examples, token_budget=budget, max_length=tokens,
-            gradient_checkpointing=False, save_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
-        trainer = RenyiSFTTrainer(
-            base,
-            settings,
-            Dataset.from_dict({"input_ids": rows.tolist()}),
-            peft_config=LoraConfig(**LORA),
-            processing_class=tokenizer,
-        )
+        settings: dict[str, Any] = {
+            "output_dir": folder,
+            "max_steps": 3,
+            "bf16": True,
+            "use_cpu": device == "cpu",
+            "per_device_train_batch_size": examples,
+            "max_length": tokens,
+            "gradient_checkpointing": False,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        data = Dataset.from_dict({"input_ids": rows.tolist()})
+        given = {"train_dataset": data, "peft_config": LoraConfig(**LORA), "processing_class": tokenizer}
+        if members:
+            settings |= {"num_members": members, "token_budget": budget}
+            settings |= {"alpha_hold_ratio": 0.0, "alpha_ramp_ratio": 0.0}
+            trainer = RenyiSFTTrainer(base, RenyiSFTConfig(**settings), **given)
+        else:
+            trainer = SFTTrainer(base, SFTConfig(**settings), **given)
         for noisy in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(noisy)
         trainer.train()
-    trained = sum(p.numel() * p.element_size() for p in trainer.trained_parameters())
+    trained = sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
     of_base = sum(p.numel() * p.element_size() for p in base.parameters() if not p.requires_grad)
-    found = {
+    return {
         "base": of_base,
         "state": 4 * trained,  # of members: themselves, gradients and two moments
         "peak": peak_memory(torch.device(device)),
     }
-    print(json.dumps(found))
 
 
 def main() -> None:
@@ -71,7 +82,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        run(args.one, args.examples, args.tokens, args.budget, args.gpu)
+        shape, device = ("8B", "cuda") if args.gpu else ("134M", "cpu")
+        print(json.dumps(run(args.one, args.examples, args.tokens, args.budget, shape, device)))
         return
     print(f"torch {torch.__version__}; {args.examples} examples of {args.tokens} tokens a step")
     print("members  token budget    base  members + state    peak  of the first, GB")

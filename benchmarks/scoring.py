@@ -34,15 +34,20 @@ from renyi.ensemble import evaluating
 ROWS = 16
 
 
-def base(name: str | None) -> PreTrainedModel:
-    if name is None:
-        return model("134M", torch.bfloat16, "cpu")
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16)
+def members_of(base: PreTrainedModel, members: int) -> LoraEnsemble:
+    """Members with float32 adapters and random B."""
+    ensemble = LoraEnsemble.from_base(base, members, LoraConfig(**LORA), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for A, B in ensemble.stack.matrices().values():
+            B.copy_(torch.randn(B.shape, generator=generator) * 0.01)
+            assert A.dtype == B.dtype == torch.float32
+    return ensemble
 
 
-def product_rate(hidden: int, inner: int, rows: int) -> float:
+def product_rate(hidden: int, inner: int, rows: int, device: torch.device) -> float:
     """Operations a second of a product of the model's own shape in bfloat16, the best of ten."""
-    a, b = torch.randn(rows, hidden).bfloat16(), torch.randn(inner, hidden).bfloat16()
+    a, b = (torch.randn(n, hidden, device=device).bfloat16() for n in (rows, inner))
     best = min(_seconds(lambda: torch.nn.functional.linear(a, b)) for _ in range(10))
     return 2 * rows * hidden * inner / best
 
@@ -50,16 +55,19 @@ def product_rate(hidden: int, inner: int, rows: int) -> float:
 def _seconds(step: Callable[[], object]) -> float:
     start = time.perf_counter()
     step()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def measure(ensemble: LoraEnsemble, tokens: int, rounds: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(tokens)
-    ids = torch.randint(5, 1000, (ROWS, tokens + 1), generator=generator)
+    device = ensemble.device
+    ids = torch.randint(5, 1000, (ROWS, tokens + 1), generator=generator).to(device)
 
     def training() -> None:
         ensemble.train()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = -ensemble(ids).log_probs.sum()
         loss.backward()
         ensemble.zero_grad(set_to_none=True)
@@ -82,7 +90,7 @@ def measure(ensemble: LoraEnsemble, tokens: int, rounds: int) -> dict[str, float
     everyone = ensemble.num_members * ROWS * tokens
     result = {name: everyone / statistics.median(of) for name, of in times.items()}
     config = ensemble.config
-    rate = product_rate(config.hidden_size, config.intermediate_size, ensemble.num_members * ROWS * tokens)
+    rate = product_rate(config.hidden_size, config.intermediate_size, ensemble.num_members * ROWS * tokens, device)
     parameters = sum(p.numel() for n, p in ensemble.base.named_parameters() if "members" not in n and p.dim() == 2)
     result["of_rate"] = 2 * parameters * result["scoring"] / rate
     result["products_a_second"] = rate
@@ -104,12 +112,11 @@ def main() -> None:
     print(f"{'tokens':>6} {'training':>9} {'scoring':>9} {'float32':>9} {'scoring/training':>17} {'of rate':>8} error")
     results = {}
     for tokens in args.tokens:
-        ensemble = LoraEnsemble.from_base(base(args.model), args.members, LoraConfig(**LORA), seed=0)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for A, B in ensemble.stack.matrices().values():
-                B.copy_(torch.randn(B.shape, generator=generator) * 0.01)
-                assert A.dtype == B.dtype == torch.float32
+        if args.model is None:
+            base = model("134M", torch.bfloat16, "cpu")
+        else:
+            base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+        ensemble = members_of(base, args.members)
         found = results[tokens] = measure(ensemble, tokens, args.rounds)
         print(
             f"{tokens:>6} {found['training']:>9.0f} {found['scoring']:>9.0f} {found['float32']:>9.0f} "
