@@ -37,7 +37,7 @@ def rehearse(file: Path, *flags: str) -> tuple[int, str, dict[str, Any]]:
 
 
 def test_every_part_ends_and_every_equality_holds(tmp_path: Path) -> None:
-    code, printed, found = rehearse(tmp_path / "gpu.json", "--minutes", "20")
+    code, printed, found = rehearse(tmp_path / "gpu.json", "--minutes", "60")
     assert {name: part["state"] for name, part in found["parts"].items()} == dict.fromkeys(PARTS, "ended"), printed
     assert {row["part"] for row in found["rows"]} == set(PARTS)
     compared = [row for row in found["rows"] if row["unit"] == "of the peer's error"]
