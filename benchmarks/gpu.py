@@ -30,6 +30,7 @@ from typing import Any
 
 from gpu_parts import EQUAL, MEMBERS, PARTS, Machine, Row, real_run, shown
 
+from renyi import __version__
 from renyi.files import write_whole
 
 RESULTS = Path(__file__).parent / "results/gpu.json"
@@ -92,8 +93,8 @@ def show(row: Row) -> None:
 
 def described(device: str) -> dict[str, Any]:
     """The machine and the versions, for the head of the file."""
-    versions = {}
-    for name in ("renyi", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "triton"):
+    versions = {"renyi": __version__}
+    for name in ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "triton"):
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
     found = {"python": platform.python_version(), "versions": versions, "processor": platform.processor()}
