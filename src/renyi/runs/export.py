@@ -241,6 +241,11 @@ def _command(
     words = ["vllm", "serve", source.base, *(["--tokenizer", tokenizer] if tokenizer else []), "--enable-lora"]
     words += ["--max-loras", str(len(folders)), "--max-lora-rank", str(vllm_rank(max(map(_rank, adapters))))]
     words += SERVE_FLAGS if mixture else ()
+    # Without this list vLLM wraps a head that no adapter changes, too. Its CPU build then crashed as it scored prompts.
+    words += [
+        "--lora-target-modules",
+        *sorted({layer.rpartition(".")[2] for each in adapters for layer in each.weights}),
+    ]
     modules = [f"{member.name}={folder}" for member, folder in zip(source.folders, folders, strict=True)]
     return shlex.join([*words, "--lora-modules", *modules])
 
