@@ -322,7 +322,7 @@ def test_what_is_no_group_is_refused_and_named(served):
 
     for changes, message in (
         ({"temperature": 1}, "seed"),
-        ({"n": 2}, "n: is not possible in a group"),
+        ({"n": 2, "temperature": 1, "seed": 1}, "n: is not possible in a group"),
         ({"stop": ["w3"]}, "stop"),
         ({"logit_bias": {"3": 5}}, "logit_bias"),
         ({"min_tokens": 2}, "min_tokens"),
