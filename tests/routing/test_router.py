@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from tiny import VOCABULARY, padded_batch, tiny_ensemble
+from tiny import VOCABULARY, lora, padded_batch, scatter_members, tiny_ensemble, tiny_model
 from torch import Tensor
 
 from renyi import LoraEnsemble
@@ -105,6 +105,44 @@ def test_autocast_reaches_the_second_pass():
     found = torch.cat([p.grad.flatten() for p in ensemble.parameters() if p.requires_grad])
     assert (found - gradient).norm() <= 0.02 * gradient.norm()
     assert (found - gradient).norm() > 0 or torch.equal(found, gradient)
+
+
+def test_a_packed_row_is_run_under_one_member_at_a_time(monkeypatch):
+    """The boundaries of its examples belong to one row, so a pass has no second one, although the budget allows it."""
+    ensemble, length = tiny_ensemble().train(), 10
+    ids = torch.randint(5, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
+    begins = torch.tensor([0, 4, length], dtype=torch.int32)
+    positions = torch.cat([torch.arange(4), torch.arange(6)])[None]
+    batch = {"input_ids": ids, "position_ids": positions, "cu_seq_lens_q": begins, "cu_seq_lens_k": begins}
+    batch |= {"labels": ids.masked_fill(positions == 0, -100), "max_length_q": 6, "max_length_k": 6}
+    renyi_loss(ensemble(**batch).log_probs.sum(-1), ALPHA).sum().backward()
+    expected = torch.cat([p.grad.flatten() for p in ensemble.parameters() if p.requires_grad])
+    ensemble.zero_grad()
+    seen, forward = [], ensemble.base.base_model.forward
+
+    def watched(**given):
+        seen.extend([len(given["input_ids"])] * torch.is_grad_enabled())
+        return forward(**given)
+
+    monkeypatch.setattr(ensemble.base.base_model, "forward", watched)
+    output = Router(ensemble, RoutingPlan(token_budget=2 * length)).forward(batch, ALPHA).output
+    renyi_loss(output.log_probs.sum(-1), ALPHA).sum().backward()
+    found = torch.cat([p.grad.flatten() for p in ensemble.parameters() if p.requires_grad])
+    assert seen == [1, 1, 1]
+    assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("budget", [9, 20])
+def test_an_example_has_its_own_noise_in_every_part(budget):
+    """Members draw noise for each example by its place in the step, in whatever pass it is run."""
+    made = LoraEnsemble.from_base(tiny_model(), 3, lora(), seed=7, member_kind="gaussian")
+    ensemble, (ids, mask) = scatter_members(made), padded_batch()
+    ensemble.stack.set_std(0.3)
+    ensemble.redraw(5)
+    loss, gradient = step(ensemble, None, ids, mask)
+    found_loss, found = step(ensemble, RoutingPlan(token_budget=budget), ids, mask)
+    assert found_loss == pytest.approx(loss, rel=1e-6)
+    assert (found - gradient).norm() <= 1e-5 * gradient.norm()
 
 
 def test_sparse_leaves_out_pairs_below_the_threshold_and_nothing_else():
