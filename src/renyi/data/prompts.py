@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from renyi.data.files import exact_dataset, read_files
+from renyi.data.files import exact_dataset, new_fingerprint, read_files
 from renyi.data.messages import is_messages, read_messages, renamed_roles
 from renyi.data.prepare import NO_LIMITS, Limits, RowPreparation, check_ids
 from renyi.data.rendering import chat_tokens, check_has_template, for_template, text_tokens
@@ -80,7 +80,8 @@ class PromptPreparation(RowPreparation):
             check_ids(ids, limits, where)
             return {"input_ids": ids}
 
-        return rows.map(tokenise, with_indices=True, remove_columns=columns_of(rows))
+        named = {"new_fingerprint": new_fingerprint(rows)} if isinstance(rows, Dataset) else {}
+        return rows.map(tokenise, with_indices=True, remove_columns=columns_of(rows), **named)
 
 
 def check_prompt_length(ids: list[int], longest: int | None, where: str) -> None:
