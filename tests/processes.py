@@ -12,6 +12,8 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,20 @@ def on_a_full_disk(most: int, *argv: object, seconds: float = 240) -> tuple[int 
         return child.exitcode, Path(said.name).read_text(encoding="utf-8")
 
 
-def _renyi(argv: list[str], said: str, most: int | None = None) -> None:
+@contextmanager
+def running(*argv: object, environment: dict[str, str]) -> Iterator[tuple[Any, Path]]:
+    """`renyi ARGV …` in a process of its own: the process, and the file that has what it says. Killed at the end."""
+    with tempfile.NamedTemporaryFile() as said:
+        child = _context.Process(target=_renyi, args=([str(arg) for arg in argv], said.name, None, environment))
+        child.start()
+        try:
+            yield child, Path(said.name)
+        finally:
+            child.kill()
+            child.join()
+
+
+def _renyi(argv: list[str], said: str, most: int | None = None, environment: dict[str, str] | None = None) -> None:
     """Run a command with what it prints going to a file, perhaps where no file can grow above a size."""
     import resource
 
@@ -66,6 +81,7 @@ def _renyi(argv: list[str], said: str, most: int | None = None) -> None:
 
     from renyi.cli.main import main
 
+    os.environ.update(environment or {})
     with open(said, "wb") as stream:
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
@@ -195,17 +211,23 @@ def distributed_run(
     from float64 import in_float64
 
     with in_float64():
-        trainer_of, rows = _of(method)
-        evaluated = {"eval_dataset": rows(8, seed=1)} if "eval_strategy" in settings else {}
-        trainer = trainer_of(output_dir, rows(32), ddp_backend="gloo", **settings, **evaluated)
-        assert trainer.accelerator.num_processes == world_size
-        trainer.train()
-        if rank == 0:
-            trainer.model.save(Path(output_dir) / "final")
-            _write_result(trainer, output_dir)
-    if world_size > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        train_one(output_dir, {**settings, "ddp_backend": "gloo"}, method, world_size, writes=rank == 0)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def train_one(
+    output_dir: str | Path, settings: dict[str, Any], method: str = "sft", world_size: int = 1, writes: bool = True
+) -> None:
+    """What `distributed_run` trains, in this process."""
+    trainer_of, rows = _of(method)
+    evaluated = {"eval_dataset": rows(8, seed=1)} if "eval_strategy" in settings else {}
+    trainer = trainer_of(output_dir, rows(32), **settings, **evaluated)
+    assert trainer.accelerator.num_processes == world_size
+    trainer.train()
+    if writes:
+        trainer.model.save(Path(output_dir) / "final")
+        _write_result(trainer, str(output_dir))
 
 
 def _write_result(trainer: Any, output_dir: str) -> None:

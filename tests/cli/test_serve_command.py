@@ -1,16 +1,13 @@
 """`renyi serve`: a server in a process of its own, and what it refuses before it loads anything."""
 
 import json
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import httpx
 from conftest import assert_refused, renyi
+from processes import running
 from serving import tiny_folder
 
 
@@ -27,13 +24,11 @@ def test_a_server_runs_and_ends_at_sigterm(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    command = [sys.executable, "-m", "renyi", "serve", str(tmp_path / "tiny"), "--port", str(port), "--device", "cpu"]
-    environment = {**os.environ, "RENYI_API_KEY": "k3y"}
-    process = subprocess.Popen([*command, "--model_name", "ours"], stderr=subprocess.PIPE, env=environment, text=True)
+    flags = ["--port", port, "--device", "cpu", "--model_name", "ours"]
     url = f"http://127.0.0.1:{port}"
-    try:
+    with running("serve", tmp_path / "tiny", *flags, environment={"RENYI_API_KEY": "k3y"}) as (process, said):
         ends = time.monotonic() + 180
-        while time.monotonic() < ends and process.poll() is None:
+        while time.monotonic() < ends and process.is_alive():
             try:
                 if httpx.get(f"{url}/health/ready").status_code == 200:
                     break
@@ -44,10 +39,10 @@ def test_a_server_runs_and_ends_at_sigterm(tmp_path: Path) -> None:
         reply = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers)
         assert reply.status_code == 200
         assert httpx.get(f"{url}/v1/models").status_code == 401
-    finally:
-        process.send_signal(signal.SIGTERM)
-        err = process.communicate(timeout=120)[1]
-    assert process.returncode == 0
+        process.terminate()
+        process.join(120)
+        err = said.read_text(encoding="utf-8")
+    assert process.exitcode == 0
     lines = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
     ended = [(line["route"], line["status"]) for line in lines]
     assert ended == [("/v1/chat/completions", 200), ("/v1/models", 401)]

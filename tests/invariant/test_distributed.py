@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 from float64 import SAME
-from processes import distributed_run, free_port, read_log, run, unsettled
+from processes import distributed_run, free_port, read_log, run, train_one, unsettled
 from tiny import member_distance, tiny_model
 
 from renyi import LoraEnsemble
+from renyi.training import reference_cache
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -41,7 +42,7 @@ def assert_close_runs(folder: Path, expected: Path) -> None:
 def test_two_processes_are_one(tmp_path, accumulation):
     one, two = tmp_path / "one", tmp_path / "two"
     settings = {**SETTINGS, "gradient_accumulation_steps": accumulation}
-    assert run(distributed_run, str(one), 1, free_port(), {**settings, "per_device_train_batch_size": 4}) == [0]
+    train_one(one, {**settings, "per_device_train_batch_size": 4})
     assert run(
         distributed_run, str(two), 2, free_port(), {**settings, "per_device_train_batch_size": 2}, processes=2
     ) == [0, 0]
@@ -51,10 +52,9 @@ def test_two_processes_are_one(tmp_path, accumulation):
 @pytest.mark.parametrize("precompute", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_are_one_on_preferences(tmp_path, precompute, monkeypatch):
     one, two = tmp_path / "one", tmp_path / "two"
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(reference_cache, "HF_HOME", str(tmp_path))
     settings = {**SETTINGS, "precompute_ref_log_probs": precompute}
-    first = {**settings, "per_device_train_batch_size": 4}
-    assert run(distributed_run, str(one), 1, free_port(), first, "dpo") == [0]
+    train_one(one, {**settings, "per_device_train_batch_size": 4}, "dpo")
     second = {**settings, "per_device_train_batch_size": 2, "seed": 42}
     assert run(distributed_run, str(two), 2, free_port(), second, "dpo", processes=2) == [0, 0]
     assert_close_runs(two, one)
