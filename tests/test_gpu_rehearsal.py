@@ -1,4 +1,4 @@
-"""`make gpu-rehearsal`: every part of `benchmarks/gpu.py` on the CPU, so that it works on the day that there is a GPU."""
+"""`make gpu-rehearsal`: every part of `benchmarks/gpu.py` on the CPU, so that it works the day there is a GPU."""
 
 import json
 import os

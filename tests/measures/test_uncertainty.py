@@ -174,13 +174,13 @@ def test_a_dropped_member_has_no_say(row):
             torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("at_once", [2**17, 1])  # whole, and position by position as large vocabularies are
+@pytest.mark.parametrize("at_once", [2**17, 500, 1])  # whole, in parts of 3 and 1, position by position
 def test_weights_of_each_position(at_once, monkeypatch):
     """The running weights of a sequence: each position is what it would be by itself."""
     monkeypatch.setattr(uncertainty, "_CACHED", at_once)
-    log_probs, log_weights = random_log_probs(3, 2, 5, 11), random_log_probs(3, 2, 5, seed=1)
+    log_probs, log_weights = random_log_probs(3, 4, 5, 11), random_log_probs(3, 4, 5, seed=1)
     u = token_uncertainty(log_probs, log_weights)
-    for b in range(2):
+    for b in range(4):
         for t in range(5):
             alone = token_uncertainty(log_probs[:, b, t], log_weights[:, b, t])
             for whole, part in zip(u, alone, strict=True):

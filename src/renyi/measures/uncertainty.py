@@ -54,8 +54,11 @@ def token_uncertainty(log_probs: Tensor, log_weights: Tensor | None = None) -> T
     """
     w = responsibilities(log_probs.new_zeros(log_probs.shape[:-1], dtype=torch.float64), 1.0, log_weights)  # [M, ...]
     if log_probs.device.type == "cpu" and log_probs.dim() > 2 and log_probs.numel() > _CACHED:
-        each = [token_uncertainty(p, v.log()) for p, v in zip(log_probs.unbind(1), w.unbind(1), strict=True)]
-        return TokenUncertainty(*(torch.stack(values) for values in zip(*each, strict=True)))
+        many = _CACHED * log_probs.shape[1] // log_probs.numel()  # positions whose numbers fit in the cache together
+        parts = (x.split(many, 1) if many > 1 else x.unbind(1) for x in (log_probs, w))
+        each = [token_uncertainty(p, v.log()) for p, v in zip(*parts, strict=True)]
+        joined = torch.cat if many > 1 else torch.stack
+        return TokenUncertainty(*(joined(values) for values in zip(*each, strict=True)))
     # The heaviest member takes the place of members of weight 0, because 0 times an infinity would be NaN.
     heaviest = w.argmax(0)[None, ..., None].expand_as(log_probs[:1])
     heard = torch.where(w[..., None] > 0, log_probs, log_probs.gather(0, heaviest))
