@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 READY  := $(VENV)/.ready
 # Two test processes of one thread each are faster on two cores than one process of two threads.
 WORKERS ?= 2
@@ -27,17 +28,25 @@ help:
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed'"
+# The library alone, which is all that the demo needs.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 11) else 'Python 3.11 or newer is needed: make PYTHON=python3.11 …')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): minutes the first time, because torch is large"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $(INSTALLED)
+
+# And what tests and checks need.
+$(READY): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
 # A broken link or a misspelt word is an error. The site is build/site/index.html.
 docs: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs src examples
+	$(BIN)/codespell README.md CONTRIBUTING.md SECURITY.md CHANGELOG.md docs src examples
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html; for its search: $(BIN)/python -m http.server --directory build/site"
 
 # Builds wheel and sdist in dist/. Checks their metadata and content, and runs the wheel in a fresh environment.
 dist: $(READY)
@@ -50,7 +59,7 @@ dist: $(READY)
 	build/fresh/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
 	cd build/fresh && bin/renyi demo --quick --output_dir demo
 
-demo: $(READY)
+demo: $(INSTALLED)
 	$(BIN)/renyi demo
 
 test: lint

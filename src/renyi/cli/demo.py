@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from renyi.cli.console import stream, typed
+from renyi.cli.console import quiet_progress_bars, stream, typed
 from renyi.cli.parser import StrictParser, parse_strictly
 
 if TYPE_CHECKING:
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 QUICK_STEPS = 40
 _STORY = """
-60 facts about people; two schools agree on half of them and contradict each other on the other half.
-A record is four questions that one school answers, and the data do not say which school. First one adapter learns from
-the records, then four independent ones (α = 0), then four that share out the records among them (α = 0.8).
+60 facts about people. Two schools agree on half of them and contradict each other on the other half.
+A record is four questions that one school answers. The data do not say which school.
+Three runs learn from the records: one adapter, four independent ones (α = 0), and four that share out
+the records among them (α = 0.8).
 """
 
 
@@ -49,6 +50,7 @@ def run(argv: Sequence[str]) -> int:
     from renyi.zoo.demo import run_demo
     from renyi.zoo.figure import TITLES
 
+    quiet_progress_bars()
     shorter: dict[str, Any] = {"max_steps": QUICK_STEPS} if args.quick else {}
 
     @contextmanager
