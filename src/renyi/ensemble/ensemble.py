@@ -431,7 +431,7 @@ class LoraEnsemble(TrainableModel, JointModel):
 
         Args:
             num_draws: S ≥ 1.
-            seed: of the draws; the same seed gives the same draws.
+            seed: the seed of the draws. The same seed gives the same draws.
 
         Raises:
             ConfigError: the members are points, or they are split over processes.

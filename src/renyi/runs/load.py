@@ -56,10 +56,10 @@ def _ignore(done: int) -> None:
 
 
 class Choice(NamedTuple):
-    """What an ensemble of M members thinks of a question with C options.
+    """The answer of an ensemble of M members to a question with C options.
 
     Attributes:
-        index: of the question, counted from 0.
+        index: the number of the question, counted from 0.
         tokens: of each option, [C].
         log_likelihood: of each option under each member, nats, [M][C].
         probabilities: of the options under the mixture, [C].
@@ -254,7 +254,7 @@ class Loaded:
 
         Raises:
             DataError: a prompt is empty, ends with an answer, or does not fit the chat template.
-            ConfigError: a setting is unknown, out of range, or at odds with another.
+            ConfigError: a setting is unknown, out of range, or contradicts another one.
         """
         asked = [as_chat(p, self.tokenizer, system=system, plain=plain) for p in _several(prompts)]
         return generate(
@@ -272,7 +272,7 @@ class Loaded:
     def choices(
         self, questions: Any, by: ChoiceBy = "letter", *, name: str = "questions", progress: Progress = _ignore
     ) -> list[Choice]:
-        """What the ensemble thinks of multiple-choice questions, as `renyi score --choice_by` does.
+        """The ensemble's answers to multiple-choice questions, as `renyi score --choice_by` gives them.
 
         Args:
             questions: a path, a hub id, a list of dictionaries or of `Question`s, or a dataset; which option is right
@@ -342,15 +342,15 @@ class Loaded:
 
 
 def load(folder: str | Path, *, base: str | Path | None = None, device: str | None = None) -> Loaded:
-    """Open what a training run left: members, tokenizer, preparation, reference, abstention.
+    """Open the folder of a training run: members, tokenizer, preparation, reference, abstention.
 
     Args:
-        folder: of an ensemble, or of a single PEFT adapter (it becomes an ensemble of one); or a hub id.
+        folder: the folder of an ensemble, or of a single PEFT adapter (it becomes an ensemble of one); or a hub id.
         base: the base model, if it is no longer where the ensemble says.
         device: "cpu", "cuda", …; by default cuda if there is one.
 
     Raises:
-        EnsembleFormatError: it is no ensemble, or something of it is missing or damaged.
+        EnsembleFormatError: the folder is not an ensemble, or a file of it is missing or damaged.
         TokenizerError: there is no tokenizer.
         ConfigError: there is no such device.
     """

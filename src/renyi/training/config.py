@@ -34,7 +34,7 @@ class EnsembleConfig(_BeforeConfig):
             For a base that one device cannot hold. Adapters stay whole.
         alpha: Rényi order of the objective. 0: every member fits everything; 1: the mixture fits the data. The command
             line also takes "auto": it fits one adapter and chooses alpha by its curvature (`renyi.runs.auto`).
-        alpha_hold_ratio: share of training with alpha 0. Members learn what the data agree on in it.
+        alpha_hold_ratio: share of training with alpha 0, in which members learn what the data agree on.
         alpha_ramp_ratio: share of training after the hold in which alpha rises to its value.
         routing_quantity: what is routed: the log-likelihood of a whole example ("sequence"), or its mean per trained
             token ("length_normalised"). The mean routes long examples as softly as short ones. Or every token by itself

@@ -110,7 +110,7 @@ class RenyiDPOTrainer(ReferencedTrainer, DPOTrainer):
     2605.27747). As for `RenyiSFTTrainer`, α = 0 is exactly M independent runs of TRL's trainer, and M = 1 is one.
 
     Args:
-        model: a folder, a hub id, a loaded base model, or a `LoraEnsemble` (or its folder) to go on training, such as
+        model: a folder, a hub id, a loaded base model, or a `LoraEnsemble` (or its folder) to train further, such as
             one that was fine-tuned before.
         args: a `RenyiDPOConfig`.
         train_dataset: as for TRL: `prompt`, `chosen` and `rejected`, or the prompt within both; plain or
@@ -121,7 +121,7 @@ class RenyiDPOTrainer(ReferencedTrainer, DPOTrainer):
 
     Raises:
         ConfigError, DataError: before anything is written.
-        TrainingDivergedError: in training, when the loss is no number any more.
+        TrainingDivergedError: in training, when the loss is NaN or infinite.
     """
 
     _tag_names = ["renyi", "lora", "ensemble", "dpo", "trl"]  # noqa: RUF012 (TRL's own form)

@@ -74,7 +74,7 @@ class RenyiKTOTrainer(ReferencedTrainer, KTOTrainer):
     `RenyiSFTTrainer`, α = 0 is exactly M independent runs of TRL's trainer, and M = 1 is one.
 
     Args:
-        model: a folder, a hub id, a loaded base model, or a `LoraEnsemble` (or its folder) to go on training.
+        model: a folder, a hub id, a loaded base model, or a `LoraEnsemble` (or its folder) to train further.
         args: a `RenyiKTOConfig`.
         train_dataset: rows of `prompt`, `completion` and `label` (true or false); plain or conversational.
         kwargs: `peft_config`, `quantization_config`, and the arguments of TRL's KTOTrainer except `ref_model`: see
@@ -82,7 +82,7 @@ class RenyiKTOTrainer(ReferencedTrainer, KTOTrainer):
 
     Raises:
         ConfigError, DataError: before anything is written.
-        TrainingDivergedError: in training, when the loss is no number any more.
+        TrainingDivergedError: in training, when the loss is NaN or infinite.
     """
 
     _tag_names = ["renyi", "lora", "ensemble", "kto", "trl"]  # noqa: RUF012 (TRL's own form)

@@ -70,17 +70,18 @@ class PowerFlowConfig(EnsembleConfig, GRPOConfig):
             takes 4 for base models, 2 for instruction-tuned ones and 0.5 for creative writing.
         balance: "length_aware", the paper's loss; or, for comparison, "trajectory" (plain trajectory balance, by whole
             sequences) and "token_mean" (only the target is averaged over tokens).
-        partition: log Z' of a prompt is the mean over its rollouts ("group") or a small head's ("learned").
-        partition_learning_rate: of that head.
+        partition: log Z' of a prompt is the mean over its rollouts ("group") or comes from a small head ("learned").
+        partition_learning_rate: the learning rate of that head.
         reference: what the target is a power of: "start", the policies as training began (for fresh ones that is the
             base); "base", the frozen base; or the folder of an ensemble on this base.
         reference_pool: how several members make one reference: "arithmetic" (the mixture of sequences), "geometric", or
             "member" (each policy has the reference member of its own number).
         format_penalty: a regular expression that a well-formed completion contains, or `package.module:function` of
             prompt and completion that returns ψ in nats a token; None for no penalty.
-        format_penalty_size: what a completion without a match loses, nats a token.
-        length_penalty: what a completion that is cut at `max_completion_length` loses, nats a token.
-        max_prompt_length: tokens above which a prompt is refused; by default what the model's context leaves.
+        format_penalty_size: the penalty of a completion without a match, in nats a token.
+        length_penalty: the penalty of a completion that is cut at `max_completion_length`, in nats a token.
+        max_prompt_length: the most tokens of a prompt; a longer one is refused. By default what the model's context
+            leaves.
     """
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
@@ -173,9 +174,9 @@ class PowerFlowTrainer(RolloutTrainer):
     ratio to their mixture. With `alpha` above 0 they are coupled by the α-Rényi loss of ℓ_m = −loss_m.
 
     Args:
-        model: a folder, a hub id, a loaded base model, or a `LoraEnsemble` to go on training.
+        model: a folder, a hub id, a loaded base model, or a `LoraEnsemble` to train further.
         args: a `PowerFlowConfig`.
-        train_dataset: a column `prompt`: text, or messages. Other columns are left alone.
+        train_dataset: a column `prompt`: text, or messages. Other columns are not read.
         peft_config: a `peft.LoraConfig` of the policies, without dropout; rank 16 on all linear layers if not given.
         quantization_config: how to quantise the base when `model` is a name.
         base_score: log-likelihoods [1 or M, B] of trajectories, from (input_ids, attention_mask, labels). It replaces
@@ -184,7 +185,7 @@ class PowerFlowTrainer(RolloutTrainer):
 
     Raises:
         ConfigError, DataError: before anything is written.
-        TrainingDivergedError: in training, when the loss is no number any more.
+        TrainingDivergedError: in training, when the loss is NaN or infinite.
     """
 
     _tag_names = ["renyi", "lora", "powerflow", "trl"]  # noqa: RUF012 (TRL's own form)

@@ -76,7 +76,7 @@ class RenyiRewardTrainer(EnsembleTrainer, RewardTrainer):
 
     Args:
         model: a folder, a hub id, a loaded model for sequence classification with one output, or a `LoraEnsemble` of
-            reward models (or its folder) to go on training.
+            reward models (or its folder) to train further.
         args: a `RenyiRewardConfig`.
         train_dataset: pairs, as for `RenyiDPOTrainer`, also with votes; or with a column `margin`.
         peft_config: a `peft.LoraConfig` for the members; rank 16 on all linear layers if not given.
@@ -85,7 +85,7 @@ class RenyiRewardTrainer(EnsembleTrainer, RewardTrainer):
 
     Raises:
         ConfigError, DataError: before anything is written.
-        TrainingDivergedError: in training, when the loss is no number any more.
+        TrainingDivergedError: in training, when the loss is NaN or infinite.
     """
 
     _tag_names = ["renyi", "lora", "ensemble", "reward-trainer", "trl"]  # noqa: RUF012 (TRL's own form)

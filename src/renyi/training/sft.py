@@ -58,7 +58,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
     a learning rate means what it means for a single adapter, and α = 0 is exactly M independent runs.
 
     Args:
-        model: a folder, a hub id, a loaded base model, or a `LoraEnsemble` to go on training.
+        model: a folder, a hub id, a loaded base model, or a `LoraEnsemble` to train further.
         args: a `RenyiSFTConfig`.
         train_dataset: as for TRL: `text`, `messages`, `prompt` + `completion`, ShareGPT `conversations`, or tokenised.
         peft_config: a `peft.LoraConfig` for the members; rank 16 on all linear layers if not given.
@@ -68,7 +68,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
 
     Raises:
         ConfigError, DataError: before anything is written.
-        TrainingDivergedError: in training, when the loss is no number any more.
+        TrainingDivergedError: in training, when the loss is NaN or infinite.
     """
 
     _tag_names = ["renyi", "lora", "ensemble", "sft", "trl"]  # noqa: RUF012 (TRL's own form)
