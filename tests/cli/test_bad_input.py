@@ -123,15 +123,15 @@ def test_evaluation_without_a_test_split(settings: Settings, rows_file: Path, tm
 
 
 @pytest.mark.parametrize(
-    ("pad_token", "why"), [(None, "has none of its own"), ("<eos>", "its own, <eos>, ends a text")]
+    ("pad_token", "why"), [(None, "tokenizer has none of its own"), ("<eos>", "pad token <eos> also ends a text")]
 )
 def test_padding_is_settled_and_said(pad_token: str | None, why: str, settings: Settings, tmp_path: Path) -> None:
     config = settings(model_name_or_path=save_base(tmp_path / "base", pad_token=pad_token))
     ended = renyi("sft", "--config", config, "--dry_run")
     assert ended.code == 0, ended
     assert "padding" in ended.out
-    assert f"<unk>: {'the tokenizer ' if pad_token is None else ''}{why}" in ended.out
-    assert "<pad>: " in renyi("sft", "--config", config, "--pad_token", "<pad>", "--dry_run").out
+    assert f"<unk>, because the {why}" in ended.out
+    assert "<pad>, because " in renyi("sft", "--config", config, "--pad_token", "<pad>", "--dry_run").out
     assert_refused(renyi("sft", "--config", config, "--pad_token", "<hole>"), "pad_token: '<hole>' is not in the voc")
     assert_refused(renyi("sft", "--config", config, "--pad_token", "w3"), "pad_token: 'w3' is a word like any other")
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ This file has only what differs from other training commands. Read next: `traini
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from renyi.runs.build import Run
+
+CHATS = ("conversational", "ShareGPT")  # forms of rows
 
 
 def run(argv: Sequence[str]) -> int:
@@ -32,6 +34,13 @@ class SFT(TrainingCommand):
     }
     first_keys = "max_length"
     row = "row"
+
+    def plan(self, ready: "Run") -> dict[str, str]:
+        """Of chats, that questions are trained, too: it is TRL's default, and often not what is wanted."""
+        args: Any = ready.trainer.args
+        if ready.form.name not in CHATS or args.assistant_only_loss:
+            return {}
+        return {"loss": "on all tokens of a chat; --assistant_only_loss true trains the assistant's messages alone"}
 
     def sizes(self, ready: "Run", prepared: "Dataset") -> str:
         from renyi.data import count_tokens

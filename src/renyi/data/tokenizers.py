@@ -85,10 +85,11 @@ def told_padding(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """A line of the printed plan about the pad token; None if it is the one that the tokenizer was saved with."""
     own = str(tokenizer.init_kwargs.get("pad_token") or "")
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        return f"{tokenizer.pad_token}, the end of text: there is no other special token; padding is masked by length"
+        return f"{tokenizer.pad_token}, the end of text (there is no other special token); padding is masked by length"
     if tokenizer.pad_token == own:
         return None
-    return f"{tokenizer.pad_token}: " + (f"its own, {own}, ends a text" if own else "the tokenizer has none of its own")
+    why = f"pad token {own} also ends a text" if own else "tokenizer has none of its own"
+    return f"{tokenizer.pad_token}, because the {why}"
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
