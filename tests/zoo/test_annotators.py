@@ -2,7 +2,7 @@
 
 import pytest
 
-from renyi.zoo.annotators import measure_annotators, named_rows, train_annotators
+from renyi.zoo.annotators import groups_of_annotators, measure_annotators, named_rows, train_annotators
 from renyi.zoo.preferences import PreferenceWorld
 
 
@@ -30,6 +30,15 @@ def test_members_become_the_groups(tmp_path, seed):
     assert abs(found["alpha_0"].groups_found) <= 0.1
     assert found["renyi"].mixture_nll < min(found["single"].mixture_nll, found["alpha_0"].mixture_nll)
     assert found["renyi"].auroc_epistemic_share >= 0.95
+
+
+@pytest.mark.slow  # 250 steps of training
+def test_groups_are_found_from_ten_labels_of_each_annotator(tmp_path):
+    world = PreferenceWorld()
+    rows, _ = named_rows(world.pairs(8000), 10)
+    settings = {"max_steps": 250, "per_device_train_batch_size": 40, "routing_group": "annotator"}
+    trainer, _ = train_annotators(world, 2, 0.8, tmp_path, rows=rows, **settings)
+    assert groups_of_annotators(trainer, world, 10) >= 0.9
 
 
 def test_named_rows_are_of_one_group_each():

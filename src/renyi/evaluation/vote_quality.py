@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from renyi.inference.pair_scores import PairScore
 from renyi.measures import token_uncertainty
@@ -58,6 +59,72 @@ class VoteQuality(NamedTuple):
     share_bins: list[ShareBin]
 
 
+class PairVotes(NamedTuple):
+    """What one system says of the votes of each of N pairs: float64 or bool, [N]. `VoteQuality` has their means.
+
+    Attributes:
+        labels: how many labels have a probability; ties have none at a `tie_strength` of 0.
+        nll: Σ over the labels of −log Σ_m π_m P_m(label), nats.
+        nll_together: −log Σ_m π_m Π P_m(label), nats.
+        known: how many labels have another one of their pair beside them: all or none.
+        nll_held_out: Σ over those of −log P(label | the other labels), nats.
+        has_majority: whether one side has more votes than the other.
+        is_right: whether the mixture prefers that side.
+        preferring: weighted share of members that prefer the chosen completion; a margin of 0 counts half.
+        probability: the mixture's probability that it is preferred.
+        annotators: share of annotators that prefer it; a tie counts half.
+        is_split: whether annotators gave more than one label.
+        epistemic, total: uncertainty of the preference, nats.
+    """
+
+    labels: Tensor
+    nll: Tensor
+    nll_together: Tensor
+    known: Tensor
+    nll_held_out: Tensor
+    has_majority: Tensor
+    is_right: Tensor
+    preferring: Tensor
+    probability: Tensor
+    annotators: Tensor
+    is_split: Tensor
+    epistemic: Tensor
+    total: Tensor
+
+
+def pair_votes(scores: Sequence[PairScore], weights: Tensor, tie_strength: float = 0.0) -> PairVotes:
+    """What is said of each pair's votes, in float64; arguments and errors as for `evaluate_votes`."""
+    if any(s.votes is None for s in scores):
+        raise ValueError("some pairs have no votes")
+    votes_N3 = torch.tensor([s.votes for s in scores], dtype=torch.float64)
+    margin_MN = torch.tensor([s.margin for s in scores], dtype=torch.float64).T
+    log_weights = weights.detach().cpu().double().log()
+    kept = 3 if tie_strength > 0 else 2
+    log_p_MNk, counts_Nk = outcome_log_probs(margin_MN, tie_strength)[..., :kept], votes_N3[:, :kept]
+    ell_MN, labels_N = (log_p_MNk * counts_Nk).sum(dim=-1), counts_Nk.sum(dim=-1)
+    others_MNk = log_weights[:, None, None] + ell_MN[..., None] - log_p_MNk
+    held_out_Nk = (others_MNk.log_softmax(dim=0) + log_p_MNk).logsumexp(dim=0)
+    several_N = labels_N > 1
+    pi_M1 = log_weights.softmax(dim=0)[:, None]
+    mixture_N = (pi_M1 * margin_MN.sigmoid()).sum(dim=0)
+    uncertainty = token_uncertainty(logsigmoid(torch.stack([margin_MN, -margin_MN], dim=-1)), log_weights)
+    return PairVotes(
+        labels=labels_N,
+        nll=(renyi_loss(log_p_MNk, 1.0, log_weights) * counts_Nk).sum(dim=-1),
+        nll_together=renyi_loss(ell_MN, 1.0, log_weights),
+        known=labels_N * several_N,
+        nll_held_out=-(held_out_Nk * counts_Nk).sum(dim=-1) * several_N,
+        has_majority=votes_N3[:, 0] != votes_N3[:, 1],
+        is_right=(mixture_N > 0.5) == (votes_N3[:, 0] > votes_N3[:, 1]),
+        preferring=(pi_M1 * ((margin_MN > 0).double() + (margin_MN == 0).double() / 2)).sum(dim=0),
+        probability=mixture_N,
+        annotators=(votes_N3[:, 0] + votes_N3[:, 2] / 2) / votes_N3.sum(dim=-1),
+        is_split=(votes_N3 > 0).sum(dim=-1) > 1,
+        epistemic=uncertainty.epistemic,
+        total=uncertainty.total,
+    )
+
+
 def evaluate_votes(
     scores: Sequence[PairScore], weights: Tensor, tie_strength: float = 0.0, name: str = "mixture"
 ) -> VoteQuality:
@@ -72,48 +139,21 @@ def evaluate_votes(
     Raises:
         ValueError: a pair has no votes.
     """
-    if any(s.votes is None for s in scores):
-        raise ValueError("some pairs have no votes")
-    votes_N3 = torch.tensor([s.votes for s in scores], dtype=torch.float64)
-    margin_MN = torch.tensor([s.margin for s in scores], dtype=torch.float64).T
-    log_weights = weights.detach().cpu().double().log()
-    kept = 3 if tie_strength > 0 else 2
-    log_p_MN3, counts_N3 = outcome_log_probs(margin_MN, tie_strength)[..., :kept], votes_N3[:, :kept]
-    labels = float(counts_N3.sum())
-    ell_MN = (log_p_MN3 * counts_N3).sum(dim=-1)
-    annotators_N = (votes_N3[:, 0] + votes_N3[:, 2] / 2) / votes_N3.sum(dim=-1)
-    pi_M1 = log_weights.softmax(dim=0)[:, None]
-    members_N = (pi_M1 * ((margin_MN > 0).double() + (margin_MN == 0).double() / 2)).sum(dim=0)
-    mixture_N = (pi_M1 * margin_MN.sigmoid()).sum(dim=0)
-    has_majority_N = votes_N3[:, 0] != votes_N3[:, 1]
-    right_N = (mixture_N > 0.5) == (votes_N3[:, 0] > votes_N3[:, 1])
-    sides = torch.nn.functional.logsigmoid(torch.stack([margin_MN, -margin_MN], dim=-1))
-    uncertainty = token_uncertainty(sides, log_weights)
-    is_split = (votes_N3 > 0).sum(dim=-1) > 1
+    found = pair_votes(scores, weights, tie_strength)
+    labels, known = max(float(found.labels.sum()), 1.0), float(found.known.sum())
+    right_N = found.is_right[found.has_majority].double()
     return VoteQuality(
         name=name,
-        accuracy=float(right_N[has_majority_N].double().mean()) if has_majority_N.any() else float("nan"),
-        nll=float((renyi_loss(log_p_MN3, 1.0, log_weights) * counts_N3).sum()) / max(labels, 1),
-        nll_together=float(renyi_loss(ell_MN, 1.0, log_weights).sum()) / max(labels, 1),
-        nll_held_out=_held_out(log_p_MN3, counts_N3, log_weights),
-        calibration=float((members_N - annotators_N).square().mean()),
-        probability_calibration=float((mixture_N - annotators_N).square().mean()),
-        split_auroc=_auroc(is_split, uncertainty.epistemic) if len(weights) > 1 else None,
-        split_auroc_total=_auroc(is_split, uncertainty.total),
-        share_bins=_share_bins(mixture_N, annotators_N),
+        accuracy=float(right_N.mean()) if len(right_N) else float("nan"),
+        nll=float(found.nll.sum()) / labels,
+        nll_together=float(found.nll_together.sum()) / labels,
+        nll_held_out=float(found.nll_held_out.sum()) / known if known else None,
+        calibration=float((found.preferring - found.annotators).square().mean()),
+        probability_calibration=float((found.probability - found.annotators).square().mean()),
+        split_auroc=_auroc(found.is_split, found.epistemic) if len(weights) > 1 else None,
+        split_auroc_total=_auroc(found.is_split, found.total),
+        share_bins=_share_bins(found.probability, found.annotators),
     )
-
-
-def _held_out(log_p_MNk: Tensor, counts_Nk: Tensor, log_weights: Tensor) -> float | None:
-    """Mean −log probability of each label given the other labels of its pair; of pairs with at least two."""
-    ell_MN = (log_p_MNk * counts_Nk).sum(dim=-1)
-    several_N = counts_Nk.sum(dim=-1) > 1
-    if not several_N.any():
-        return None
-    others_MNk = log_weights[:, None, None] + ell_MN[..., None] - log_p_MNk
-    log_p_Nk = (others_MNk.log_softmax(dim=0) + log_p_MNk).logsumexp(dim=0)
-    weight_Nk = counts_Nk * several_N[:, None]
-    return float(-(log_p_Nk * weight_Nk).sum() / weight_Nk.sum())
 
 
 def _auroc(is_split: Tensor, score_N: Tensor) -> float | None:
