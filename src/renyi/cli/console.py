@@ -76,7 +76,7 @@ def typed(text: str) -> str:
         return text
     if shutil.which("renyi"):
         return text
-    text = re.sub(r"(?<![\w/.-])renyi(?= [a-z-])", lambda _: program, text)
+    text = re.sub(r"(?<![\w/.-])renyi(?= [A-Za-z-])", lambda _: program, text)
     return re.sub(r"(?<![\w/.-])pip install", lambda _: f"{python} -m pip install", text)
 
 
