@@ -127,6 +127,8 @@ studies: $(READY)
 	$(BIN)/python benchmarks/powerflow_answers.py
 	$(BIN)/python benchmarks/powerflow_stories.py
 	$(BIN)/python benchmarks/mmlu.py --questions 10
+	$(BIN)/python benchmarks/translation_words.py
+	$(BIN)/python benchmarks/translations.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import random
 import subprocess
 import sys
 import warnings
@@ -179,6 +180,20 @@ def test_a_test_split_of_its_own(settings: Settings, tmp_path: Path) -> None:
     ended = renyi("sft", "--config", config, "--test_split_size", "0.5")
     assert ended.code == 2
     assert "has a split 'test' already" in ended.err
+
+
+def test_the_end_says_whether_members_split_their_memory(settings: Settings, tmp_path: Path) -> None:
+    """Rows with nothing to learn but the rows themselves, each seen twenty times; half of them are held out."""
+    draw = random.Random(0)
+    rows = [{"text": " ".join(f"w{draw.randrange(59)}" for _ in range(12))} for _ in range(64)]
+    length = {"max_steps": 80, "logging_steps": 8, "save_strategy": "no", "per_device_train_batch_size": 8, "lora_r": 4}
+    evaluated = {"test_split_size": 0.5, "eval_strategy": "steps", "eval_steps": 40}
+    file = write_rows(tmp_path / "noise.jsonl", rows)
+    ended = renyi("sft", "--config", settings(dataset_name=file, **length, **evaluated))
+    assert ended.code == 0
+    assert ended.err.count("members part on rows that they were trained on") == 1  # the warning
+    assert ended.err.startswith("warning: After step")
+    assert "members part on rows that they were trained on" in " ".join(ended.out.split())  # the end
 
 
 def test_our_warnings_are_shown_and_no_others(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ from renyi.runs.settings import METHODS, Settings
 from renyi.text import number_text, plural
 from renyi.training.checkpoints import find_checkpoints
 from renyi.training.config import AUTO
+from renyi.training.memorising import parting
 from renyi.training.report import FIGURE_FILE, METRICS_FILE
 from renyi.training.steps import peak_memory
 
@@ -242,6 +243,9 @@ def _show_end(out: Console, command: TrainingCommand, ready: Run) -> None:
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         best = state.best_model_checkpoint.rpartition("/")[2]
         out.print(f"the {command.members} are those of {best}, the best by {trainer.args.metric_for_best_model}")
+    found = parting(state.log_history, ready.ensemble.num_members, trainer.args.alpha)
+    if found and found.is_memory:
+        out.print(f"\n{found.told(trainer.unit)}", style="yellow")
 
 
 def _show_files(out: Console, command: TrainingCommand, ready: Run) -> None:

@@ -34,6 +34,7 @@ from renyi.training.group_batches import ROUTED_ROW, WithColumns
 from renyi.training.hub import push_checkpoint, pushed, refused_by_the_hub, without_token
 from renyi.training.langevin import KeepSnapshots, LangevinNoise, check_noise
 from renyi.training.log import AfterLoopBegan, TrainingLog
+from renyi.training.memorising import WarnOfMemory
 from renyi.training.objective import Objective
 from renyi.training.optimizer import give_spreads_a_rate
 from renyi.training.parallel import MemberAccelerator, load_optimizer, save_optimizer
@@ -102,6 +103,7 @@ class EnsembleTrainer(RoutedSteps):
         self._restored_logging: dict[str, Any] | None = None
         self._step_of_first_loss = 0  # the step from which the total loss is summed
         self.add_callback(AfterLoopBegan(self.restore_logging_state))
+        self.add_callback(WarnOfMemory(self.model.num_members, args.alpha, self.unit))
         self.start_routing()
         self.objective = Objective.of(self.model, args, self.loss_units, self.accelerator.reduce)
         if self.objective.learned_weights is not None:
