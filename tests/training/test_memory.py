@@ -19,7 +19,7 @@ def test_activations_of_a_row_are_counted_to_the_byte() -> None:
     )
     assert two == four > 10 * 32 * 4  # a row is a row, and the hidden states of one layer alone take that
     fits = memory.tokens_that_fit(ensemble, 10, torch.enable_grad)
-    assert fits == int(memory.SHARE * memory.main_memory() * 10 / two)
+    assert fits == int(memory.SHARE * memory.main_memory() * 10 / (memory.BESIDE * two))
     assert not ensemble.training
 
 
