@@ -73,7 +73,7 @@ def vllm(python: str, command: str, log: Path, *flags: str) -> Iterator[Running]
             ports.append(free.getsockname()[1])
     start = "from vllm.entrypoints.cli.main import main; main()"
     where = ["--port", str(ports[0]), "--additional-config", f'{{"renyi": {{"port": {ports[1]}}}}}']
-    own = {"PYTHONPATH": str(SOURCES), "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    own = {"PYTHONPATH": str(SOURCES), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with log.open("w") as file:
         process = subprocess.Popen(
             [python, "-c", start, *shlex.split(command)[1:], *where, *flags],
@@ -138,7 +138,7 @@ def compare(loaded: Loaded, engine: VllmEngine, requests: Sequence[EngineRequest
             torch.tensor([request.prompt]),
             max_new_tokens=request.max_new_tokens,
             do_sample=False,
-            eos_token_id=list(request.end_tokens) or -1,
+            eos_token_id=list(request.end_tokens),
             pad_token_id=0,
         )
         tokens = [token.token for token in answer]
