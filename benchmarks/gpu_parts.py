@@ -200,7 +200,7 @@ def real_run(where: Machine, model: str | None, steps: int) -> Iterator[Row]:
     def command(*argv: object) -> float:
         began = time.perf_counter()
         if code := main([str(arg) for arg in argv]):
-            raise RuntimeError(f"renyi {argv[0]} ended with exit code {code}")
+            raise SystemExit(f"renyi {argv[0]} ended with exit code {code}")  # after its own message
         return time.perf_counter() - began
 
     with tempfile.TemporaryDirectory() as temporary:
