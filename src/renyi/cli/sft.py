@@ -40,7 +40,8 @@ class SFT(TrainingCommand):
         args: Any = ready.trainer.args
         if ready.form.name not in CHATS or args.assistant_only_loss:
             return {}
-        return {"loss": "on all tokens of a chat; --assistant_only_loss true trains the assistant's messages alone"}
+        answers = "for answers alone: --assistant_only_loss true, or rows of prompt and completion"
+        return {"loss": f"on all tokens of a chat; {answers}"}
 
     def sizes(self, ready: "Run", prepared: "Dataset") -> str:
         from renyi.data import count_tokens
