@@ -93,6 +93,8 @@ def test_the_power_of_a_pool_of_members_is_reached(tmp_path, pool):
     members.save(tmp_path / "members")
     known, power = language(4, 3), 2.0
     settings = {**QUICK, "reference": str(tmp_path / "members"), "reference_pool": pool}
+    if pool == "geometric":  # a less certain target: see below about epsilon
+        settings |= {"max_steps": 150, "adam_epsilon": 1e-6}
     trainer = trainer_in(tmp_path / "run", wide_llama(), power=power, **settings)
 
     ell_KS, weights = policies(members, known), members.weights.double()[:, None]
