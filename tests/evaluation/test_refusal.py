@@ -121,12 +121,12 @@ def test_what_the_prompt_says_is_not_the_assistants() -> None:
 
 def test_a_long_text_takes_no_time() -> None:
     """Patterns that begin to match everywhere and fail."""
-    started = time.perf_counter()
+    started = time.process_time()
     for text in ("i cannot " * 20_000, "sorry i am not " * 20_000, "is not " * 20_000, "however, here " * 20_000):
         is_refusal(text, text[:-1])
     for quotes in ('"' + "a b " * 50_000, '"a b c" ' * 20_000, '"' * 100_000, '" ' * 50_000, '"\n' * 50_000):
         is_refusal(quotes)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 @settings(max_examples=300, deadline=None)
