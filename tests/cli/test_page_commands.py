@@ -84,9 +84,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             "BASE",
         ):
             shutil.copytree(base_path(), name)
-        chats = (ROOT / "examples" / "two_schools.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+        chats = (ROOT / "examples" / "two_schools.jsonl").read_text(encoding="utf-8").splitlines()
         for name in ("my_chats", "more_chats", "rows", "candidates", "data"):
-            Path(f"{name}.jsonl").write_text("\n".join(chats) + "\n", encoding="utf-8")
+            several = chats[: 40 if name == "rows" else 12]  # a diagnosis needs more rows than directions
+            Path(f"{name}.jsonl").write_text("\n".join(several) + "\n", encoding="utf-8")
         asked: list[dict[str, Any]] = [
             {"question": "where does oskar live ?", "choices": ["cairo", "oslo"], "answer": n % 2} for n in range(12)
         ]
