@@ -110,7 +110,8 @@ def more_of_the_world(world: dict[str, Any]) -> None:
     tiny_tokenizer().save_pretrained("made")
     tiny_model().save_pretrained("gpt2")
     tiny_tokenizer().save_pretrained("gpt2")
-    shutil.copy("my_chats.jsonl", "rows.jsonl")
+    chats = Path("my_chats.jsonl").read_text(encoding="utf-8")
+    Path("rows.jsonl").write_text(chats * 10, encoding="utf-8")  # alpha: auto keeps 40 rows for its diagnosis
     thumbs = [{"prompt": f"w{n}", "completion": f" w{n + 1}", "label": n % 2 == 0} for n in range(8)]
     world |= {
         "ensemble": made,
