@@ -71,6 +71,13 @@ def test_a_base_that_would_answer_wrongly_is_refused(monkeypatch: pytest.MonkeyP
         InFlight(ensemble)
 
 
+def test_few_widths_are_run_so_that_kept_matrix_products_stay_few() -> None:
+    widths = [in_flight._rounded(n) for n in range(1, 1025)]
+    assert widths[:17] == [*range(1, 17), 18]
+    assert all(n <= width <= 1.125 * n for n, width in enumerate(widths, 1))
+    assert len(set(widths)) == 64
+
+
 def test_the_models_own_attention_is_back_after_a_step() -> None:
     ensemble = tiny_ensemble(2)
     before = ensemble.base.config._attn_implementation
