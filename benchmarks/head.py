@@ -19,13 +19,12 @@ as in our trainers.
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from joint_step import measure as in_turns
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -91,16 +90,7 @@ def measure(rows: int, features: int, words: int, dtype: str, device: str, round
     few = slice(0, 256)
     exact = -F.cross_entropy(hidden[few].double() @ head.weight.double().T, targets[few], reduction="none")
     made = ways(hidden, head, targets, upstream)
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    for number in range(rounds + 1):
-        for name, run in made.items():
-            began = time.perf_counter()
-            run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                seconds[name].append(time.perf_counter() - began)
-    medians = {name: statistics.median(s) for name, s in seconds.items()}
+    medians = in_turns(made, rounds, device)
     memory = {name: peak(run, device) for name, run in made.items() if name != "two products"}
     faster = min(medians[name] for name in ("naive", "linear_ce") if name in medians)
     found: list[dict[str, Any]] = []

@@ -62,7 +62,7 @@ class RoutedSteps(Trainer):
         args = self.args
         if not isinstance(self.train_dataset, Dataset):
             return budget
-        (longest,) = self._lengths().topk(1).values.tolist()
+        longest = int(self._lengths().amax())
         fits = tokens_that_fit(self.model, longest, self.accelerator.autocast)
         example = longest * args.num_draws * len(self.model.members)  # a pass holds one example at least
         if fits < max(LEAST_TOKENS, example, args.token_budget or 0):
