@@ -96,6 +96,12 @@ def test_the_ends_of_each_range_are_allowed(tmp_path, fields):
     assert all(getattr(read, name) == value for name, value in fields.items())
 
 
+@pytest.mark.parametrize("name", ["X", "...", "two.", "a b", "ä"])
+def test_a_member_may_have_any_name_that_stays_in_the_folder(tmp_path, name):
+    (folder_with(tmp_path, members=["one", name]) / name).mkdir()
+    assert read_manifest(tmp_path).members == ["one", name]
+
+
 def test_weights_are_normalised_only_if_they_were_rounded(tmp_path):
     weights = [0.3 + 4e-6, 0.7]
     assert read_manifest(folder_with(tmp_path, weights=weights)).weights == weights
@@ -251,6 +257,7 @@ def test_a_save_replaces_members_and_removes_those_that_are_gone(tmp_path):
 def test_members_without_a_manifest_are_replaced(tmp_path):
     """A save was interrupted after it had removed `ensemble.json`."""
     written(tmp_path, "one", "two", text="old")
+    (tmp_path / "one" / "distribution.safetensors").touch()  # "one" has all the files that a member can have
     (tmp_path / "ensemble.json").unlink()
     written(tmp_path, "one")
     assert (tmp_path / "one" / "README.md").read_text() == "new 0"

@@ -182,7 +182,7 @@ def _check_fields(manifest: Manifest) -> None:
     if manifest.base_model.startswith("-"):
         raise ValueError(f"base_model is {manifest.base_model!r}, which a command would read as an option")
     # Versions before 0.1 could write weights rounded to bfloat16.
-    weights_fit = len(manifest.weights) == len(manifest.members) > 0 and abs(sum(manifest.weights) - 1) < 0.01
+    weights_fit = len(manifest.weights) == len(manifest.members) and abs(sum(manifest.weights) - 1) < 0.01
     if not weights_fit or min(manifest.weights) < 0:
         raise ValueError("members and weights do not match, or the weights do not sum to one")
     if abs(sum(manifest.weights) - 1) > 1e-5:
@@ -190,11 +190,12 @@ def _check_fields(manifest: Manifest) -> None:
     draws = manifest.num_draws
     if not isinstance(draws, int) or draws < 1 or len(manifest.members) % draws:
         raise ValueError(f"num_draws is {draws}, which does not divide the number of members")
-    kept = [0.0] * len(manifest.members) if manifest.divergence is None else manifest.divergence
-    if not isinstance(kept, list) or not all(isinstance(x, int | float) for x in kept):
-        raise TypeError("divergence is not a list of numbers")
-    if len(kept) != len(manifest.members):
-        raise ValueError(f"divergence has {len(kept)} numbers for {len(manifest.members)} members")
+    kept = manifest.divergence
+    if kept is not None:
+        if not isinstance(kept, list) or not all(isinstance(x, int | float) for x in kept):
+            raise TypeError("divergence is not a list of numbers")
+        if len(kept) != len(manifest.members):
+            raise ValueError(f"divergence has {len(kept)} numbers for {len(manifest.members)} members")
     if not 0 <= manifest.alpha <= 1:
         raise ValueError(f"alpha is {manifest.alpha}, not between 0 and 1")
 
