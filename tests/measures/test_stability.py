@@ -20,6 +20,7 @@ from renyi.measures import (
     stability_spectrum,
     stability_within,
 )
+from renyi.measures.stability import _bootstrapped
 from renyi.objectives import critical_alpha, renyi_loss
 
 
@@ -181,6 +182,34 @@ def test_an_iteration_that_was_cut_short_says_so(iterations):
     found = critical_directions(lambda x: curvature[:, None] * x, lambda x: J @ x, 400, 3, max_iterations=iterations)
     assert not found.converged
     assert found.critical_alpha >= critical_alpha(curvature.diag(), J)
+    gain, cost = J @ found.directions, curvature[:, None] * found.directions
+    expected = (gain - cost * found.eigenvalues).norm(dim=0) / (found.eigenvalues.max() * cost.norm(dim=0))
+    torch.testing.assert_close(found.residuals, expected)
+
+
+@pytest.mark.parametrize("dim", [10, 60])
+def test_the_search_does_not_depend_on_units_and_follows_its_seed(dim):
+    """Both ways of it: dense, and by iteration that stops before it has converged."""
+    V, J = positive(dim), positive(dim, seed=1)
+
+    def search(unit: float = 1.0, **given: int) -> Tensor:
+        return critical_directions(
+            lambda x: unit * V @ x, lambda x: unit * J @ x, dim, 2, max_iterations=25, **given
+        ).eigenvalues
+
+    found = search()
+    assert torch.equal(found, search(seed=0))
+    assert torch.equal(found, search(seed=1)) == (dim == 10)
+    torch.testing.assert_close(search(1e-9), found)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_every_number_of_directions_up_to_all_of_them_is_found(k):
+    V, J = positive(4), positive(4, seed=1)
+    found, exact = critical_directions(lambda x: V @ x, lambda x: J @ x, 4, k), stability_spectrum(V, J)
+    torch.testing.assert_close(found.eigenvalues, exact.eigenvalues[:k])
+    within = stability_within(lambda x: V @ x, lambda x: J @ x, torch.eye(4, dtype=torch.float64))
+    assert within.critical_alpha == pytest.approx(exact.critical_alpha)
 
 
 def test_a_subspace_never_finds_less_than_the_whole(conflicting):
@@ -291,7 +320,9 @@ def test_a_gradient_basis_has_the_leading_singular_directions():
     _, _, right = torch.linalg.svd(gradients, full_matrices=False)
     basis = gradient_basis([gradients], 5)
     torch.testing.assert_close(basis.T @ basis, torch.eye(5, dtype=torch.float64))
-    torch.testing.assert_close((right[:5] @ basis).abs(), torch.eye(5, dtype=torch.float64), atol=1e-8, rtol=0)
+    for unit in (1, 1e-6):
+        aligned = (right[:5] @ gradient_basis([unit * gradients], 5)).abs()
+        torch.testing.assert_close(aligned, torch.eye(5, dtype=torch.float64), atol=1e-8, rtol=0)
 
 
 def test_blocks_of_gradients_span_nearly_what_all_of_them_do():
@@ -321,6 +352,7 @@ def test_a_random_basis_is_orthonormal_and_follows_its_seed():
     basis = random_basis(40, 6, seed=3)
     torch.testing.assert_close(basis.T @ basis, torch.eye(6))
     assert torch.equal(basis, random_basis(40, 6, seed=3))
+    assert torch.equal(random_basis(40, 6), random_basis(40, 6, seed=0))
     assert not torch.equal(basis, random_basis(40, 6, seed=4))
 
 
@@ -415,6 +447,37 @@ def test_the_figure_does_not_depend_on_the_resamples():
     few, many = (cross_fitted(g, V, resamples=resamples) for resamples in (2, 200))
     assert few.critical_alpha == pytest.approx(many.critical_alpha, rel=1e-12)
     torch.testing.assert_close(few.loadings, many.loadings, rtol=1e-12, atol=1e-12)
+
+
+def test_the_figures_do_not_depend_on_the_units_of_coordinates():
+    g, V, empirical = grouped_answers(60, k=3, directions=4)
+    for unit in (1e-4, 1e4):
+        one, other = cross_fitted(g, V, empirical), cross_fitted(unit * g, unit**2 * V, unit**2 * empirical)
+        for name in ("critical_alpha", "low", "high", "plug_in", "mean_share", "calibration"):
+            assert getattr(other, name) == pytest.approx(getattr(one, name)), name
+        torch.testing.assert_close(other.loadings, one.loadings)
+
+
+def test_the_plug_in_is_the_damped_critical_alpha_of_all_examples():
+    g, V, _ = grouped_answers(60, k=3, directions=4)
+    found, mean_V = cross_fitted(g, V), V.mean(dim=0)
+    exact = stability_spectrum(mean_V, g.T @ g / len(g), 0.1 * mean_V.trace().item() / 4)
+    assert found.plug_in == pytest.approx(exact.critical_alpha)
+    torch.testing.assert_close(found.eigenvalues, exact.eigenvalues)
+    torch.testing.assert_close(found.direction.abs(), exact.directions[:, 0].abs())
+
+
+def test_an_interval_is_normal_around_the_half_corrected_value():
+    """By hand: the resamples 1 and 3 of a log of 0 have a bias of 2 and a standard error of √2."""
+    low, high = _bootstrapped(torch.tensor([0.0, 1.0, 3.0]), level=0.95)
+    assert low == pytest.approx(math.exp(-1 - 1.95996 * math.sqrt(2)), rel=1e-4)
+    assert high == pytest.approx(math.exp(-1 + 1.95996 * math.sqrt(2)), rel=1e-4)
+
+
+def test_one_resample_has_no_spread():
+    g, V, _ = grouped_answers(60, k=3, directions=4)
+    found = cross_fitted(g, V, resamples=1)
+    assert (found.low, found.high) == (0.0, math.inf)
 
 
 def test_without_curvature_in_most_resamples_the_interval_says_nothing():
@@ -527,7 +590,7 @@ def test_float32_matrices_are_solved_in_float64():
 
 
 def test_a_singular_curvature_is_refused_with_advice():
-    V = torch.diag(torch.tensor([1.0, 0.0]))
+    V = torch.diag(torch.tensor([1.0, 0.5, 0.0]))
     with pytest.raises(ValueError, match=r"not positive definite \(eigenvalues from 0 to 1\): raise `damping`.*Fisher"):
         critical_alpha(V, V)
     assert critical_alpha(V, V, damping=1e-9) == pytest.approx(1.0)
@@ -541,6 +604,7 @@ def test_a_singular_curvature_is_refused_with_advice():
     [
         (torch.eye(2), torch.eye(3), "one size"),
         (torch.ones(3), torch.ones(3), "square"),
+        (torch.ones(0, 0), torch.ones(0, 0), "square"),
         (torch.eye(2), torch.full((2, 2), torch.nan), "not finite"),
     ],
 )
@@ -559,7 +623,9 @@ def test_too_few_examples_or_directions_are_refused():
         cross_fitted(g, V, folds=1)
     for folds in (2, 4):
         assert cross_fitted(g, V, folds=folds).critical_alpha > 0
-    with pytest.raises(ValueError, match="should be"):
+    with pytest.raises(ValueError, match=r"curvature should be \[8, 2, 2\], not \[4, 2, 2\]"):
         cross_fitted(g, V[:4])
+    with pytest.raises(ValueError, match=r"empirical should be \[8, 2, 2\], not \[4, 2, 2\]"):
+        cross_fitted(g, V, V[:4])
     with pytest.raises(ValueError, match="k is 9"):
         critical_directions(lambda x: x, lambda x: x, 8, 9)

@@ -183,7 +183,7 @@ def critical_directions(
     Raises:
         ValueError: V + damping is not positive definite, or k is not from 1 to P.
     """
-    from scipy.sparse.linalg import LinearOperator, lobpcg
+    from scipy.sparse.linalg import lobpcg
 
     if not 1 <= k <= dim:
         raise ValueError(f"k is {k}; it should be from 1 to the {dim} dimensions there are")
@@ -210,15 +210,11 @@ def critical_directions(
         if not bool((guess * damped(guess)).sum(dim=0).gt(0).all()):
             raise ValueError(_not_positive(f" at damping {damping:g}"))
 
-        def operator(times: Product) -> Any:
-            def of_array(x: Any) -> Any:
-                columns = torch.from_numpy(x.reshape(dim, -1).copy())
-                return times(columns).to("cpu", torch.float64).numpy().reshape(x.shape)
+        def of_arrays(times: Product) -> Callable[[Any], Any]:
+            return lambda x: times(torch.from_numpy(x.copy())).to("cpu", torch.float64).numpy()
 
-            return LinearOperator((dim, dim), matvec=of_array, matmat=of_array, dtype="float64")
-
-        A, B = operator(J_times), operator(damped)
-        M = None if preconditioner is None else operator(preconditioner)
+        A, B = of_arrays(J_times), of_arrays(damped)
+        M = None if preconditioner is None else of_arrays(preconditioner)
         target = 0.0  # LOBPCG's tolerance is absolute; the right size of it is known after the first round
         left, length = max_iterations, 10
         while left > 0:
@@ -333,8 +329,9 @@ def cross_fitted(
     """
     g_Nk, V_Nkk = gradients.double(), curvature.double()
     N, k = g_Nk.shape
-    if V_Nkk.shape != (N, k, k) or (empirical is not None and empirical.shape != (N, k, k)):
-        raise ValueError(f"gradients are [{N}, {k}], so curvature should be [{N}, {k}, {k}], not {list(V_Nkk.shape)}")
+    for name, given in (("curvature", curvature), ("empirical", empirical)):
+        if given is not None and given.shape != (N, k, k):
+            raise ValueError(f"gradients are [{N}, {k}], so {name} should be [{N}, {k}, {k}], not {list(given.shape)}")
     if folds < 2 or 2 * folds > N:
         raise ValueError(f"{N} examples cannot make {folds} folds of at least two; there should be two folds or more")
     pull_Nk = g_Nk if routed is None else g_Nk / routed.to(g_Nk)[:, None].sqrt()
