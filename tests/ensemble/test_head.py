@@ -225,7 +225,7 @@ def test_a_config_of_text_and_images_is_read_where_it_describes_the_text():
     assert LogitTransform.from_config(whole) == LogitTransform(1.0, 30.0)
 
 
-@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.4), LogitTransform(0.5, 3.0)])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(2.0), LogitTransform(0.5, 3.0)])
 def test_the_slope_is_the_derivative_of_the_transform(transform):
     logits = torch.linspace(-9.0, 9.0, 7, dtype=torch.float64, requires_grad=True)
     transformed = transform(logits)
@@ -264,6 +264,9 @@ def test_logits_that_no_config_declares_are_refused(change, size, dtype):
         check_head(model)
     assert caught.value.where == "model"
     assert "Please report the architecture" in caught.value.hint
+    difference = float(caught.value.hint.partition("here by ")[2].split()[0])
+    assert difference > 1e-4
+    assert difference < 0.1 or change != "times 1.0005"
 
 
 class OtherLinear(nn.Linear):

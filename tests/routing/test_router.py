@@ -40,6 +40,11 @@ def test_a_step_in_parts_is_the_whole_step(kind, budget):
     found_loss, found = step(ensemble, RoutingPlan(token_budget=budget), ids, mask)
     assert found_loss == pytest.approx(loss, rel=1e-6)
     assert (found - gradient).norm() <= 1e-6 * gradient.norm()
+    router = Router(ensemble, RoutingPlan(token_budget=budget))
+    output, plain = router.forward({"input_ids": ids, "attention_mask": mask}, ALPHA).output, ensemble(ids, mask)
+    for name in ("log_probs", "label_mask", "is_top1"):
+        torch.testing.assert_close(getattr(output, name), getattr(plain, name))
+    torch.testing.assert_close(output.entropy * output.label_mask, plain.entropy * plain.label_mask)
 
 
 @pytest.mark.parametrize("budget", [5, 9, 20])
@@ -93,8 +98,14 @@ def test_reentrant_checkpoints_are_refused_where_members_would_be_mixed_up(plan)
     Router(ensemble, RoutingPlan()).forward({"input_ids": ids, "attention_mask": mask}, 0.0)
 
 
-def test_autocast_reaches_the_second_pass():
+def test_autocast_reaches_the_second_pass(monkeypatch):
     ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
+    seen, forward = [], ensemble.base.base_model.forward
+
+    def watched(**given):
+        seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return forward(**given)
+
     with torch.autocast("cpu", torch.bfloat16):
         _, gradient = step(ensemble, None, ids, mask)
         ensemble.train().zero_grad()
@@ -104,7 +115,13 @@ def test_autocast_reaches_the_second_pass():
     loss.backward()  # outside, as trainers do
     found = torch.cat([p.grad.flatten() for p in ensemble.parameters() if p.requires_grad])
     assert (found - gradient).norm() <= 0.02 * gradient.norm()
-    assert (found - gradient).norm() > 0 or torch.equal(found, gradient)
+    monkeypatch.setattr(ensemble.base.base_model, "forward", watched)
+    with torch.autocast("cpu", torch.float16):  # not what a CPU's autocast would take by itself
+        output, _ = router.forward({"input_ids": ids, "attention_mask": mask}, ALPHA)
+    scored = len(seen)
+    output.log_probs.sum().backward()
+    assert len(seen) > scored
+    assert set(seen) == {torch.float16}
 
 
 def test_a_packed_row_is_run_under_one_member_at_a_time(monkeypatch):
@@ -161,6 +178,14 @@ def test_sparse_leaves_out_pairs_below_the_threshold_and_nothing_else():
     assert (none_dropped - all_of_it).norm() <= 1e-6 * all_of_it.norm()
 
 
+def test_a_pair_exactly_at_the_threshold_is_trained():
+    ensemble, (ids, mask) = tiny_ensemble(4, scattered=False), padded_batch()
+    _, gradient = step(ensemble, None, ids, mask)
+    _, found = step(ensemble, RoutingPlan("sparse", 0.25), ids, mask)
+    assert gradient.norm() > 0
+    assert (found - gradient).norm() <= 1e-6 * gradient.norm()
+
+
 def test_what_sparse_drops_moves_a_members_gradient_by_no_more_than_the_bound():
     """Σ r‖∇ℓ‖ over the pairs of a member that were dropped."""
     ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
@@ -206,6 +231,18 @@ def test_at_alpha_zero_nothing_is_scored_before_a_member_is_drawn(kind):
     assert Router(ensemble, RoutingPlan(kind)).forward(batch, ALPHA).statistics.scored == 1.0
     assert Router(ensemble, RoutingPlan(kind, token_budget=27)).forward(batch, 0.0).statistics.scored == 0.0
     assert Router(ensemble, RoutingPlan(kind, token_budget=26)).forward(batch, 0.0).statistics.scored == 1.0
+
+
+def test_at_alpha_zero_all_members_get_the_values_of_the_drawn_one(monkeypatch):
+    ensemble, (ids, mask) = tiny_ensemble(), padded_batch()
+    plain, drawn = ensemble(ids, mask), [2, 2, 0]
+    monkeypatch.setattr(torch, "multinomial", lambda *_: torch.tensor(drawn)[:, None])
+    router = Router(ensemble.train(), RoutingPlan("sampled"))
+    found = router.forward({"input_ids": ids, "attention_mask": mask}, 0.0).output
+    assert torch.equal(found.label_mask, plain.label_mask)
+    for name in ("log_probs", "entropy", "is_top1"):
+        expected = getattr(plain, name)[drawn, range(3)].expand(3, -1, -1)
+        torch.testing.assert_close(getattr(found, name), expected)
 
 
 def test_drawn_members_are_the_only_ones_that_learn():

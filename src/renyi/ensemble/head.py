@@ -181,7 +181,7 @@ def _score(
             pull_ND += _product(e_Nv.to(hidden_ND.dtype), weight_vD)
     # log1p keeps the digits of a log-probability near 0: if the target has the greatest logit, the mass is 1 + rest.
     log_mass_N = torch.log1p(rest_N + torch.expm1(goal_N - top_N))
-    push_ND = (rest_N * transform.slope(goal_N))[:, None] * weight_VD[targets_N].to(precision)
+    push_ND = (rest_N * transform.slope(goal_N))[:, None] * weight_VD[targets_N]
     return (
         goal_N - top_N - log_mass_N,
         log_mass_N - moment_N / mass_N,
@@ -262,4 +262,4 @@ def _logits_by_parts(head: Any, hidden: Tensor) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         parts = [hidden.to(precision) @ part.to(precision).T for part in head.weight.split(BLOCK[1])]
     logits, bias = torch.cat(parts, dim=-1), getattr(head, "bias", None)
-    return logits if bias is None else logits + bias.to(precision)
+    return logits if bias is None else logits + bias
