@@ -31,6 +31,7 @@ from renyi.inference.generate import end_tokens
 from renyi.objectives import mixture_log_probs
 from renyi.runs.load import Loaded
 from renyi.serve.engine import Alternative, Engine, EngineRequest, EngineToken, Load, TokenStream
+from renyi.serve.memory import FreedMemory
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +158,7 @@ class OurEngine(Engine):
     # ---- The thread of the model -------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        freed = FreedMemory()
         with torch.inference_mode(), self._loaded.ensemble.inference():
             while True:
                 with self._changed:
@@ -169,6 +171,7 @@ class OurEngine(Engine):
                     self._step(running)
                 if self._scoring:
                     self._score_some(self._scoring[0])
+                freed.give_back()
         with self._changed:
             left = [*self._running, *self._waiting]
             jobs = list(self._scoring)
