@@ -29,12 +29,13 @@ def judge_of(unseen, members: int = 2) -> Judge:
     return Judge(tiny_ensemble(members), tiny_tokenizer(), Preparation(), None, unseen)
 
 
-def reading_of(places, fit, responsibilities=None, nll=None) -> Reading:
+def reading_of(places, responsibilities=None, nll=None, rivals=None) -> Reading:
     n = len(places)
     shares = np.ones((1, n)) if responsibilities is None else np.array(responsibilities)
     zeros = np.zeros(n)
     nll = zeros if nll is None else np.array(nll)
-    return Reading(list(places), zeros + 1, np.zeros_like(shares), shares, nll, zeros, zeros, np.array(fit))
+    rivals = np.zeros((2, n)) if rivals is None else np.array(rivals)
+    return Reading(list(places), zeros + 1, np.zeros_like(shares), shares, nll, rivals, zeros, zeros)
 
 
 # ---- Examples --------------------------------------------------------------------------------------------------------
@@ -157,10 +158,12 @@ def test_judges_read_every_example_once_and_killed_reading_goes_on(tmp_path):
 
 def test_an_answer_that_fits_other_prompts_better_is_a_probable_error_of_its_row():
     examples = examples_of(rows_of(12), range(2, 12))
-    (group,) = probable_errors(examples, reading_of(range(10), [0.9, 0.2, *[0.7] * 8]))
+    rivals = [[-30.0, -8.0, *[-30.0] * 8], [-31.0, -9.0, *[-29.0] * 8]]
+    (group,) = probable_errors(examples, reading_of(range(10), nll=np.full(10, 9.0), rivals=rivals))
     assert group.kind == "probable_error"
     assert group.rows == [3]
-    assert group.score == 0.2
+    assert group.score < 0.5
+    assert "0.5 nats likelier after prompts of other rows" in group.sentence
 
 
 def test_prompts_whose_answers_can_be_exchanged_are_one_conflict():
@@ -201,9 +204,9 @@ def test_a_minority_and_a_balanced_split_are_variations_and_scattered_rows_are_n
 def test_members_that_took_enough_rows_are_the_sides():
     shares = np.full((3, 100), 0.02)
     shares[0, :60], shares[1, 60:98], shares[2, 98:] = 0.96, 0.96, 0.96
-    found = variation_of_members(reading_of(range(100), np.ones(100), shares))
+    found = variation_of_members(reading_of(range(100), shares))
     assert found.sides == [list(range(60)), list(range(60, 98))]  # two rows that one member takes alone are no side
-    assert variation_of_members(reading_of(range(100), np.ones(100), np.full((2, 100), 0.5))) is None
+    assert variation_of_members(reading_of(range(100), np.full((2, 100), 0.5))) is None
 
 
 def test_the_next_command_has_the_members_and_the_alpha_that_were_found():

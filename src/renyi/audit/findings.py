@@ -17,7 +17,7 @@ KINDS = {
     "duplicate_conflict": "the same prompt has answers that differ",
     "near_duplicate_conflict": "prompts with the same words that matter have answers that differ",
     "systematic_variation": "many rows answer in one way and many in another, and each way is consistent",
-    "probable_error": "the answer fits prompts of other rows as well as its own",
+    "probable_error": "the answer gains no more from its own prompt than from prompts of other rows",
     "preference_cycle": "answers to one prompt are preferred in a circle",
     "shared_answer": "prompts that differ in what decides the answer share one answer",
     "empty": "there is no prompt, or no answer",

@@ -15,6 +15,7 @@ from sklearn.cluster import KMeans
 from renyi.audit.examples import Examples
 from renyi.audit.findings import CONTESTED, Group, Side, shortened
 from renyi.audit.measuring import Alike, Reading
+from renyi.audit.mismatch import gains_of
 from renyi.audit.near import groups_of
 from renyi.audit.reading import how_compatible
 from renyi.text import plural
@@ -44,19 +45,32 @@ class Variation(NamedTuple):
 
 
 def probable_errors(examples: Examples, reading: Reading) -> list[Group]:
-    """Examples whose answer fits other examples' prompts at least as well as its own."""
+    """Examples whose answer does not belong to its prompt, and pairs whose label models do not foresee."""
+    gains = gains_of(-reading.nll, reading.rivals)
     groups = []
-    for place, fit in enumerate(reading.fit.tolist()):
-        if fit < CONTESTED:  # NaN is not
-            text = examples.texts[place]
-            nats = float(reading.unrelated[place] + reading.nll[place])
-            if examples.method == "dpo":
-                sentence = f"Models that have not seen this pair prefer the rejected answer ({1 - fit:.0%})."
-            else:
-                sentence = f"The answer is {nats:.1f} nats likelier after prompts of other rows than after its own."
-            side = Side(shortened(text.answer), [examples.rows[place]])
-            groups.append(Group("probable_error", round(fit, 3), [shortened(text.prompt or "")], [side], sentence))
+    for place in np.flatnonzero(is_wrong(examples, reading)):
+        text = examples.texts[place]
+        if examples.method == "dpo":
+            score = float(reading.fit[place])
+            sentence = f"Models that have not seen this pair prefer the rejected answer ({1 - score:.0%})."
+        else:
+            score, nats = float(gains.rank[place]) / 2, float(gains.nats[place])
+            own, others = "its own prompt", "prompts of other rows"
+            likelier = f"{-nats:.1f} nats likelier after {others} than after {own}"
+            if nats > 0:
+                likelier = f"only {nats:.1f} nats likelier after {own} than after {others}"
+            sentence = f"The answer is {likelier}."
+        side = Side(shortened(text.answer), [examples.rows[place]])
+        groups.append(Group("probable_error", round(score, 3), [shortened(text.prompt or "")], [side], sentence))
     return groups
+
+
+def is_wrong(examples: Examples, reading: Reading) -> NDArray[np.bool_]:
+    """Whether each example is a probable error, [n]."""
+    if examples.method == "dpo":
+        below: NDArray[np.bool_] = reading.fit < CONTESTED
+        return below
+    return gains_of(-reading.nll, reading.rivals).is_mismatched
 
 
 def same_questions(examples: Examples, alike: Sequence[Alike], known: Sequence[Group]) -> list[Group]:

@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 from datasets.utils.logging import is_progress_bar_enabled
 from numpy.typing import NDArray
+from scipy.special import expit, logsumexp
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 from transformers import PreTrainedTokenizerBase
@@ -61,8 +62,8 @@ class Reading(NamedTuple):
         log_likelihood: of each answer, or of a pair's label, under each member, nats, [M, n].
         responsibilities: share of each that a member would learn from, [M, n].
         nll: of the mixture, nats, [n].
-        unrelated: mean log-likelihood of each answer after prompts of other examples, under the mixture, nats, [n]; NaN
-            for pairs and for texts without a prompt.
+        rivals: log-likelihood of each answer after prompts of R other examples, under the mixture, nats, [R, n]; NaN
+            for pairs and for texts without a prompt, and where all prompts are equal.
         epistemic: disagreement of the members about each, nats, [n]: the Jensen gap of an answer, the mutual
             information of a preference.
         fit: in [0, 1], [n]. Of an answer p / (p + q): p is its likelihood after its own prompt, q its mean likelihood
@@ -74,9 +75,14 @@ class Reading(NamedTuple):
     log_likelihood: Floats
     responsibilities: Floats
     nll: Floats
-    unrelated: Floats
+    rivals: Floats
     epistemic: Floats
     fit: Floats
+
+    @property
+    def unrelated(self) -> Floats:
+        """Mean likelihood of each answer after prompts of other examples, as nats, [n]."""
+        return mean_likelihood(self.rivals)
 
     @classmethod
     def joined(cls, parts: Sequence["Reading"]) -> "Reading":
@@ -105,6 +111,7 @@ def read_examples(
     """
     has_prompts = examples.method == "sft" and "prompt" in examples.content[0]
     turns = examples.rivals(RIVALS, seed) if has_prompts else []
+    is_rival = np.array([[turn[i] != i for i in places] for turn in turns])
     content = [examples.content[i] for i in places]
     for turn in turns:
         content += examples.with_prompts_of([turn[i] for i in places], places)
@@ -116,12 +123,12 @@ def read_examples(
             return _of_pairs(score_pairs(judge.ensemble, tokens.rows.select(rows), *judge.pairs))
         own = score(judge.ensemble, tokens.rows.select(rows))
         others = [mixture_nll(judge, tokens.rows.select([n * (t + 1) + i for i in rows])) for t in range(len(turns))]
-        return _of_answers(own, others)
+        return _of_answers(own, np.where(is_rival[:, start:stop], -np.array(others), math.nan) if others else None)
 
     parts = []
     for start in range(0, n, BLOCK):
         stop = min(start + BLOCK, n)
-        part = kept.get(f"{name}/read/{start}", lambda start=start, stop=stop: compute(start, stop))  # type: ignore[misc]
+        part = kept.get(f"{name}/figures/{start}", lambda start=start, stop=stop: compute(start, stop))  # type: ignore[misc]
         parts.append(Reading(list(places[start:stop]), *(np.array(part[field]) for field in Reading._fields[1:])))
         progress(stop)
     return Reading.joined(parts)
@@ -133,31 +140,31 @@ def _of_pairs(pairs: Sequence[PairScore]) -> dict[str, list[Any]]:
         "log_likelihood": list(zip(*(s.log_likelihood for s in pairs), strict=True)),
         "responsibilities": list(zip(*(s.responsibilities for s in pairs), strict=True)),
         "nll": [s.mixture_nll for s in pairs],
-        "unrelated": [math.nan] * len(pairs),
+        "rivals": [[math.nan] * len(pairs)] * RIVALS,
         "epistemic": [s.epistemic for s in pairs],
         "fit": [s.preference for s in pairs],
     }
 
 
-def _of_answers(own: Sequence[Score], others: Sequence[Sequence[float]]) -> dict[str, list[Any]]:
-    """Figures of answers from their scores, and from their NLL after other prompts."""
-    unrelated = np.full(len(own), math.nan)
-    if others:
-        unrelated = np.logaddexp.reduce([[-x for x in turn] for turn in others]) - math.log(len(others))
+def _of_answers(own: Sequence[Score], rivals_Rn: Floats | None) -> dict[str, list[Any]]:
+    """Figures of answers from their scores, and from their log-likelihood after other prompts."""
+    rivals = np.full((RIVALS, len(own)), math.nan) if rivals_Rn is None else rivals_Rn
+    nll = np.array([s.mixture_nll for s in own])
     return {
         "tokens": [s.tokens for s in own],
         "log_likelihood": list(zip(*(s.log_likelihood for s in own), strict=True)),
         "responsibilities": list(zip(*(s.responsibilities for s in own), strict=True)),
-        "nll": [s.mixture_nll for s in own],
-        "unrelated": unrelated.tolist(),
+        "nll": nll.tolist(),
+        "rivals": rivals.tolist(),
         "epistemic": [s.jensen_gap for s in own],
-        "fit": _sigmoid(np.array([-s.mixture_nll for s in own]) - unrelated).tolist() if others else unrelated.tolist(),
+        "fit": expit(-nll - mean_likelihood(rivals)).tolist(),
     }
 
 
-def _sigmoid(x: Floats) -> Floats:
-    half: Floats = np.exp(-np.logaddexp(0, -x))
-    return half
+def mean_likelihood(rivals_Rn: Floats) -> Floats:
+    """log (1/R) Σ_r exp(ℓ_r), [n]."""
+    mean: Floats = logsumexp(rivals_Rn, axis=0) - math.log(len(rivals_Rn))
+    return mean
 
 
 def prepared(judge: Judge, rows: Iterable[Mapping[str, Any]]) -> Dataset:
