@@ -10,6 +10,7 @@ translations. What is compared, on the same rows and steps:
     one-3r         one adapter of three times the rank
     alpha-0        three members, each fits everything
     by-row         three members, α-Rényi, each row by itself
+    by-token       three members, α-Rényi, each token by itself (one α-loss a token)
     by-group       three members, α-Rényi; groups of rows share a responsibility: eight verses in one translation from
                    anywhere (as one annotator's), or the verses of one chapter in one translation (a document)
     told           three adapters, each trained on the rows of one translation
@@ -50,7 +51,7 @@ SOURCES = ("anderson", "haweis", "twenty")
 GIVEN = "twenty"  # with `--prompt text`: the translation that the prompt shows; the others are the sources
 SHORTEST, LONGEST = 40, 150  # characters of a verse, in all translations
 DOCUMENT = 8  # verses
-RUNS = ("one", "one-3r", "alpha-0", "by-row", "by-group", "told", "told-prompt")
+RUNS = ("one", "one-3r", "alpha-0", "by-row", "by-token", "by-group", "told", "told-prompt")
 
 
 class Verse(NamedTuple):
@@ -225,6 +226,7 @@ def run(args: argparse.Namespace, name: str, rows: Sequence[Row], seed: int) -> 
         "one-3r": {**one, "rank": sources * args.rank},
         "alpha-0": {"alpha": 0.0},
         "by-row": {},
+        "by-token": {"routing_quantity": "token"},
         "by-group": {"routing_group": "group"},
     }[name]
     trainer = train(args, rows, seed, **settings)
