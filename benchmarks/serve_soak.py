@@ -179,6 +179,7 @@ def main() -> int:
     early, late = memory[quarter], memory[-1]
     growth = 100 * (late / early - 1)
     print(f"\nmemory after a quarter of the time {early:.0f} MB, at the end {late:.0f} MB: {growth:+.1f} %")
+    print("at each twentieth of the time, MB: " + " ".join(f"{x:.0f}" for x in memory))
     print(f"all ended: {'yes' if is_idle else 'no'}; {os.cpu_count()} cores")
     print(f"after kill −9 ready again in {ready:.1f} s, of which loading the model is {loading:.1f} s")
     return int(any(what.startswith("lost") for what in seen) or not is_idle)
