@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import disable_progress_bars
 from sklearn.metrics import roc_auc_score
 from transformers import TrainerCallback
@@ -144,10 +145,7 @@ def cost(rounds: int) -> None:
 
 def setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
-    try:
-        return name, int(value)
-    except ValueError:
-        return name, float(value)
+    return name, yaml.safe_load(value)
 
 
 def main() -> None:
