@@ -29,13 +29,14 @@ def judge_of(unseen, members: int = 2) -> Judge:
     return Judge(tiny_ensemble(members), tiny_tokenizer(), Preparation(), None, unseen)
 
 
-def reading_of(places, responsibilities=None, nll=None, rivals=None) -> Reading:
+def reading_of(places, responsibilities=None, nll=None, rivals=None, fit=None) -> Reading:
     n = len(places)
     shares = np.ones((1, n)) if responsibilities is None else np.array(responsibilities)
     zeros = np.zeros(n)
     nll = zeros if nll is None else np.array(nll)
     rivals = np.zeros((2, n)) if rivals is None else np.array(rivals)
-    return Reading(list(places), zeros + 1, np.zeros_like(shares), shares, nll, rivals, zeros, zeros)
+    fit = zeros if fit is None else np.array(fit)
+    return Reading(list(places), zeros + 1, np.zeros_like(shares), shares, nll, rivals, zeros, fit)
 
 
 # ---- Examples --------------------------------------------------------------------------------------------------------
@@ -162,8 +163,16 @@ def test_an_answer_that_fits_other_prompts_better_is_a_probable_error_of_its_row
     (group,) = probable_errors(examples, reading_of(range(10), nll=np.full(10, 9.0), rivals=rivals))
     assert group.kind == "probable_error"
     assert group.rows == [3]
-    assert group.score < 0.5
+    assert group.score == 0.25  # half the share of mismatched answers that would gain less, which is a half
     assert "0.5 nats likelier after prompts of other rows" in group.sentence
+
+
+def test_a_pair_whose_label_is_not_foreseen_is_a_probable_error():
+    pairs = [{"prompt": f"w{i}", "chosen": "w1", "rejected": "w2"} for i in range(12)]
+    examples = examples_of(pairs, range(2, 12))
+    (group,) = probable_errors(examples, reading_of(range(10), fit=[0.9, 0.2, *[0.7] * 8]))
+    assert group.rows == [3]
+    assert group.score == 0.2
 
 
 def test_prompts_whose_answers_can_be_exchanged_are_one_conflict():

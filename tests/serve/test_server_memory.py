@@ -4,10 +4,13 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
 
+from renyi.cli.serve import run
+from renyi.errors import ConfigError
 from renyi.serve.memory import FreedMemory, keep_few_shapes
 
 has_trim = os.name == "posix" and hasattr(ctypes.CDLL(None), "malloc_trim")
@@ -31,19 +34,32 @@ def test_freed_memory_goes_back_to_the_system() -> None:
 def test_the_environment_says_how_many_shapes_are_kept(
     given: str | None, then: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")  # so that it is as before after the test
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
     if given:
         monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", given)
     keep_few_shapes()
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == then
 
 
-def test_a_server_is_loaded_without_a_product_before_the_limit_is_set() -> None:
-    """oneDNN reads the limit at its first product. Importing the server makes none, so the limit can still be set."""
-    code = (
-        "import os, renyi.serve.run; from renyi.serve.memory import keep_few_shapes; keep_few_shapes(); import torch;"
-        "x = torch.ones(8, 64, dtype=torch.bfloat16); x @ x.T"
-    )
+def test_the_limit_is_set_before_an_ensemble_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading tries the head, and oneDNN reads the limit at its first product."""
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")  # so that it is as before after the test
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    seen = []
+
+    def load(args: object) -> None:
+        seen.append(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY"))
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr("renyi.cli.serve.load_ensemble", load)
+    with pytest.raises(ConfigError, match="enough"):
+        run([str(tmp_path)])
+    assert seen == ["64"]
+
+
+def test_no_product_is_made_before_the_limit_is_set() -> None:
+    code = "from renyi.cli.serve import run; import renyi.serve.run"
     verbose = {**os.environ, "ONEDNN_VERBOSE": "profile_create"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=verbose)
-    assert ended.stdout.count("create:cache") <= 2
+    assert "create:cache" not in ended.stdout

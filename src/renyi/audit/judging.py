@@ -46,11 +46,11 @@ class Variation(NamedTuple):
 
 def probable_errors(examples: Examples, reading: Reading) -> list[Group]:
     """Examples whose answer does not belong to its prompt, and pairs whose label models do not foresee."""
-    gains = gains_of(-reading.nll, reading.rivals)
+    is_pairs, gains = examples.method == "dpo", gains_of(-reading.nll, reading.rivals)
     groups = []
-    for place in np.flatnonzero(is_wrong(examples, reading)):
+    for place in np.flatnonzero(reading.fit < CONTESTED if is_pairs else gains.is_mismatched):
         text = examples.texts[place]
-        if examples.method == "dpo":
+        if is_pairs:
             score = float(reading.fit[place])
             sentence = f"Models that have not seen this pair prefer the rejected answer ({1 - score:.0%})."
         else:
@@ -63,14 +63,6 @@ def probable_errors(examples: Examples, reading: Reading) -> list[Group]:
         side = Side(shortened(text.answer), [examples.rows[place]])
         groups.append(Group("probable_error", round(score, 3), [shortened(text.prompt or "")], [side], sentence))
     return groups
-
-
-def is_wrong(examples: Examples, reading: Reading) -> NDArray[np.bool_]:
-    """Whether each example is a probable error, [n]."""
-    if examples.method == "dpo":
-        below: NDArray[np.bool_] = reading.fit < CONTESTED
-        return below
-    return gains_of(-reading.nll, reading.rivals).is_mismatched
 
 
 def same_questions(examples: Examples, alike: Sequence[Alike], known: Sequence[Group]) -> list[Group]:

@@ -14,7 +14,6 @@ from torch import Tensor
 from renyi.audit.examples import Examples
 from renyi.audit.findings import Audit, Group, verdicts_of
 from renyi.audit.judging import (
-    is_wrong,
     probable_errors,
     same_questions,
     variation_group,
@@ -109,11 +108,11 @@ def judged(
     reading = Reading.joined(parts)
     groups = [Group(**vars(group)) for group in found.groups]
     added = probable_errors(examples, reading)
+    wrong = np.isin(examples.rows, [row for group in added for row in group.rows])
     if not np.isnan(reading.unrelated).all():
         with stages("comparing prompts", 2 * len(candidates(examples))) as progress:
             alike = exchanges(judges, examples, reading, kept, progress)
         added += same_questions(examples, alike, groups)
-    wrong = np.flatnonzero(is_wrong(examples, reading))
     loadings = None
     if diagnosed is not None:
         with stages("laying rows along directions", len(examples.rows)) as progress:

@@ -44,11 +44,13 @@ def run(argv: Sequence[str]) -> int:
     del fastapi, prometheus_client, uvicorn
     err = stream(stderr=True)
     with err.status("loading"):
+        from renyi.serve.memory import keep_few_shapes
         from renyi.serve.run import ServerSettings, serve
 
         settings = _settings(args, ServerSettings())
         settings.check()
         quiet_progress_bars()
+        keep_few_shapes()  # before an ensemble is loaded, which tries its head
         served = _vllm_engine(args, settings) if args.engine == "vllm" else load_ensemble(args)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     err.print(f"serving {args.ensemble} on http://{host}:{settings.port}; Ctrl+C ends it", soft_wrap=True, markup=False)

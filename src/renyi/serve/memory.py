@@ -8,13 +8,16 @@ import ctypes
 import os
 import time
 
-# A step needs about 10 shapes at once, and code for a new one is made in less than a millisecond. oneDNN would keep
-# 1,024, which took 0.9 GB of a model of 135 million parameters.
+# A step needs about 10 shapes at once, and code for a new one is soon made. oneDNN would keep that of 1,024 shapes.
 KEPT_SHAPES = 64
 
 
 def keep_few_shapes() -> None:
-    """Limit oneDNN's cache of code, unless the environment says how large it is. Call it before the first product."""
+    """Limit oneDNN's cache of code, unless the environment says how large it is.
+
+    Call it before the first matrix product of the process, at which oneDNN reads the limit. Loading an ensemble makes
+    some.
+    """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_SHAPES))
 
 

@@ -21,7 +21,6 @@ from renyi.serve.app import create_app
 from renyi.serve.batching import EngineLimits, OurEngine
 from renyi.serve.engine import Engine
 from renyi.serve.gate import GateSettings
-from renyi.serve.memory import keep_few_shapes
 from renyi.serve.vllm import VllmEngine
 
 
@@ -111,7 +110,6 @@ def serve(served: Loaded | VllmEngine, settings: ServerSettings) -> None:
     import uvicorn
 
     settings.check()
-    keep_few_shapes()
     engine = OurEngine(served, settings.engine) if isinstance(served, Loaded) else served
     if isinstance(served, VllmEngine):
         asyncio.run(served.check())
