@@ -64,12 +64,25 @@ class TrainableModel(nn.Module):
     def compile(self, **settings: Any) -> None:
         """Compile the base's blocks; the settings are those of `torch.compile`.
 
-        All blocks share one graph, and it is used again in every step. A graph of the whole model would have to be
-        compiled again for every number of layers, rows and tokens.
+        All blocks but the first share one graph, and it is used again in every step. The first block is left as it is:
+        it would need a graph of its own, because its input has no gradient and is the same for all members. A graph of
+        the whole model would have to be compiled again for every number of layers, rows and tokens.
         """
-        for module in self.base.modules():
-            if type(module).__name__ in (self.base._no_split_modules or ()):
-                module.compile(**settings)
+        names = self.base._no_split_modules or ()
+        blocks = [module for module in self.base.modules() if type(module).__name__ in names]
+        for block in blocks[1:] or blocks:
+            block.compile(**settings)
+
+    @contextmanager
+    def compiling(self, **settings: Any) -> Iterator[None]:
+        """Compile the base's blocks as `compile` does, for the forwards inside only."""
+        plain = {module: module._compiled_call_impl for module in self.base.modules()}
+        self.compile(**settings)
+        try:
+            yield
+        finally:
+            for module, call in plain.items():
+                module._compiled_call_impl = call
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

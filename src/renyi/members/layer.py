@@ -112,6 +112,7 @@ class JointLayer(nn.Module):
 
     Attributes:
         acting: matrices A [K, R, I] and B [K, O, R] to use instead of the members' own; None for the members' own.
+        cast: the frozen weight and bias in the precision of training, inside `MemberStack.casting`; else None.
 
     Args:
         base_layer: the frozen layer, from I to O features on the last dimension.
@@ -132,7 +133,7 @@ class JointLayer(nn.Module):
         super().__init__()
         self.base_layer, self.members = base_layer, members
         self.acting: tuple[Tensor, Tensor] | None = None
-        self._cast: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self.cast: tuple[Tensor, Tensor | None] | None = None
         self.scaling = scaling
         self.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.selection = selection
@@ -176,23 +177,9 @@ class JointLayer(nn.Module):
         precision = _common_dtype(x, layer.weight, A_MRI)
         if precision is None or (precision == torch.float32 and len(A_MRI) == 1):
             return None  # one member must equal PEFT's adapter to the last digit, so sums keep PEFT's order
-        weight, bias = self._frozen_in(precision)
-        return x.to(precision), weight, bias, A_MRI.to(precision), B_MOR.to(precision)
-
-    def _frozen_in(self, precision: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The frozen weight and bias in a precision. A cast is kept while training goes on: they do not change."""
-        layer: Any = self.base_layer
-        weight, bias = layer.weight, layer.bias
-        if weight.dtype == precision:
-            return weight, bias
-        if self._cast is None or self._cast[0] is not weight or self._cast[1].dtype != precision:
-            self._cast = weight, weight.to(precision), None if bias is None else bias.to(precision)
-        return self._cast[1], self._cast[2]
-
-    def train(self, mode: bool = True) -> "JointLayer":
-        if not mode:
-            self._cast = None
-        return super().train(mode)
+        weight, bias = (layer.weight, layer.bias) if self.cast is None else self.cast
+        bias = None if bias is None else bias.to(precision)
+        return x.to(precision), weight.to(precision), bias, A_MRI.to(precision), B_MOR.to(precision)
 
     def extra_repr(self) -> str:
         return f"scaling={self.scaling:g}"

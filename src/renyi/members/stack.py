@@ -6,10 +6,12 @@ Read next: `adapters.py`, the members as PEFT adapters.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from renyi.errors import EnsembleFormatError
 from renyi.members.adapters import Adapter, joint_layers
@@ -71,6 +73,25 @@ class MemberStack:
     def parameters(self) -> list[nn.Parameter]:
         heads = [] if self.head is None else [self.head.weight]
         return [p for layer in self.layers.values() for p in layer.members.parameters()] + heads
+
+    @contextmanager
+    def casting(self, precision: torch.dtype | None) -> Iterator[None]:
+        """Keep the frozen linear layers in the precision that training multiplies in, for all forwards inside.
+
+        They do not change, so they are cast once and not in every step. None keeps nothing. Layers whose weights are
+        split over processes are left out.
+        """
+        layers = [layer for layer in self.layers.values() if precision and type(layer.base_layer) is nn.Linear]
+        try:
+            for layer in layers:
+                frozen: Any = layer.base_layer
+                weight, bias = frozen.weight, frozen.bias
+                if weight.dtype != precision and not isinstance(weight, DTensor):
+                    layer.cast = weight.detach().to(precision), None if bias is None else bias.detach().to(precision)
+            yield
+        finally:
+            for layer in layers:
+                layer.cast = None
 
     def names(self) -> set[str]:
         """The names of the members' tensors in the base's state dict. All other names are the base's own tensors."""

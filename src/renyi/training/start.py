@@ -150,11 +150,8 @@ def check_batch(args: Any, rows: Any) -> None:
 
 
 def make_ready(ensemble: LoraEnsemble, args: Any) -> None:
-    """Give an ensemble the order of the training, compile it if asked, and settle what depends on the machine."""
+    """Give an ensemble the order of the training, and settle what depends on the machine."""
     ensemble.alpha, ensemble.routing_quantity = args.alpha, args.routing_quantity
-    if args.compile_blocks is not None:
-        # Scoring and training are different graphs. With lengths as variables they stay within torch's limit.
-        ensemble.compile(dynamic=None if args.routing == "dense" else True, **args.compile_blocks)
     if args.device.type == "cpu":
         keep_freed_memory()
         large = ensemble.base.num_parameters() >= LEAST_PARAMETERS

@@ -7,7 +7,7 @@ what the router does with a batch.
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import Trainer
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
 from renyi.routing import PLACES, Routed, Router, RoutingPlan, Sums, member_shares, pair_sums
+from renyi.training.compiling import compiling_pays
 from renyi.training.memory import LEAST_TOKENS, tokens_that_fit
 
 # The least default budget: a pass of fewer tokens would not keep a processor busy.
@@ -46,6 +47,8 @@ class RoutedSteps(Trainer):
         budget = args.token_budget or self._default_budget()
         if args.checkpoints_if_needed and budget is not None and args.device.type == "cpu":
             budget = self._without_checkpoints(budget)
+        if args.compiles_if_it_pays and self.splits_batches and compiling_pays(self.model, args, self._tokens):
+            args.compile_blocks = {"backend": "inductor", "mode": None}
         self._micro_batch = (-1, 0)  # the step, and the micro-batch in it
         self.router = Router(self.model, RoutingPlan(kind, args.routing_threshold, budget, self.rows_per_example))
 
@@ -70,8 +73,25 @@ class RoutedSteps(Trainer):
         args.gradient_checkpointing = args.activation_checkpointing = False
         return min(budget, fits)
 
+    def _tokens(self) -> float:
+        """The tokens of all steps together, under one member; 0 if rows come as a stream."""
+        if not isinstance(self.train_dataset, Dataset):
+            return 0.0
+        batch = self.args.train_batch_size * self.args.data_processes * self.args.gradient_accumulation_steps
+        return float(self.num_steps * batch * self._lengths().double().mean())
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run, as the training loop will count them."""
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return max_steps
+
     def trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def casting(self) -> AbstractContextManager[None]:
+        """Keep the frozen base in the precision that training multiplies in, so that no step casts it."""
+        return self.model.stack.casting(torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -185,9 +205,9 @@ class RoutedSteps(Trainer):
         if self.args.activation_checkpointing:
             self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs or None)
         batch = self.data_collator(self._longest(self.args.per_device_train_batch_size))
-        self.training_step(
-            self.model, self._prepare_inputs(batch), self._get_num_items_in_batch([batch], self.args.device)
-        )
+        items = self._get_num_items_in_batch([batch], self.args.device)
+        with self.casting():
+            self.training_step(self.model, self._prepare_inputs(batch), items)
         self.model.zero_grad(set_to_none=True)
         trained = sum(p.numel() * p.element_size() for p in self.trained_parameters())
         return peak_memory(self.args.device) + 2 * trained  # AdamW keeps two moments

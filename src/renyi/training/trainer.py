@@ -30,6 +30,7 @@ from renyi.routing import AutoRouting, Sums, share_of
 from renyi.training import card
 from renyi.training.checkpoints import find_checkpoints, saved, state_at_end, written_whole
 from renyi.training.clipping import clip_by_member
+from renyi.training.compiling import compiled
 from renyi.training.group_batches import ROUTED_ROW, WithColumns
 from renyi.training.hub import push_checkpoint, pushed, refused_by_the_hub, without_token
 from renyi.training.langevin import KeepSnapshots, LangevinNoise, check_noise
@@ -249,7 +250,8 @@ class EnsembleTrainer(RoutedSteps):
             resume_from_checkpoint = str(newest) if newest else None
         if resume_from_checkpoint and (ended := self._ended(Path(resume_from_checkpoint))):
             return ended
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        with self.casting(), compiled(self.model, self.args, self.accelerator.autocast):
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
     def _ended(self, checkpoint: Path) -> TrainOutput | None:
@@ -264,12 +266,6 @@ class EnsembleTrainer(RoutedSteps):
             self._load_best_model()
         loss = (logging_state["total_loss"] + logging_state["loss"]) / max(state.global_step, 1)
         return TrainOutput(state.global_step, loss, {"train_loss": loss})
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole run, as the training loop will count them."""
-        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return max_steps
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
