@@ -1,5 +1,6 @@
 """Packed rows: examples are summed by where they lie, and each is scored as if it were alone."""
 
+from inspect import signature
 from itertools import chain
 
 import pytest
@@ -147,12 +148,15 @@ CROSSING = {
         )
     ),
 }  # fmt: skip
+KEEPS_FALCON_APART = "cache" in signature(FalconForCausalLM.forward).parameters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CROSSING)
 def test_models_that_cross_packed_examples_are_refused_by_name(name, dtype):
     """Weights as a config initialises them, so that log-likelihoods differ little: it must be found all the same."""
+    if name == "Falcon" and KEEPS_FALCON_APART:
+        pytest.skip("since transformers 5.24 Falcon keeps packed examples apart")
     torch.manual_seed(0)
     model = CROSSING[name]().to(dtype).eval()
     targets = ["q_proj"] if name == "FalconH1" else "all-linear"

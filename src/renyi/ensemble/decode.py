@@ -273,7 +273,7 @@ class _Forward:
 
     def _can_chunk(self) -> bool:
         """Whether the cache holds keys and values of attention only."""
-        cache = self.kwargs.get("past_key_values")
+        cache = self.kwargs.get("cache", self.kwargs.get("past_key_values"))  # its name until transformers 5.24
         return isinstance(cache, DynamicCache) and all(isinstance(layer, DynamicLayer) for layer in cache.layers)
 
 

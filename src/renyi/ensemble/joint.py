@@ -31,6 +31,7 @@ class JointModel(nn.Module):
         base: the transformers model, in which joint layers replace the target layers.
         weights: mixture weights [M] of all members, the same in every process.
         mesh: the processes that members are split over; None if this process holds all members.
+        cache_name: the argument of the base's forward that takes a cache. Transformers 5.24 has renamed it.
     """
 
     weights: Tensor
@@ -41,7 +42,9 @@ class JointModel(nn.Module):
         self.base, self.mesh = base, mesh
         self._selection = selection
         self._has_dropout = _has_dropout(base)
-        self._takes_positions = "position_ids" in inspect.signature(base.base_model.forward).parameters
+        takes = inspect.signature(base.base_model.forward).parameters
+        self._takes_positions = "position_ids" in takes
+        self.cache_name = "cache" if "cache" in takes else "past_key_values"
         self._logit_transform = LogitTransform.from_config(base.config)
         self.register_buffer("weights", torch.full((num_members,), 1 / num_members, device=base.device))
 

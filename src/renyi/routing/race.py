@@ -49,7 +49,7 @@ def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float
     for end in _block_ends(length):
         targets_Pn = labels_BT[examples, start + 1 : end + 1]  # nothing follows the last token
         block = slice(start, start + targets_Pn.shape[1])
-        cached = {"past_key_values": cache, "use_cache": True}
+        cached = {ensemble.cache_name: cache, "use_cache": True}
         if len(members) == num_members * rows:  # no member was dropped: the pairs are the rows of the joint forward
             hidden_1PnD = ensemble.hidden_states(ids_BT[:, start:end], None, cached).flatten(0, 1)[None]
         else:
