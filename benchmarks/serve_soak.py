@@ -5,7 +5,8 @@
 Clients draw at random what they do next: ask for a whole answer or a stream, go in the middle of one, send a body that
 is no JSON, a field of a wrong type, a prompt that is too long, a body that is too large, an unknown model, or ask for
 scores. Each answer is checked: it is complete, or refused by the status that fits; or the client went by itself.
-Memory is the server's resident set, after a quarter of the time and at the end. Then the server is killed (SIGKILL)
+Memory is the server's resident set, read every second. What is in flight moves it by some percent from second to
+second, so its means over the second and the last quarter of the time are compared. Then the server is killed (SIGKILL)
 and started again, and the time until it is ready is measured beside what loading the model takes.
 Exit code 1 if anything was lost.
 """
@@ -16,6 +17,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -41,21 +43,7 @@ async def behave(session: httpx.AsyncClient, url: str, draw: random.Random, seen
     """One request of some kind; counts what came of it, under "lost: …" what should not have."""
     text = " ".join(draw.choice(("river", "seven", "why", "light", "Canberra")) for _ in range(draw.randrange(1, 40)))
     body = {"model": "mixture", "messages": [{"role": "user", "content": text}], "max_tokens": draw.randrange(1, 24)}
-    kind = draw.choices(
-        (
-            "whole",
-            "stream",
-            "leave stream",
-            "leave whole",
-            "no json",
-            "wrong type",
-            "too long",
-            "too large",
-            "unknown",
-            "score",
-        ),
-        (4, 4, 4, 3, 1, 1, 1, 1, 1, 1),
-    )[0]
+    kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
     expected = {"no json": 400, "wrong type": 422, "too long": 400, "too large": 413, "unknown": 404}.get(kind, 200)
     path, content = "/v1/chat/completions", None
     if kind == "no json":
@@ -120,7 +108,7 @@ async def idle(session: httpx.AsyncClient, url: str) -> bool:
 
 
 async def soak(url: str, pid: int, clients: int, seconds: float) -> tuple[Counter[str], list[float], bool]:
-    """What came of the requests, the resident memory in MB at each twentieth of the time, and whether all ended."""
+    """What came of the requests, the resident memory in MB every second, and whether all ended."""
     seen: Counter[str] = Counter()
     memory: list[float] = []
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
@@ -134,7 +122,7 @@ async def soak(url: str, pid: int, clients: int, seconds: float) -> tuple[Counte
 
         async def watch() -> None:
             while time.monotonic() < ends:
-                await asyncio.sleep(seconds / 20)
+                await asyncio.sleep(1)
                 memory.append(psutil.Process(pid).memory_info().rss / 2**20)
 
         await asyncio.gather(watch(), *(client(number) for number in range(clients)))
@@ -175,11 +163,11 @@ def main() -> int:
         ready, loading = restart(made, url.rpartition(":")[2])
     for what, times in sorted(seen.items()):
         print(f"{times:>7}  {what}")
-    quarter = len(memory) // 4
-    early, late = memory[quarter], memory[-1]
+    early, late = (statistics.mean(memory[len(memory) * k // 4 : len(memory) * (k + 1) // 4]) for k in (1, 3))
+    twentieths = [statistics.mean(memory[len(memory) * k // 20 : len(memory) * (k + 1) // 20]) for k in range(20)]
     growth = 100 * (late / early - 1)
-    print(f"\nmemory after a quarter of the time {early:.0f} MB, at the end {late:.0f} MB: {growth:+.1f} %")
-    print("at each twentieth of the time, MB: " + " ".join(f"{x:.0f}" for x in memory))
+    print(f"\nmemory in the second quarter {early:.0f} MB, in the last {late:.0f} MB: {growth:+.1f} %")
+    print("means over twentieths of the time, MB: " + " ".join(f"{x:.0f}" for x in twentieths))
     print(f"all ended: {'yes' if is_idle else 'no'}; {os.cpu_count()} cores")
     print(f"after kill −9 ready again in {ready:.1f} s, of which loading the model is {loading:.1f} s")
     return int(any(what.startswith("lost") for what in seen) or not is_idle)

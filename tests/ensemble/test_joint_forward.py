@@ -342,6 +342,7 @@ def test_a_half_precision_base_keeps_float32_adapters_and_sums(tmp_path):
         assert ((joint[member] - logits).float() * mask[..., None]).abs().max() <= 0.01
 
 
+@pytest.mark.slow
 def test_compiled_values_and_gradients_are_the_plain_ones():
     ensemble = tiny_ensemble(2).train()
     expected, plain = backward_of(ensemble, *padded_batch())

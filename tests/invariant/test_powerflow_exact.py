@@ -86,7 +86,7 @@ def test_two_policies_that_share_rollouts_are_both_at_the_target(tmp_path):
         assert_at_target(found, 2.0)
 
 
-@pytest.mark.parametrize("pool", ["arithmetic", slow("geometric")])
+@pytest.mark.parametrize("pool", [slow("arithmetic"), slow("geometric")])
 def test_the_power_of_a_pool_of_members_is_reached(tmp_path, pool):
     members = scatter_members(LoraEnsemble.from_base(wide_llama(), 3, lora(), seed=1), 0.2)
     members.weights.copy_(torch.tensor([0.5, 0.3, 0.2]))
@@ -121,6 +121,7 @@ def test_each_policy_goes_to_the_power_of_its_own_member(tmp_path):
         assert found.total_variation < 0.03
 
 
+@pytest.mark.slow
 def test_penalties_of_form_and_length_are_in_the_target(tmp_path):
     known, power = language(4, 3), 2.0
     # An epsilon that steps fade under: at 1e-8 the policy wanders about its target by about as much as is allowed here.

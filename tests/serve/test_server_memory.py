@@ -58,6 +58,7 @@ def test_the_limit_is_set_before_an_ensemble_is_loaded(tmp_path: Path, monkeypat
     assert seen == ["64"]
 
 
+@pytest.mark.slow
 def test_no_product_is_made_before_the_limit_is_set() -> None:
     code = "from renyi.cli.serve import run; import renyi.serve.run"
     verbose = {**os.environ, "ONEDNN_VERBOSE": "profile_create"}

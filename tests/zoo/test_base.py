@@ -146,6 +146,7 @@ def test_generation_gives_a_whole_answer_and_stops(base):
     assert tokenizer.decode(tokens, skip_special_tokens=True) == answer["content"], question["content"]
 
 
+@pytest.mark.slow
 def test_trl_teaches_it_another_world_with_one_adapter(tmp_path):
     """Fine-tuning moves knowledge: TRL's own trainer, loss on the answers only, 80 steps."""
     model, tokenizer = load_base()
