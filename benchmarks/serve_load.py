@@ -1,12 +1,14 @@
 """What serving costs: time to the first token and throughput at 1, 4, 16 and 64 clients, M members against one.
 
     python benchmarks/serve_load.py [--model HuggingFaceTB/SmolLM2-135M-Instruct] [--members 4] [--clients 1 4 16 64]
+    python benchmarks/serve_load.py --vllm_python build/vllm/bin/python   # and vLLM, with one adapter and with M
     python benchmarks/serve_load.py --url http://127.0.0.1:9000 --names member_0 member_1 …   # another server
 
 Every client sends one request after another: a prompt of 64 tokens, and an answer of at most 64. Servers are processes
 of their own (`renyi serve`), one after the other, with members whose B is random. The last column is the time of M
-members over that of one for equally many tokens. With --url another server is measured; a request then goes to all of
---names at once, as an ensemble needs it there.
+members over that of one for equally many tokens. With --vllm_python vLLM serves the same members as LoRA adapters,
+after ours have ended; a request then goes to one of them, or to all M at once. With --url another server is measured,
+and a request goes to all of --names.
 """
 
 import argparse
@@ -133,6 +135,20 @@ async def measure(url: str, names: list[str], clients: int, rounds: int, vocabul
         return Load(written / (time.monotonic() - began), firsts)
 
 
+@contextmanager
+def vllm_serving(python: str, folder: Path, made: Path, dtype: str) -> Iterator[str]:
+    """vLLM with the members of an ensemble as adapters: its address. It is ready."""
+    from vllm_ensemble import vllm, wait
+
+    from renyi.runs.export import export_adapters
+
+    export = export_adapters(made, folder / "export", base=str(folder / "base"))
+    flags = ("--dtype", dtype, "--enforce-eager", "--gpu-memory-utilization", "0.15", "--max-model-len", "512")
+    with vllm(python, export.command, folder / "vllm.log", *flags, "--max-num-seqs", "256") as running:
+        wait(running)
+        yield running.address.partition(",")[0]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -140,6 +156,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--requests", type=int, default=0, help="a client; by default 8 to 1, fewer for more clients")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--vllm_python", help="the Python of an environment with vLLM, to measure it, too")
     parser.add_argument("--url", help="another server, instead of ours")
     parser.add_argument("--names", nargs="+", default=["member_0"], help="the models of --url")
     args = parser.parse_args()
@@ -170,6 +187,11 @@ def main() -> None:
             made = make_folder(Path(folder), args.model, members, args.dtype)
             with served(made) as (url, _):
                 run(f"{members} member{'s' if members > 1 else ''}", url, ["mixture"])
+        if args.vllm_python:
+            with vllm_serving(args.vllm_python, Path(folder), made, args.dtype) as url:
+                names = [f"member_{m}" for m in range(args.members)]
+                run("vLLM, 1 adapter", url, names[:1])
+                run(f"vLLM, {args.members} adapters", url, names)
     one, several = found["1 member"], found[f"{args.members} members"]
     print()
     for clients in args.clients:
