@@ -289,6 +289,13 @@ def test_a_head_of_another_class_is_checked_up_to_the_rounding_of_its_precision(
         check_head(model)
 
 
+def test_a_backbone_that_returns_float32_is_rounded_as_its_model_rounds():
+    model = tiny_model().to(torch.bfloat16)
+    model.model.norm.register_forward_hook(lambda module, given, output: output.float() * 1.003)
+    model.lm_head.register_forward_pre_hook(lambda module, given: (given[0].to(torch.bfloat16),))
+    check_head(model)
+
+
 def test_a_model_without_a_linear_head_is_refused():
     for model in (tiny_model().model, tiny_model()):
         if hasattr(model, "lm_head"):
