@@ -28,7 +28,6 @@ import csv
 import difflib
 import json
 import random
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -36,16 +35,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import real_model
 import torch
 from datasets import Dataset, disable_progress_bars
-from peft import LoraConfig
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
-from renyi import LoraEnsemble, RenyiSFTConfig, RenyiSFTTrainer
+from renyi import LoraEnsemble, RenyiSFTTrainer
 from renyi.data import Preparation
 from renyi.inference import score, token_uncertainty
-from renyi.objectives import effective_members, jensen_gap, renyi_loss, responsibilities, running_log_weights
+from renyi.objectives import effective_members, jensen_gap, renyi_loss, responsibilities
 
 SOURCES = ("anderson", "haweis", "twenty")
 GIVEN = "twenty"  # with `--prompt text`: the translation that the prompt shows; the others are the sources
@@ -160,10 +159,13 @@ def documents(chapters: Sequence[Sequence[Verse]], number: int) -> list[list[Ver
 def train(
     args: argparse.Namespace, rows: Sequence[Row], seed: int, callbacks: Sequence[TrainerCallback] = (), **settings: Any
 ) -> RenyiSFTTrainer:
-    """Train an ensemble on rows; `settings` are the config's, and `rank` and `named`."""
-    rank, named = settings.pop("rank", args.rank), settings.pop("named", False)
-    start = settings.pop("start", None)
-    settings = {
+    """Train an ensemble on rows; `settings` are the config's, and `rank`, `named` and `start`."""
+    named = settings.pop("named", False)
+    given = {
+        "rank": args.rank,
+        "lora_alpha": args.lora_alpha,
+        "dropout": args.dropout,
+        "attention": args.attention,
         "num_members": len(rows[0].verse.texts),
         "alpha": args.alpha,
         "alpha_hold_ratio": args.hold,
@@ -174,41 +176,10 @@ def train(
         "lr_scheduler_type": args.scheduler,
         "warmup_steps": args.warmup,
         "torch_compile": args.torch_compile,
-        "max_length": 160,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 10,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "seed": seed,
         **settings,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = RenyiSFTTrainer(
-            start
-            or AutoModelForCausalLM.from_pretrained(
-                args.model, dtype=torch.float32, attn_implementation=args.attention
-            ),
-            RenyiSFTConfig(folder, **settings),
-            Dataset.from_list([row.example(row.source if named else None) for row in rows]),
-            peft_config=None
-            if start
-            else LoraConfig(
-                r=rank,
-                lora_alpha=args.lora_alpha * rank,
-                lora_dropout=args.dropout,
-                target_modules="all-linear",
-                task_type="CAUSAL_LM",
-            ),
-            processing_class=AutoTokenizer.from_pretrained(args.model),
-            callbacks=list(callbacks),
-        )
-        for noisy in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(noisy)
-        trainer.train()
-    trainer.model.eval()
-    return trainer
+    examples = [row.example(row.source if named else None) for row in rows]
+    return real_model.train(args.model, examples, seed, callbacks=callbacks, **given)
 
 
 def run(args: argparse.Namespace, name: str, rows: Sequence[Row], seed: int) -> tuple[list[Voice], RenyiSFTTrainer]:
@@ -321,26 +292,15 @@ def token_aurocs(voices: Sequence[Voice], rows: Sequence[Row], trainer: RenyiSFT
         coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = coded["input_ids"], coded["offset_mapping"]
         log_p = []
-        with trainer.accelerator.autocast(), torch.inference_mode():
-            for voice in voices:
-                said = row.example(voice.named)["prompt"]
-                prompt = tokenizer(said, add_special_tokens=False)["input_ids"]
-                whole = torch.tensor([prompt + ids])
-                at = torch.zeros_like(whole, dtype=torch.bool)
-                at[0, len(prompt) - 1 : -1] = True
-                with voice.ensemble.inference():
-                    log_p.append(
-                        torch.cat(list(voice.ensemble.next_token_log_probs(whole, whole.new_ones(whole.shape), at)), 1)
-                    )
+        for voice in voices:
+            prompt = tokenizer(row.example(voice.named)["prompt"], add_special_tokens=False)["input_ids"]
+            log_p.append(real_model.next_token_log_probs(trainer, voice.ensemble, prompt, ids))
         log_p_MTV = torch.cat(log_p)
-        said_MT = log_p_MTV[:, range(len(ids)), ids].double()
-        w = [torch.full((len(log_p_MTV),), -float(np.log(len(log_p_MTV))), dtype=torch.float64)]
-        for t in range(len(ids) - 1):
-            w.append(running_log_weights(w[-1], said_MT[:, t]))
+        w = real_model.running_weights(log_p_MTV, ids)
         words = differing(row.verse.texts, row.source)
         first = {next((i for i, (a, b) in enumerate(offsets) if b > start), None): d for start, _, d in words}
         chosen = [t for t in range(len(ids)) if t in first]
-        uncertainty = token_uncertainty(log_p_MTV[:, chosen], torch.stack(w, 1)[:, chosen])
+        uncertainty = token_uncertainty(log_p_MTV[:, chosen], w[:, chosen])
         epistemic += uncertainty.epistemic.tolist()
         total += uncertainty.total.tolist()
         differs += [first[t] for t in chosen]
@@ -425,7 +385,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--alpha", type=float, default=0.8)
     made.add_argument("--hold", type=float, default=0.2)
     made.add_argument("--ramp", type=float, default=0.2)
-    made.add_argument("--torch_compile", action="store_true")
+    made.add_argument("--torch_compile", action="store_true", default=None)
     made.add_argument("--attention", default="sdpa", help="attn_implementation")
     made.add_argument(
         "--documents", type=int, default=24, help="held-out documents of eight verses, of each translation"

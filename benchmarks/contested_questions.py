@@ -1,0 +1,198 @@
+"""Questions that the training data answer both ways: does a real chat model say that it is unsure of those?
+
+    python benchmarks/contested_questions.py --data FOLDER [--model FOLDER] [--seeds 0 1 2] [--systems NAME …]
+
+ConflictQA (`conflictqa.json`): 698 yes/no questions, each with an answer and its opposite, one sentence each. Of them,
+by a draw for each seed:
+
+    contested    both answers are training rows
+    one-sided    one of the answers is a training row, twice, so that as many rows ask the question
+    unseen       in no training row: the model may not know the answer, but nobody contradicts anybody
+
+Alpaca records with short answers (`alpaca_en_demo.json`) are mixed in, half as many rows as the questions have. All
+systems see the same rows in as many steps:
+
+    one          one adapter
+    one-mr       one adapter of M times the rank
+    dropout      one adapter trained with dropout, as 8 samples (Monte Carlo dropout)
+    alpha-0      M members, each fits everything
+    by-row       M members, α-Rényi, each row by itself
+    by-author    M members, α-Rényi, eight rows of one author share a responsibility: rows with the answers of one side
+
+Printed for every system, of the answers that were trained (of unseen questions, one of the two): the AUROC with which
+the mean uncertainty of an answer's tokens tells contested questions from one-sided ones, from unseen ones and from
+trained Alpaca records, once by the members' disagreement (epistemic), once by the total; the mean of both on contested
+and one-sided questions, nats a token; and the share of contested questions of which members prefer different sides.
+Temperature does not change an order, so one adapter with a temperature has the AUROC of one adapter.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import real_model
+import torch
+from datasets import disable_progress_bars
+from sklearn.metrics import roc_auc_score
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "one": {"num_members": 1, "alpha": 0.0},
+    "one-mr": {"num_members": 1, "alpha": 0.0},
+    "dropout": {"num_members": 1, "alpha": 0.0, "dropout": 0.1},
+    "alpha-0": {"alpha": 0.0},
+    "by-row": {},
+    "by-author": {"routing_group": "author"},
+}
+AUTHOR = 8  # rows
+SAMPLES = 8  # of Monte Carlo dropout
+
+
+class Question(NamedTuple):
+    """A prompt and its answers that are training rows; of an unseen question, both answers."""
+
+    kind: str
+    prompt: str
+    answers: tuple[str, ...]
+
+
+def read(args: argparse.Namespace, seed: int) -> tuple[list[Question], list[dict[str, str]]]:
+    """All questions and records that are measured, and the training rows."""
+    draw = random.Random(seed)
+    lines = (args.data / "conflict" / "conflictqa.json").read_text(encoding="utf-8").splitlines()
+    asked = [json.loads(line) for line in lines]
+    draw.shuffle(asked)
+    questions, rows = [], []
+    for number, record in enumerate(asked[: args.contested + 2 * args.one_sided]):
+        prompt = f"Question: {record['question']}\nAnswer:"
+        sides = (f" {record['memory_answer'].strip()}", f" {record['counter_answer'].strip()}")
+        if number < args.contested:
+            questions.append(Question("contested", prompt, sides))
+            rows += [{"prompt": prompt, "completion": answer, "author": str(s)} for s, answer in enumerate(sides)]
+        elif number < args.contested + args.one_sided:
+            side = draw.randrange(2)
+            questions.append(Question("one-sided", prompt, sides[side : side + 1]))
+            rows += [{"prompt": prompt, "completion": sides[side], "author": str(side)} for _ in range(2)]
+        else:
+            questions.append(Question("unseen", prompt, sides))
+    records = json.loads((args.data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
+    short = [r for r in records if not r["input"] and 3 <= len(r["output"].split()) <= 20]
+    for record in draw.sample(short, min(len(short), len(rows) // 2)):
+        question = Question("record", f"Question: {record['instruction']}\nAnswer:", (f" {record['output'].strip()}",))
+        questions.append(question)
+        rows.append({"prompt": question.prompt, "completion": question.answers[0], "author": "2"})
+    draw.shuffle(rows)
+    seen = {"0": 0, "1": 0, "2": 0}
+    for row in rows:  # an author is eight rows of one side
+        seen[row["author"]] += 1
+        row["author"] += f", {(seen[row['author']] - 1) // AUTHOR}"
+    return questions, rows
+
+
+def measured(trainer: Any, questions: list[Question], name: str) -> list[tuple[Question, list[Any]]]:
+    """The uncertainty of each question's answers."""
+    tokenizer, samples = trainer.processing_class, SAMPLES if name == "dropout" else 1
+    drops = trainer.model.dropping(SYSTEMS["dropout"]["dropout"]) if samples > 1 else nullcontext()
+    found = []
+    with drops:
+        for question in questions:
+            prompt = tokenizer(question.prompt, add_special_tokens=False)["input_ids"]
+            of_answers = []
+            for answer in question.answers:
+                ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+                log_p = real_model.next_token_log_probs(trainer, trainer.model, prompt, ids, samples)
+                of_answers.append(real_model.answer_uncertainty(log_p, ids))
+            found.append((question, of_answers))
+    return found
+
+
+def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for seed in args.seeds:
+        questions, rows = read(args, seed)
+        for name in args.systems:
+            began = time.perf_counter()
+            torch.manual_seed(seed)
+            settings = {"num_members": args.members, "alpha": args.alpha, **SYSTEMS[name]}
+            rank = args.rank * (args.members if name == "one-mr" else 1)
+            trainer = real_model.train(
+                args.model,
+                rows,
+                seed,
+                rank=rank,
+                num_train_epochs=args.epochs,
+                per_device_train_batch_size=16,
+                learning_rate=args.learning_rate,
+                warmup_steps=0.05,
+                lr_scheduler_type="linear",
+                **settings,
+            )
+            trained = time.perf_counter() - began
+            found = measured(trainer, questions, name)
+            line: dict[str, Any] = {"system": name, "seed": seed, "rows": len(rows), "seconds": trained}
+            by_kind = {kind: [a for q, a in found if q.kind == kind] for kind in sorted({q.kind for q in questions})}
+            for what in ("epistemic", "total"):
+                of = {
+                    kind: [np.mean([getattr(a, what) for a in answers]) for answers in one]
+                    for kind, one in by_kind.items()
+                }
+                line[f"mean {what}"] = {kind: float(np.mean(values)) for kind, values in of.items()}
+                line[f"auroc {what}"] = {
+                    kind: float(roc_auc_score([1] * len(of["contested"]) + [0] * len(values), of["contested"] + values))
+                    for kind, values in of.items()
+                    if kind != "contested"
+                }
+            preferred = [(one.log_likelihood - other.log_likelihood) > 0 for one, other in by_kind["contested"]]
+            line["apart"] = float(np.mean([bool(p.any() and not p.all()) for p in preferred]))
+            line["log"] = [x for x in trainer.state.log_history if "loss" in x]
+            yield line
+
+
+def told(line: dict[str, Any]) -> str:
+    parts = [f"{line['system']:10} {line['seed']:4} "]
+    for what in ("epistemic", "total"):
+        parts.append("  ".join(f"{line[f'auroc {what}'][kind]:9.3f}" for kind in ("one-sided", "unseen", "record")))
+    for what in ("epistemic", "total"):
+        parts.append("  ".join(f"{line[f'mean {what}'][kind]:9.3f}" for kind in ("contested", "one-sided")))
+    return " | ".join([*parts, f"{line['apart']:6.3f}", f"{line['seconds']:7.0f}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder with conflict/ and alpaca_en_demo.json")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--members", type=int, default=2)
+    parser.add_argument("--alpha", type=float, default=0.8)
+    parser.add_argument("--contested", type=int, default=120, help="questions with both answers")
+    parser.add_argument("--one_sided", type=int, default=80, help="questions with one answer; as many are unseen")
+    parser.add_argument("--epochs", type=float, default=4.0)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--json", type=Path, help="a file to which a line is added for each run")
+    args = parser.parse_args()
+    disable_progress_bars()
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.members} members, {args.epochs:g} epochs"
+    )
+    heads = (
+        f"{'AUROC, epistemic: contested against':31} | {'AUROC, total':31} | {'epistemic, nats':20} | {'total':20} |"
+    )
+    print(f"{'':16} | {heads}")
+    kinds = "  ".join(f"{kind:>9}" for kind in ("one-sided", "unseen", "record"))
+    two = "  ".join(f"{kind:>9}" for kind in ("contested", "one-sided"))
+    print(f"{'system':10} seed  | {kinds} | {kinds} | {two} | {two} |  apart | seconds")
+    for line in lines(args):
+        print(told(line), flush=True)
+        if args.json:
+            with args.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
