@@ -629,3 +629,13 @@ def test_too_few_examples_or_directions_are_refused():
         cross_fitted(g, V, V[:4])
     with pytest.raises(ValueError, match="k is 9"):
         critical_directions(lambda x: x, lambda x: x, 8, 9)
+
+
+def test_an_interval_needs_the_estimate_and_most_resamples():
+    """The estimate comes first. One resample without curvature is left out."""
+    drawn = torch.linspace(-0.1, 0.1, 20)
+    nothing, estimate = torch.tensor([math.nan]), torch.zeros(1)
+    assert _bootstrapped(torch.cat([nothing, drawn]), 0.95) == (0.0, math.inf)
+    low, high = _bootstrapped(torch.cat([estimate, nothing, drawn]), 0.95)
+    assert 0.8 < low < 1 < high < 1.25
+    assert _bootstrapped(torch.cat([estimate, nothing.expand(25), drawn]), 0.95) == (0.0, math.inf)

@@ -1,6 +1,7 @@
 """Routed steps against the plain joint forward: the same values, and its gradient exactly, but for what is left out."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -283,7 +284,11 @@ def raced(ensemble: LoraEnsemble, threshold: float, alpha: float = ALPHA):
 
 
 def race_on_paper(
-    log_probs_MBT: Tensor, threshold: float, alpha: float, lengths: Tensor | None = None
+    log_probs_MBT: Tensor,
+    threshold: float,
+    alpha: float,
+    lengths: Tensor | None = None,
+    weights: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> tuple[Tensor, float, float]:
     """The race by hand, from the scores of all tokens: log-likelihoods [M, B], share scored, responsibility dropped.
 
@@ -301,7 +306,7 @@ def race_on_paper(
         if end == 50:
             break
         units = 1 if lengths is None else (lengths - 1).clamp(max=end)
-        r = (alpha * ell / units).softmax(dim=0)
+        r = (torch.tensor(weights).log()[:, None] + alpha * ell / units).softmax(dim=0)
         for b in range(rows):
             leader[b] = max((m for m in range(many) if alive[m, b]), key=lambda m: float(r[m, b]))
             for m in range(many):
@@ -337,6 +342,22 @@ def test_a_race_is_the_race_on_paper(alpha, threshold):
     assert statistics.scored == pytest.approx(scored)
     assert statistics.dropped == pytest.approx(dropped, rel=1e-3)
     assert scored < 1 or (alpha, threshold) == (0.1, 0.05)
+
+
+def test_a_race_goes_by_the_weights_of_the_members():
+    ensemble, (ids, mask) = tiny_ensemble(), long_batch()
+    with torch.no_grad():
+        plain = ensemble(ids, mask).log_probs
+    scored = []
+    for weights in ((0.1, 0.2, 0.7), (0.7, 0.2, 0.1)):
+        ensemble.weights.copy_(torch.tensor(weights))
+        ell, expected, dropped = race_on_paper(plain, 0.05, 0.6, weights=weights)
+        found, statistics = raced(ensemble, 0.05, 0.6)
+        torch.testing.assert_close(found.log_probs.sum(-1), ell, atol=1e-3, rtol=1e-5)
+        assert statistics.scored == pytest.approx(expected)
+        assert statistics.dropped == pytest.approx(dropped, rel=1e-3)
+        scored.append(expected)
+    assert scored[0] != scored[1]
 
 
 @pytest.mark.parametrize("threshold", [0.25, 0.32])
