@@ -31,7 +31,7 @@ from tiny import (
 
 from renyi import LoraEnsemble
 from renyi.errors import ConfigError
-from renyi.routing import RoutingPlan
+from renyi.routing import Router, RoutingPlan
 from renyi.routing.race import race
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -157,6 +157,21 @@ def test_a_race_between_draws_scores_them_with_their_noise():
     alive = (output.log_probs - dense).abs().amax(dim=-1) < 1e-9
     assert 0.25 <= alive.double().mean() < 1
     assert alive.any(dim=0).all()  # the leader of each example is scored to its end
+
+
+def test_members_drawn_at_alpha_zero_have_the_noise_of_their_examples():
+    """A joint forward over the same examples scores the drawn member of each with the same noise."""
+    ensemble = scatter_members(LoraEnsemble.from_base(tiny_model(), 2, lora(), member_kind="gaussian"), std=0.5)
+    ensemble.stack.set_std(0.3)
+    ids, _ = padded_batch()
+    batch = {"input_ids": ids[:1].repeat(3, 1), "labels": ids[:1].repeat(3, 1)}
+    ensemble.redraw(3, draws=2)
+    with ensemble.train().of_examples(torch.tensor([7, 2, 5])):
+        with torch.no_grad():
+            dense = ensemble(**batch).log_probs
+        drawn = Router(ensemble, RoutingPlan("sampled", 0.0)).forward(batch, 0.0).output.log_probs[0]
+    is_equal = (dense - drawn).abs().amax(dim=-1) < 1e-5
+    assert is_equal.any(dim=0).all()
 
 
 @pytest.mark.parametrize("random", [RANDOM, WALSH_HADAMARD], ids=lambda settings: settings["member_kind"])

@@ -95,8 +95,9 @@ def test_as_many_rows_as_members_are_still_told_apart_when_blocks_run_again(monk
 def test_reentrant_checkpoints_are_refused_where_members_would_be_mixed_up(plan):
     ensemble, (ids, mask) = tiny_ensemble().train(), padded_batch()
     ensemble.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(ConfigError, match="use_reentrant"):
+    with pytest.raises(ConfigError, match="use_reentrant") as refused:
         Router(ensemble, plan).forward({"input_ids": ids, "attention_mask": mask}, 0.0)
+    assert refused.value.where == "gradient_checkpointing_kwargs"
     Router(ensemble, RoutingPlan()).forward({"input_ids": ids, "attention_mask": mask}, 0.0)
 
 
