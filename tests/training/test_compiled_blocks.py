@@ -62,6 +62,10 @@ def test_only_long_runs_compile_by_themselves(tmp_path, monkeypatch):
     assert not compiling.compiling_pays(model, args, lambda: tokens * 0.99)
     monkeypatch.setattr(compiling, "LEAST_SECONDS", 0)
     assert trainer_of(tmp_path, **SETTINGS, **HALF).args.compile_blocks == {"backend": "inductor", "mode": None}
+    grouped = {"routing_group": "author"}
+    rows = text_rows(8).add_column("author", list("aabbccdd"))
+    assert trainer_of(tmp_path, rows, **SETTINGS, **HALF).args.compile_blocks is not None
+    assert trainer_of(tmp_path, rows, **SETTINGS, **HALF, **grouped).args.compile_blocks is None
     for other in ({"torch_compile": False}, {"bf16": False}, {"gradient_checkpointing": True}, {"routing": "sampled"}):
         assert trainer_of(tmp_path, **SETTINGS, **{**HALF, **other}).args.compile_blocks is None
 

@@ -26,8 +26,9 @@ def compiling_pays(ensemble: LoraEnsemble, args: Any, tokens: Callable[[], float
     """Whether blocks are compiled in a run that does not say so itself.
 
     The answer goes by the settings and the number of cores, not by a measured time. So a run that is resumed computes
-    the same numbers. Where compiled blocks were not measured (GPUs, float32, routing, several processes, gradient
-    checkpointing), the answer is no.
+    the same numbers. Where compiled blocks were not measured (GPUs, float32, several processes, gradient checkpointing),
+    the answer is no. So it is where a step runs some pairs of members and examples (routing, routing_group): each
+    choice of members would be compiled anew.
 
     Args:
         ensemble: its members.
@@ -38,6 +39,7 @@ def compiling_pays(ensemble: LoraEnsemble, args: Any, tokens: Callable[[], float
         args.device.type == "cpu"
         and (args.bf16 or args.fp16)
         and args.routing == "dense"
+        and args.routing_group is None
         and args.world_size == 1
         and not args.gradient_checkpointing
         and not ensemble.stack.is_random
