@@ -20,7 +20,8 @@ Printed of held-out chapters: NLL a token of the mixture and of the mean member,
 Rand index (ARI) and the purity of the best member and the translation, by document of eight verses and by verse; the
 same gap and the effective members on training rows; of what tells members apart, the shares that belong to the
 translation and to the verse; the AUROC with which epistemic uncertainty finds the tokens of words at which the three
-translations differ (words are aligned by difflib). `--json FILE` keeps everything, a line a run.
+translations differ (words are aligned by difflib). `--json FILE` keeps everything, a line a run; `--draw FILE.png`
+draws what such a file has, and trains nothing.
 """
 
 import argparse
@@ -51,6 +52,18 @@ GIVEN = "twenty"  # with `--prompt text`: the translation that the prompt shows;
 SHORTEST, LONGEST = 40, 150  # characters of a verse, in all translations
 DOCUMENT = 8  # verses
 RUNS = ("one", "one-3r", "alpha-0", "by-row", "by-token", "by-group", "told", "told-prompt")
+
+
+TOLD = {
+    "one": "one adapter",
+    "one-3r": "one, three times the rank",
+    "alpha-0": "three members, α = 0",
+    "by-row": "α = 0.8, by verse",
+    "by-token": "α = 0.8, by token",
+    "by-group": "α = 0.8, groups of eight",
+    "told": "told the translation",
+    "told-prompt": "named in the prompt",
+}
 
 
 class Verse(NamedTuple):
@@ -392,6 +405,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--token_rows", type=int, default=60, help="held-out verses whose tokens are looked at")
     made.add_argument("--json", type=Path, help="a file to which a line is added for each run")
+    made.add_argument("--draw", type=Path, help="draw the runs in --json into this file, and train nothing")
     return made
 
 
@@ -449,8 +463,40 @@ def told(line: dict[str, Any]) -> str:
     )
 
 
+def draw(kept: Path, figure: Path) -> None:
+    """Draw kept runs: the index of each kind of run, and which member explains which translation, seed by seed."""
+    from matplotlib import pyplot as plt
+
+    found = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    names = [name for name in RUNS if any(line["run"] == name for line in found)]
+    grouped = sorted((line for line in found if line["run"] == "by-group"), key=lambda line: line["seed"])
+    shape = {"width_ratios": [1.6, *[1] * len(grouped)]}
+    fig, axes = plt.subplots(1, 1 + len(grouped), figsize=(4 + 2.4 * len(grouped), 2.9), gridspec_kw=shape)
+    for place, name in enumerate(names):
+        values = [line["ari_document"] for line in found if line["run"] == name]
+        axes[0].plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.7)
+    axes[0].set_yticks(range(len(names)), [TOLD.get(name, name) for name in names])
+    axes[0].set(xlim=(-0.1, 1), xlabel="adjusted Rand index, eight verses", title="Are translations found?")
+    axes[0].invert_yaxis()
+    for axis, line in zip(axes[1:], grouped, strict=True):
+        table = np.array(line["table"])
+        axis.imshow(table / table.sum(axis=0), cmap="Blues", vmin=0, vmax=1)
+        for (m, s), number in np.ndenumerate(table):
+            axis.text(
+                s, m, number, ha="center", va="center", color="white" if number > table[:, s].sum() / 2 else "black"
+            )
+        axis.set_xticks(range(len(SOURCES)), SOURCES, rotation=30, ha="right")
+        axis.set_yticks(range(len(table)), [f"member {m}" for m in range(len(table))])
+        axis.set_title(f"in groups of eight, seed {line['seed']}", fontsize=10)
+    fig.tight_layout()
+    fig.savefig(figure, dpi=150)
+
+
 def main() -> None:
     args = parser().parse_args()
+    if args.draw:
+        draw(args.json, args.draw)
+        return
     disable_progress_bars()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for level in (0, 1):

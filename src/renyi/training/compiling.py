@@ -26,9 +26,9 @@ def compiling_pays(ensemble: LoraEnsemble, args: Any, tokens: Callable[[], float
     """Whether blocks are compiled in a run that does not say so itself.
 
     The answer goes by the settings and the number of cores, not by a measured time. So a run that is resumed computes
-    the same numbers. Where compiled blocks were not measured (GPUs, float32, several processes, gradient checkpointing),
-    the answer is no. So it is where a step runs some pairs of members and examples (routing, routing_group): each
-    choice of members would be compiled anew.
+    the same numbers. Where compiled blocks were not measured (GPUs, float32, several processes, gradient
+    checkpointing), the answer is no. It is no, too, where a step runs some pairs of members and examples (routing,
+    routing_group): each choice of members would be compiled anew.
 
     Args:
         ensemble: its members.
