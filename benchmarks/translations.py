@@ -487,7 +487,8 @@ def draw(kept: Path, figure: Path) -> None:
             )
         axis.set_xticks(range(len(SOURCES)), SOURCES, rotation=30, ha="right")
         axis.set_yticks(range(len(table)), [f"member {m}" for m in range(len(table))])
-        axis.set_title(f"in groups of eight, seed {line['seed']}", fontsize=10)
+        axis.set_title(f"seed {line['seed']}")
+    axes[1].set_ylabel("verses that it explains best,\nin groups of eight")
     fig.tight_layout()
     fig.savefig(figure, dpi=150)
 
