@@ -1,15 +1,11 @@
-"""Compiled blocks: the same run, one graph for all batches, and by default only where they pay and can be built."""
+"""Compiled blocks: the same run, and one graph for all batches."""
 
 import pytest
 import torch
 from tiny import logged, member_distance, text_rows, tiny_ensemble, trainer_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from renyi.training import compiling
-
 SETTINGS = {"num_members": 3, "alpha_hold_ratio": 0.2, "optim": "sgd", "learning_rate": 0.1}
-# On a CPU in half precision, as on a machine where it pays
-HALF = {"bf16": True, "gradient_checkpointing": False, "max_steps": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -49,54 +45,6 @@ def test_one_graph_serves_all_batches_and_training_alone(tmp_path):
     trainer.model.train()(torch.randint(5, 60, (4, 9))).log_probs.sum().backward()
     trainer.evaluate(trainer.train_dataset)
     assert counter.frame_count == 1
-
-
-def test_only_long_runs_compile_by_themselves(tmp_path, monkeypatch):
-    """The arithmetic of the rule, at its limit."""
-    trainer = trainer_of(tmp_path, **SETTINGS, **HALF)
-    assert trainer.args.compile_blocks is None
-    model, args = trainer.model, trainer.args
-    a_token = 4 * model.base.num_parameters() * 3 / (compiling.RATE * torch.get_num_threads())
-    tokens = compiling.LEAST_SECONDS / a_token
-    assert compiling.compiling_pays(model, args, lambda: tokens * 1.01)
-    assert not compiling.compiling_pays(model, args, lambda: tokens * 0.99)
-    monkeypatch.setattr(compiling, "LEAST_SECONDS", 0)
-    assert trainer_of(tmp_path, **SETTINGS, **HALF).args.compile_blocks == {"backend": "inductor", "mode": None}
-    grouped = {"routing_group": "author"}
-    rows = text_rows(8).add_column("author", list("aabbccdd"))
-    assert trainer_of(tmp_path, rows, **SETTINGS, **HALF).args.compile_blocks is not None
-    assert trainer_of(tmp_path, rows, **SETTINGS, **HALF, **grouped).args.compile_blocks is None
-    for other in ({"torch_compile": False}, {"bf16": False}, {"gradient_checkpointing": True}, {"routing": "sampled"}):
-        assert trainer_of(tmp_path, **SETTINGS, **{**HALF, **other}).args.compile_blocks is None
-
-
-def test_the_tokens_of_a_run_are_counted(tmp_path):
-    trainer = trainer_of(
-        tmp_path, text_rows(8, shortest=4, longest=30), num_train_epochs=3, max_steps=-1, per_device_train_batch_size=4
-    )
-    assert trainer._tokens() == 3 * sum(map(len, trainer.train_dataset["input_ids"]))
-
-
-def test_a_run_goes_on_where_blocks_cannot_be_compiled(tmp_path):
-    def broken(graph, examples):
-        raise RuntimeError("no compiler is here\nsecond line")
-
-    plain, other = (trainer_of(tmp_path, **SETTINGS, **HALF) for _ in range(2))
-    other.args.compile_blocks = {"backend": broken}
-    plain.train()
-    with pytest.warns(UserWarning, match="blocks could not be compiled .* no compiler is here"):
-        other.train()
-    assert member_distance(plain.model, other.model) == 0
-
-
-def test_blocks_that_were_asked_for_must_compile(tmp_path):
-    def broken(graph, examples):
-        raise RuntimeError("no compiler is here")
-
-    trainer = trainer_of(tmp_path, **SETTINGS, **HALF, torch_compile=True)
-    trainer.args.compile_blocks = {"backend": broken}
-    with pytest.raises(RuntimeError, match="no compiler is here"):
-        trainer.train()
 
 
 def test_names_of_parameters_stay(tmp_path):

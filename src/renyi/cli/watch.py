@@ -144,14 +144,12 @@ def _plan(command: TrainingCommand, ready: Run, undecided: bool) -> RenderableTy
 
 
 def _passes(trainer: Any) -> str:
-    """In what parts a batch is run, whether blocks are run again, and whether they are compiled."""
+    """In what parts a batch is run, and whether blocks are run again, or compiled."""
     args, budget = trainer.args, trainer.router.plan.token_budget
     size = f"of at most {budget:,} tokens, all members counted" if budget else "of a whole batch"
     again = "blocks run again in the backward" if args.gradient_checkpointing else "activations are kept"
-    keys = f"gradient_checkpointing: {str(bool(args.gradient_checkpointing)).lower()}"
-    compiled = args.compile_blocks is not None
-    blocks = "blocks are compiled, which takes up to a minute" if compiled else "blocks are not compiled"
-    return f"{size} · {again} ({keys}) · {blocks} (torch_compile: {str(compiled).lower()})"
+    told = f"{size} · {again} (gradient_checkpointing: {str(bool(args.gradient_checkpointing)).lower()})"
+    return told if args.compile_blocks is None else f"{told} · blocks are compiled, which takes a minute or more"
 
 
 def _cut(ready: Run) -> dict[str, str]:

@@ -67,10 +67,7 @@ class EnsembleConfig(_BeforeConfig):
         gradient_checkpointing: run blocks again in the backward instead of keeping what they computed. None: on, as in
             TRL, but on a CPU that has room for one pass's activations.
         checkpoints_if_needed: not a key: whether `gradient_checkpointing` was not given, so that the trainer decides.
-        torch_compile: compile the base's blocks while training goes on. None: on a CPU, in a run that is long enough to
-            earn the time of compiling back.
-        compiles_if_it_pays: not a key: whether `torch_compile` was not given, so that the trainer decides.
-        compile_blocks: not a key: backend and mode if blocks are compiled.
+        compile_blocks: not a key: backend and mode where `torch_compile` was asked for.
         early_stopping_patience: stop after this many evaluations without a better `metric_for_best_model`.
     """
 
@@ -168,20 +165,8 @@ class EnsembleConfig(_BeforeConfig):
     checkpoints_if_needed: bool = field(
         default=False, init=False, metadata={"help": "Whether gradient_checkpointing was left open."}
     )
-    if not TYPE_CHECKING:
-        torch_compile: bool = field(
-            default=None,
-            metadata={
-                "help": "Compile the base's blocks; by default on a CPU where the run is long enough to gain from it.",
-                "nargs": "?",
-                "const": True,
-            },
-        )
-    compiles_if_it_pays: bool = field(
-        default=False, init=False, metadata={"help": "Whether torch_compile was left open, for the trainer to decide."}
-    )
     compile_blocks: dict[str, Any] | None = field(
-        default=None, init=False, metadata={"help": "Backend and mode if blocks are compiled."}
+        default=None, init=False, metadata={"help": "Backend and mode where torch_compile was asked for."}
     )
     early_stopping_patience: int | None = field(
         default=None,
@@ -201,11 +186,9 @@ class EnsembleConfig(_BeforeConfig):
         if args.greater_is_better is None and "nll" in (args.metric_for_best_model or ""):
             args.greater_is_better = False  # transformers takes a higher value as better unless its name ends in "loss"
         # transformers would compile the ensemble whole, anew for every shape; the trainer compiles its blocks.
-        asked = args.torch_compile, args.torch_compile_backend, args.torch_compile_mode
-        if any(asked):
+        if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
             self.compile_blocks = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
-        self.compiles_if_it_pays = asked == (None, None, None)
-        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+            args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         check_numbers(self)
         check_precision(self)
         super().__post_init__()

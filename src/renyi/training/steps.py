@@ -18,7 +18,6 @@ from transformers import Trainer
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
 from renyi.routing import PLACES, Routed, Router, RoutingPlan, Sums, member_shares, pair_sums
-from renyi.training.compiling import compiling_pays
 from renyi.training.memory import LEAST_TOKENS, tokens_that_fit
 
 # The least default budget: a pass of fewer tokens would not keep a processor busy.
@@ -47,8 +46,6 @@ class RoutedSteps(Trainer):
         budget = args.token_budget or self._default_budget()
         if args.checkpoints_if_needed and budget is not None and args.device.type == "cpu":
             budget = self._without_checkpoints(budget)
-        if args.compiles_if_it_pays and self.splits_batches and compiling_pays(self.model, args, self._tokens):
-            args.compile_blocks = {"backend": "inductor", "mode": None}
         self._micro_batch = (-1, 0)  # the step, and the micro-batch in it
         self.router = Router(self.model, RoutingPlan(kind, args.routing_threshold, budget, self.rows_per_example))
 
@@ -72,19 +69,6 @@ class RoutedSteps(Trainer):
             return budget
         args.gradient_checkpointing = args.activation_checkpointing = False
         return min(budget, fits)
-
-    def _tokens(self) -> float:
-        """The tokens of all steps together, under one member; 0 if rows come as a stream."""
-        if not isinstance(self.train_dataset, Dataset):
-            return 0.0
-        batch = self.args.train_batch_size * self.args.data_processes * self.args.gradient_accumulation_steps
-        return float(self.num_steps * batch * self._lengths().double().mean())
-
-    @property
-    def num_steps(self) -> int:
-        """Optimizer steps of the whole run, as the training loop will count them."""
-        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return max_steps
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]

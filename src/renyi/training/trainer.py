@@ -12,6 +12,7 @@ methods and counters. Trainers add to what is prepared and saved (`_prepare_data
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from renyi.routing import AutoRouting, Sums, share_of
 from renyi.training import card
 from renyi.training.checkpoints import find_checkpoints, saved, state_at_end, written_whole
 from renyi.training.clipping import clip_by_member
-from renyi.training.compiling import compiled
 from renyi.training.group_batches import ROUTED_ROW, WithColumns
 from renyi.training.hub import push_checkpoint, pushed, refused_by_the_hub, without_token
 from renyi.training.langevin import KeepSnapshots, LangevinNoise, check_noise
@@ -250,7 +250,9 @@ class EnsembleTrainer(RoutedSteps):
             resume_from_checkpoint = str(newest) if newest else None
         if resume_from_checkpoint and (ended := self._ended(Path(resume_from_checkpoint))):
             return ended
-        with self.casting(), compiled(self.model, self.args, self.accelerator.autocast):
+        how = self.args.compile_blocks
+        # Lengths are variables of the graph, so that it serves all batches.
+        with self.casting(), nullcontext() if how is None else self.model.compiling(dynamic=True, **how):
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 
@@ -266,6 +268,12 @@ class EnsembleTrainer(RoutedSteps):
             self._load_best_model()
         loss = (logging_state["total_loss"] + logging_state["loss"]) / max(state.global_step, 1)
         return TrainOutput(state.global_step, loss, {"train_loss": loss})
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run, as the training loop will count them."""
+        *_, max_steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return max_steps
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
