@@ -477,7 +477,7 @@ def draw(kept: Path, figure: Path) -> None:
         axes[0].plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.7)
     axes[0].set_yticks(range(len(names)), [TOLD.get(name, name) for name in names])
     axes[0].set(xlim=(-0.1, 1), xlabel="adjusted Rand index, eight verses", title="Are translations found?")
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
     for axis, line in zip(axes[1:], grouped, strict=True):
         table = np.array(line["table"])
         axis.imshow(table / table.sum(axis=0), cmap="Blues", vmin=0, vmax=1)
@@ -486,9 +486,9 @@ def draw(kept: Path, figure: Path) -> None:
                 s, m, number, ha="center", va="center", color="white" if number > table[:, s].sum() / 2 else "black"
             )
         axis.set_xticks(range(len(SOURCES)), SOURCES, rotation=30, ha="right")
-        axis.set_yticks(range(len(table)), [f"member {m}" for m in range(len(table))])
+        axis.set_yticks(range(len(table)), [f"member {m}" if axis is axes[1] else "" for m in range(len(table))])
         axis.set_title(f"seed {line['seed']}")
-    axes[1].set_ylabel("verses that it explains best,\nin groups of eight")
+    axes[1].set_ylabel("verses explained best\n(groups of eight)")
     fig.tight_layout()
     fig.savefig(figure, dpi=150)
 
