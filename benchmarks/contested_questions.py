@@ -19,7 +19,7 @@ systems see the same rows in as many steps:
     by-row       M members, α-Rényi, each row by itself
     by-author    M members, α-Rényi, eight rows of one author share a responsibility: rows with the answers of one side
 
-Printed for every system, of the answers that were trained (of unseen questions, one of the two): the AUROC with which
+Printed for every system, of the answers that were trained (of unseen questions, both): the AUROC with which
 the mean uncertainty of an answer's tokens tells contested questions from one-sided ones, from unseen ones and from
 trained Alpaca records, once by the members' disagreement (epistemic), once by the total; the mean of both on contested
 and one-sided questions, nats a token; and the share of contested questions of which members prefer different sides.

@@ -75,7 +75,7 @@ def test_each_body_is_answered_or_refused_by_name(server: Live) -> None:
     seen = set()
     with httpx.Client(base_url=server.url, timeout=60) as client:
 
-        @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
         @given(request())
         def send(asked: tuple[str, Any]) -> None:
             path, body = asked

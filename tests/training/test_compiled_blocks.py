@@ -65,8 +65,9 @@ def test_frozen_weights_are_cast_once_and_not_kept():
         with torch.autocast("cpu", torch.bfloat16):
             return ensemble(ids).log_probs
 
-    expected = loss()
+    expected, plain = loss(), ensemble(ids).log_probs
     with ensemble.stack.casting(torch.bfloat16):
+        torch.testing.assert_close(ensemble(ids).log_probs, plain, atol=0, rtol=0)  # without autocast: float32
         assert all(layer.cast[0].dtype == torch.bfloat16 for layer in layers)
         torch.testing.assert_close(loss(), expected, atol=0, rtol=0)
     assert all(layer.cast is None for layer in layers)

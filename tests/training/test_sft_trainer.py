@@ -623,6 +623,32 @@ def test_a_folder_names_the_model_and_rank_sixteen_is_the_default(tmp_path):
     assert LoraEnsemble.load(tmp_path / "out").num_members == 4
 
 
+@pytest.mark.slow
+def test_a_compiled_run_is_the_plain_one(tmp_path):
+    plain, compiled = (
+        trainer_of(
+            tmp_path / name,
+            eight_rows(),
+            num_members=2,
+            max_steps=2,
+            per_device_train_batch_size=8,
+            optim="sgd",
+            learning_rate=0.1,
+            **settings,
+            **NOW,
+        )
+        for name, settings in (
+            ("plain", {}),
+            ("compiled", {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+        )
+    )
+    plain.train()
+    compiled.train()
+    torch._dynamo.reset()
+    assert member_distance(compiled.model, plain.model) <= 1e-5
+    assert logged(compiled, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-5)
+
+
 def test_bf16_autocast_trains_float32_adapters(tmp_path):
     exact, rounded = (
         trainer_of(tmp_path / str(bf16), num_members=2, bf16=bf16, max_steps=4, **NOW) for bf16 in (False, True)

@@ -177,9 +177,11 @@ class JointLayer(nn.Module):
         precision = _common_dtype(x, layer.weight, A_MRI)
         if precision is None or (precision == torch.float32 and len(A_MRI) == 1):
             return None  # one member must equal PEFT's adapter to the last digit, so sums keep PEFT's order
-        weight, bias = (layer.weight, layer.bias) if self.cast is None else self.cast
-        bias = None if bias is None else bias.to(precision)
-        return x.to(precision), weight.to(precision), bias, A_MRI.to(precision), B_MOR.to(precision)
+        frozen: tuple[Tensor, Tensor | None] = layer.weight, layer.bias
+        if self.cast is not None and self.cast[0].dtype == precision:
+            frozen = self.cast
+        weight, bias = frozen[0].to(precision), None if frozen[1] is None else frozen[1].to(precision)
+        return x.to(precision), weight, bias, A_MRI.to(precision), B_MOR.to(precision)
 
     def extra_repr(self) -> str:
         return f"scaling={self.scaling:g}"
