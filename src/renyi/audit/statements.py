@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
+from renyi.data.rows import alpaca_question
 from renyi.errors import DataError
 
 # fmt: off
@@ -66,7 +67,7 @@ def statements_of(row: Mapping[str, Any], number: int, text_field: str = "text")
             turns = [_turn(turn) for turn in _parsed(row[name])]
             return list(_of_chat(turns))
     if {"instruction", "output"} <= has:
-        return [Statement("\n".join(filter(None, (row["instruction"], row.get("input")))), _text(row["output"]))]
+        return [Statement(alpaca_question(row), _text(row["output"]))]
     if text_field in has:
         return [Statement(None, _text(row[text_field]))]
     if has & {"prompt", "completion", "chosen", "rejected", "instruction", "output"}:

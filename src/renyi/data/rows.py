@@ -23,7 +23,9 @@ FORMS: dict[str, tuple[str, ...]] = {
     "prompt-completion": ("prompt", "completion"),
     "conversational": ("messages",),
     "ShareGPT": ("conversations",),
+    "Alpaca": ("instruction", "output"),
 }
+OF_ALPACA = ("input", "system", "history")  # columns that Alpaca records may have as well
 # Columns that make some form, also of pairs. If a row has no value in a needed column, a message names those it has.
 RIVALS = ("input_ids", "prompt", "completion", "messages", "conversations", "text", "chosen", "rejected")
 _LABELS = (
@@ -82,7 +84,7 @@ def form_of(rows: Dataset | IterableDataset, text_field: str = "text", where: st
     """The form of a dataset's rows, from the names of its columns.
 
     If `text_field` is another name than "text" and there is such a column, the form is text. A column "text" makes the
-    form text only if the columns make no other form.
+    form text only if the columns make no other form, or make Alpaca records, whose `text` is the whole row.
 
     Raises:
         DataError: no known form has these columns.
@@ -93,10 +95,12 @@ def form_of(rows: Dataset | IterableDataset, text_field: str = "text", where: st
         raise DataError(
             f"the columns are {', '.join(sorted(there))}",
             where=where,
-            hint="A row is `text`, `messages`, `prompt` + `completion`, or ShareGPT `conversations`; rename the "
-            "columns, or point dataset_text_field at the one that holds the text.",
+            hint="A row is `text`, `messages`, `prompt` + `completion`, ShareGPT `conversations`, or Alpaca's "
+            "`instruction` + `output`; rename the columns, or point dataset_text_field at the one that holds the text.",
         )
-    others = (*_LABELS, WHOLE_LENGTH) if name == "tokenised" else () if name == "text" else FOR_TEMPLATES
+    others = {"tokenised": (*_LABELS, WHOLE_LENGTH), "text": (), "Alpaca": (*OF_ALPACA, *FOR_TEMPLATES)}.get(
+        name, FOR_TEMPLATES
+    )
     columns = (*needed, *(c for c in others if c in there))
     return Form(name, columns, tuple(c for c in there if c not in columns))
 
@@ -106,7 +110,7 @@ def _matching(there: Iterable[str], text_field: str) -> tuple[str | None, tuple[
     if text_field != "text" and text_field in there:
         return "text", (text_field,)
     for form, needed in FORMS.items():
-        if there.issuperset(needed):
+        if there.issuperset(needed) and not (form == "Alpaca" and text_field in there):
             return form, needed
     return ("text", (text_field,)) if text_field in there else (None, ())
 
@@ -146,7 +150,7 @@ def check_rows(
 
 def check_losses(form: Form, assistant_only: bool, completion_only: bool | None) -> None:
     """Raise `ConfigError` if a setting trains only a part of rows that rows of this form do not have."""
-    has_completion = form.name == "prompt-completion" or {"completion_mask", "labels"} & set(form.columns)
+    has_completion = form.name in ("prompt-completion", "Alpaca") or {"completion_mask", "labels"} & set(form.columns)
     if completion_only and not has_completion:
         is_chat = form.name in ("conversational", "ShareGPT")
         raise ConfigError(
@@ -240,8 +244,8 @@ def read_row(
     if form.name == "text":
         return {"text": _text(row[needed[0]], f"{where}, column {needed[0]}")}
     read: dict[str, Any] = {}
-    if form.name == "prompt-completion":
-        read = _prompt_and_completion(row, where, exact)
+    if form.name in ("prompt-completion", "Alpaca"):
+        read = _alpaca(row, where) if form.name == "Alpaca" else _prompt_and_completion(row, where, exact)
         answers = read["completion"]
     else:
         column = needed[0]
@@ -286,6 +290,32 @@ def _prompt_and_completion(row: Mapping[str, Any], where: str, exact: Mapping[st
     else:  # after a prompt of messages, a text is the assistant's answer
         read["completion"] = [{"role": "assistant", "content": _text(completion, of_completion)}]
     return read
+
+
+def _alpaca(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A record as a conversation: its system prompt, its earlier turns, and the question with its answer."""
+    for column in ("input", "system"):
+        if not isinstance(row.get(column) or "", str):
+            raise DataError(
+                f"is {row[column]!r}", where=f"{where}, column {column}", hint="Give text, or leave it out."
+            )
+    prompt = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    for turn in row.get("history") or []:
+        if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(x, str) and x.strip() for x in turn):
+            hint = "Give a list of pairs of an instruction and its answer, both text."
+            raise DataError(f"has {turn!r}"[:80], where=f"{where}, column history", hint=hint)
+        prompt += [{"role": role, "content": x} for role, x in zip(("user", "assistant"), turn, strict=True)]
+    question = alpaca_question({**row, "instruction": _text(row["instruction"], f"{where}, column instruction")})
+    answer = _text(row["output"], f"{where}, column output")
+    return {
+        "prompt": [*prompt, {"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }
+
+
+def alpaca_question(row: Mapping[str, Any]) -> str:
+    """The question of an Alpaca record: its instruction, and its input on a line of its own."""
+    return "\n".join(filter(None, (row["instruction"], row.get("input"))))
 
 
 def read_for_template(row: Mapping[str, Any], where: str, exact: Mapping[str, bool]) -> dict[str, Any]:

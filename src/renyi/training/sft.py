@@ -60,7 +60,8 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
     Args:
         model: a folder, a hub id, a loaded base model, or a `LoraEnsemble` to train further.
         args: a `RenyiSFTConfig`.
-        train_dataset: as for TRL: `text`, `messages`, `prompt` + `completion`, ShareGPT `conversations`, or tokenised.
+        train_dataset: as for TRL: `text`, `messages`, `prompt` + `completion`, ShareGPT `conversations`, or tokenised;
+            or Alpaca records.
         peft_config: a `peft.LoraConfig` for the members; rank 16 on all linear layers if not given.
         quantization_config: how to quantise the base when `model` is a name.
         kwargs: as for TRL's SFTTrainer (`eval_dataset`, `processing_class`, `callbacks`, `data_collator`,
