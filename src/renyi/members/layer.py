@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from renyi.members.kind import MemberLayer, Noise
 
+_HALF = (torch.bfloat16, torch.float16)
+
 
 class MemberSelection:
     """The members, the examples and the noise of the rows in the next forward. All layers of an ensemble share it.
@@ -152,11 +154,12 @@ class JointLayer(nn.Module):
             result = self.base_layer(x.reshape(num_members, -1, in_features)[0], *args, **kwargs)
             result = result.expand(num_members, *result.shape).reshape(*x.shape[:-1], result.shape[-1])
         elif (operands := self._as_one_node(x, A_MRI, B_MOR)) is not None:
+            rate = 0.0 if isinstance(self.lora_dropout, nn.Identity) else self.lora_dropout.p
             with torch.autocast(x.device.type, enabled=False):
-                return _JointLinear.apply(*operands, self.scaling)
+                return _JointLinear.apply(*operands, self.scaling, rate)
         else:
             result = self.base_layer(x, *args, **kwargs)
-        x_MNI = self.lora_dropout(x.to(A_MRI.dtype)).reshape(num_members, -1, in_features)
+        x_MNI = self._dropped(x.to(A_MRI.dtype).reshape(num_members, -1, in_features), _common_dtype(x, result, A_MRI))
         low_MNR = self.members.project(x_MNI, A_MRI, self.selection)
         result_MNO = result.reshape(num_members, -1, result.shape[-1])
         if result.dtype == low_MNR.dtype:
@@ -165,10 +168,22 @@ class JointLayer(nn.Module):
             updated = result_MNO + self.scaling * torch.bmm(low_MNR, B_MOR.transpose(1, 2))
         return updated.to(result.dtype).view_as(result)
 
+    def _dropped(self, x_MNI: Tensor, precision: torch.dtype | None) -> Tensor:
+        """The input of the update. A single member in full precision drops what PEFT's adapter drops."""
+        is_pefts = len(x_MNI) == 1 and precision not in _HALF
+        if is_pefts or not self.training or type(self.lora_dropout) is not nn.Dropout:
+            return self.lora_dropout(x_MNI)
+        kept_MNI, share = draw_kept(x_MNI, self.lora_dropout.p)
+        return x_MNI * kept_MNI / share
+
     def _as_one_node(self, x: Tensor, A_MRI: Tensor, B_MOR: Tensor) -> tuple[Tensor | None, ...] | None:
         """Arguments for `_JointLinear` in their common precision; None if `base_layer` itself must be called."""
         layer = self.base_layer
-        if not self.training or type(layer) is not nn.Linear or not isinstance(self.lora_dropout, nn.Identity):
+        if (
+            not self.training
+            or type(layer) is not nn.Linear
+            or type(self.lora_dropout) not in (nn.Identity, nn.Dropout)
+        ):
             return None
         if type(self.members).project is not MemberLayer.project:
             return None  # `_JointLinear` cannot apply noise that differs between rows
@@ -177,6 +192,8 @@ class JointLayer(nn.Module):
         precision = _common_dtype(x, layer.weight, A_MRI)
         if precision is None or (precision == torch.float32 and len(A_MRI) == 1):
             return None  # one member must equal PEFT's adapter to the last digit, so sums keep PEFT's order
+        if len(A_MRI) == 1 and precision not in _HALF and not isinstance(self.lora_dropout, nn.Identity):
+            return None  # and it drops what PEFT's adapter drops
         frozen: tuple[Tensor, Tensor | None] = layer.weight, layer.bias
         if self.cast is not None and self.cast[0].dtype == precision:
             frozen = self.cast
@@ -194,6 +211,20 @@ def _common_dtype(x: Tensor, weight: Tensor, adapter: Tensor) -> torch.dtype | N
     return x.dtype if x.dtype == weight.dtype == adapter.dtype else None
 
 
+def draw_kept(like: Tensor, rate: float) -> tuple[Tensor, float]:
+    """Which entries dropout keeps, as 1 and 0 in the shape and dtype of `like`, and the exact share that it keeps.
+
+    On a CPU each entry takes 16 bits of the generator, so that the rate is a multiple of 2⁻¹⁶. PyTorch's own draw takes
+    five times as long there on processors without MKL's generators.
+    """
+    if like.device.type != "cpu":
+        return torch.empty_like(like).bernoulli_(1 - rate), 1 - rate
+    dropped = min(round(rate * 65536), 65535)  # of the 65,536 values of 16 bits
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = words.view(torch.int16)[: like.numel()].ge_(dropped - 32768)
+    return bits.to(like.dtype).view(like.shape), 1 - dropped / 65536
+
+
 class _JointLinear(torch.autograd.Function):
     """A frozen linear layer and its members' updates as one autograd node. Updates are added to the output in place.
 
@@ -203,25 +234,39 @@ class _JointLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A_MRI: Tensor, B_MOR: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A_MRI: Tensor,
+        B_MOR: Tensor,
+        scaling: float,
+        dropout: float,
     ) -> Tensor:
         result = F.linear(x, weight, bias)
         x_MNI = x.reshape(len(A_MRI), -1, x.shape[-1])
-        low_MNR = torch.bmm(x_MNI, A_MRI.transpose(1, 2))
-        result.view(len(A_MRI), -1, result.shape[-1]).baddbmm_(low_MNR, B_MOR.transpose(1, 2), alpha=scaling)
-        ctx.save_for_backward(x_MNI, low_MNR, weight, A_MRI, B_MOR)
-        ctx.scaling, ctx.shape = scaling, x.shape
+        kept_MNI, share = draw_kept(x_MNI, dropout) if dropout > 0 else (None, 1.0)
+        ctx.scaling, ctx.shape = scaling / share, x.shape
+        low_MNR = torch.bmm(x_MNI if kept_MNI is None else x_MNI * kept_MNI, A_MRI.transpose(1, 2))
+        result.view(len(A_MRI), -1, result.shape[-1]).baddbmm_(low_MNR, B_MOR.transpose(1, 2), alpha=ctx.scaling)
+        ctx.save_for_backward(x_MNI, kept_MNI, low_MNR, weight, A_MRI, B_MOR)
         return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
-        x_MNI, low_MNR, weight, A_MRI, B_MOR = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None, None]:
+        x_MNI, kept_MNI, low_MNR, weight, A_MRI, B_MOR = ctx.saved_tensors
         grad_MNO = grad.reshape(len(A_MRI), -1, grad.shape[-1])
         grad_low_MNR = torch.bmm(grad_MNO, B_MOR).mul_(ctx.scaling)
         grad_B_MOR = torch.bmm(grad_MNO.transpose(1, 2), low_MNR).mul_(ctx.scaling)
-        grad_A_MRI = torch.bmm(grad_low_MNR.transpose(1, 2), x_MNI)
+        dropped_MNI = x_MNI if kept_MNI is None else x_MNI * kept_MNI
+        grad_A_MRI = torch.bmm(grad_low_MNR.transpose(1, 2), dropped_MNI)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).view(x_MNI.shape).baddbmm_(grad_low_MNR, A_MRI).view(ctx.shape)
-        return grad_x, None, None, grad_A_MRI, grad_B_MOR, None
+            grad_x = (grad @ weight).view(x_MNI.shape)
+            if kept_MNI is None:
+                grad_x.baddbmm_(grad_low_MNR, A_MRI)
+            else:
+                grad_x.addcmul_(torch.bmm(grad_low_MNR, A_MRI), kept_MNI)
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, None, grad_A_MRI, grad_B_MOR, None, None
