@@ -42,7 +42,7 @@ def test_checkpoints_are_left_out_where_there_is_room(monkeypatch, tmp_path) -> 
         trained.append(trainer_of(tmp_path, **OPEN))
     roomy, cramped = trained[1:]
     assert not roomy.args.activation_checkpointing
-    assert roomy.router.plan.token_budget == trainer.router.plan.token_budget == 8192
+    assert roomy.router.plan.token_budget == trainer.router.plan.token_budget == 4096
     assert cramped.args.activation_checkpointing
     assert cramped.args.gradient_checkpointing
     for each in (roomy, cramped):

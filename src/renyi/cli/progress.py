@@ -1,4 +1,4 @@
-"""Progress of training: a bar with the main figures, or without a terminal one plain line for each log.
+"""Progress of training: a bar with the main figures. Without a terminal, a plain line for the first step and each log.
 
 It shows what the trainer logs. Read next: `watch.py`, which uses it.
 """
@@ -51,6 +51,8 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._doing = "training"
         self._steps = state.global_step - self._first_step
+        if self._live is None and self._steps == 1 and args.logging_steps != 1:  # the first log may be minutes away
+            self._out.print(_plain_line(state, {}, self._left(state)), soft_wrap=True)
         self._show(state)
 
     def on_prediction_step(

@@ -48,8 +48,8 @@ class EnsembleConfig(_BeforeConfig):
             batch, the other rows count as they were when they were last run. None: every row has its own.
         routing_threshold: the responsibility below which "sparse" leaves out a pair and "raced" stops scoring a member.
         token_budget: most tokens of one forward and backward pass, over all members, padding counted. A larger batch
-            is run in parts, with the same gradients. The default is what one member's batch may hold, at least 8,192:
-            then memory does not grow with the members.
+            is run in parts, with the same gradients, so that memory does not grow with the members. The default is
+            4,096 on a CPU. Elsewhere it is what one member's batch may hold, at least 8,192.
         mixture_weights: "uniform", or "learned" by expectation–maximisation, so that a member nobody needs loses its
             vote.
         mixture_weights_rate: how far learned weights move towards the member loads in one optimizer step.
