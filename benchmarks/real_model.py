@@ -56,20 +56,23 @@ def train(
             processing_class=AutoTokenizer.from_pretrained(model),
             callbacks=list(callbacks),
         )
-        for noisy in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(noisy)
+        quieten(trainer)
         trainer.train()
     trainer.model.eval()
     return trainer
 
 
+def quieten(trainer: Any) -> None:
+    """Take the callbacks away that print."""
+    for noisy in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(noisy)
+
+
 class AnswerUncertainty(NamedTuple):
-    """Of one given answer, nats a token: means and greatest values over its tokens, and ℓ under each member, nats."""
+    """Of one given answer: means over its tokens, nats a token, and ℓ under each member, nats."""
 
     total: float
     epistemic: float
-    max_total: float
-    max_epistemic: float
     log_likelihood: Tensor
 
 
@@ -101,6 +104,4 @@ def answer_uncertainty(log_p_MTV: Tensor, answer: list[int]) -> AnswerUncertaint
     of_tokens = token_uncertainty(log_p_MTV, running_weights(log_p_MTV, answer))
     total, epistemic = of_tokens.total, of_tokens.epistemic
     ell_M = log_p_MTV[:, range(len(answer)), answer].double().sum(1)
-    return AnswerUncertainty(
-        float(total.mean()), float(epistemic.mean()), float(total.max()), float(epistemic.max()), ell_M
-    )
+    return AnswerUncertainty(float(total.mean()), float(epistemic.mean()), ell_M)

@@ -1,0 +1,169 @@
+"""Knowing what one does not know: multiple choice by the answers' text, on a real chat model.
+
+    python benchmarks/knowing.py --data FOLDER [--model FOLDER] [--seeds 0 1 2] [--systems NAME …]
+
+Trained on questions of OpenBookQA and ARC-Easy with their right answer, tested on others of both, and beside them on
+questions of MMLU (`--data` has `choice/` and `mmlu/`), which were not trained. Options are scored by their text. The
+systems see the same rows in as many steps:
+
+    alpha-0        M members, each fits everything; its first member is one adapter, the run of its own
+    renyi          M members, α-Rényi
+    one-mr         one adapter of M times the rank
+    dropout        one adapter trained with dropout, as 8 samples (Monte Carlo dropout)
+
+Temperatures are fitted on half of the test questions for the other half, and the other way round. Printed: accuracy,
+NLL (nats a question), Brier score, ECE (15 bins), AURC by total uncertainty; the AUROC of MMLU's questions by total
+uncertainty and by disagreement; seconds of training and of all.
+"""
+
+import argparse
+import json
+import random
+import re
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import real_model
+import torch
+from datasets import disable_progress_bars
+
+from renyi.data import Question, load_splits, read_questions
+from renyi.evaluation import Opinion, evaluate_choice
+from renyi.inference import choice_log_probs, score_choices
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "alpha-0": {"alpha": 0.0},
+    "renyi": {},
+    "one-mr": {"num_members": 1, "alpha": 0.0},
+    "dropout": {"num_members": 1, "alpha": 0.0, "dropout": 0.1},
+}
+SAMPLES = 8  # of Monte Carlo dropout
+LONGEST = 60  # words of a question with its options
+_QUESTION = re.compile(r"question: (.*)\n\nAnswer1: (.*)\n\nAnswer format", re.DOTALL)
+
+
+def questions_of(file: Path) -> list[Question]:
+    """Questions of a file of instruction records, those with at most `LONGEST` words."""
+    found = []
+    for record in json.loads(file.read_text(encoding="utf-8")):
+        match = _QUESTION.search(record["instruction"])
+        if match is None or len(record["instruction"].split()) > LONGEST:
+            continue
+        choices = [text.strip() for text in re.split(r"\s*Answer\d: ", match[2])]
+        answer = int(record["answer"].removeprefix("answer")) - 1
+        if all(choices) and answer < len(choices) and len(set(choices)) == len(choices):
+            found.append(Question(match[1].strip(), choices, answer))
+    return found
+
+
+def read(args: argparse.Namespace, seed: int) -> tuple[list[Question], list[Question], list[Question]]:
+    """Questions to train on, to test on, and of MMLU."""
+    draw, train, test, elsewhere = random.Random(seed), list[Question](), list[Question](), list[Question]()
+    for name in ("openbookqa", "arc-easy"):
+        train += draw.sample(questions_of(args.data / "choice" / f"{name}_train.json"), args.rows // 2)
+        test += draw.sample(questions_of(args.data / "choice" / f"{name}_test.json"), args.questions // 2)
+    for file in sorted((args.data / "mmlu").glob("*_test.csv")):
+        read = read_questions(load_splits(str(file))["train"], file.name)
+        elsewhere += [q for q in read if len(" ".join([q.question, *q.choices]).split()) <= LONGEST]
+    draw.shuffle(train)
+    return train, test, draw.sample(elsewhere, args.questions // 2)
+
+
+def opinion(trainer: Any, questions: list[Question], is_dropped: bool) -> Opinion:
+    passes = []
+    for number in range(SAMPLES if is_dropped else 1):
+        torch.manual_seed(number)
+        drops = trainer.model.dropping(SYSTEMS["dropout"]["dropout"]) if is_dropped else nullcontext()
+        with drops, trainer.accelerator.autocast():
+            passes.append(score_choices(trainer.model, questions, trainer.processing_class, "text"))
+    log_probs = torch.cat([choice_log_probs(scores, "text") for scores in passes])
+    return Opinion(log_probs, torch.full((len(log_probs),), 1 / len(log_probs)))
+
+
+def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for seed in args.seeds:
+        train, test, elsewhere = read(args, seed)
+        rows = [{"prompt": f"{q.question}\nAnswer:", "completion": f" {q.choices[q.answer]}"} for q in train]
+        for name in args.systems:
+            began = time.perf_counter()
+            torch.manual_seed(seed)
+            trainer = real_model.train(
+                args.model,
+                rows,
+                seed,
+                rank=args.rank * (args.members if name == "one-mr" else 1),
+                num_train_epochs=args.epochs,
+                per_device_train_batch_size=16,
+                learning_rate=args.learning_rate,
+                warmup_steps=0.05,
+                lr_scheduler_type="linear",
+                **{"num_members": args.members, "alpha": args.alpha, **SYSTEMS[name]},
+            )
+            trained = time.perf_counter() - began
+            here, there = (opinion(trainer, questions, name == "dropout") for questions in (test, elsewhere))
+            found = evaluate_choice(
+                here,
+                [q.answer for q in test],
+                groups=["OpenBookQA"] * (len(test) // 2) + ["ARC-Easy"] * (len(test) - len(test) // 2),
+                out_of_distribution={"mixture": there},
+                cross_fitted=True,
+            )
+            for system in found.systems:
+                shown = system.name == "mixture" or "temperature" in system.name
+                if shown or (name == "alpha-0" and system.name == "member 0"):
+                    aurocs = {kind: x.auroc.value for kind, x in system.out_of_distribution.items()}
+                    yield {
+                        "system": f"{name}, {system.name}",
+                        "seed": seed,
+                        **{k: list(getattr(system, k)) for k in ("accuracy", "nll", "brier", "ece")},
+                        "aurc": list(system.detection["total"].aurc),
+                        "elsewhere": [aurocs["total"], aurocs.get("epistemic")],
+                        "temperature": system.temperature,
+                        "train": trained,
+                        "seconds": time.perf_counter() - began,
+                    }
+
+
+def told(line: dict[str, Any]) -> str:
+    values = "  ".join(
+        f"{line[k][0]:.3f} [{line[k][1]:.3f}, {line[k][2]:.3f}]" for k in ("accuracy", "nll", "brier", "ece", "aurc")
+    )
+    total, epistemic = line["elsewhere"]
+    apart = "    –" if epistemic is None else f"{epistemic:.3f}"
+    return (
+        f"{line['system']:32} {line['seed']:4} | {values} | {total:.3f} {apart} | {line['train']:5.0f} "
+        f"{line['seconds']:6.0f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="the folder with choice/ and mmlu/")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--members", type=int, default=4)
+    parser.add_argument("--alpha", type=float, default=0.8)
+    parser.add_argument("--rows", type=int, default=800, help="trained questions")
+    parser.add_argument("--questions", type=int, default=300, help="tested ones; half as many of MMLU")
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=4e-4)
+    parser.add_argument("--json", type=Path, help="a file to which a line is added for each system")
+    args = parser.parse_args()
+    disable_progress_bars()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.members} members, alpha {args.alpha:g}")
+    figures = "".join(f"{name:23}" for name in ("accuracy", "NLL", "Brier", "ECE", "AURC"))
+    print(f"{'system':32} seed | {figures} | MMLU: total, apart | train, all s")
+    for line in lines(args):
+        print(told(line), flush=True)
+        if args.json:
+            with args.json.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
