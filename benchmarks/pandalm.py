@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=120)
     parser.add_argument("--tokens", type=int, default=96, help="most tokens of a prompt with its answer")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--heads_only", action="store_true", help="only the rewards on the frozen base, in minutes")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     disable_progress_bars()
@@ -79,18 +80,21 @@ def main() -> None:
         votes = pair_votes(scores, torch.full((len(scores[0].margin),), 1 / len(scores[0].margin)), ties)
         found.setdefault(name, []).append(votes if doubt is None else votes._replace(epistemic=torch.tensor(doubt)))
 
+    states_2ND = hidden_states(args, rows)
     for fold in range(args.folds):
         started = time.perf_counter()
         test, train = ([row for row in rows if (row["fold"] == fold) is here] for here in (True, False))
         ties = tie_strength_of(Votes(*torch.tensor([votes_of(row) for row in train]).T))
-        apart, together = (tuned(args, train, test, alpha) for alpha in (0.0, 0.8))
-        alone = [s._replace(margin=s.margin[:1]) for s in apart]
-        add("one adapter", alone, ties)
-        add("one adapter, temperature", with_temperature(alone), ties)
-        add("three, α = 0", apart, ties)
-        add("three, α = 0.8", together, ties)
-        add("  as mean and variance", *moments(together, ties))
-        states = [hidden_states(args, part) for part in (train, test)]
+        if not args.heads_only:
+            apart, together = (tuned(args, train, test, alpha) for alpha in (0.0, 0.8))
+            alone = [s._replace(margin=s.margin[:1]) for s in apart]
+            add("one adapter", alone, ties)
+            add("one adapter, temperature", with_temperature(alone), ties)
+            add("three, α = 0", apart, ties)
+            add("three, α = 0.8", together, ties)
+            add("  as mean and variance", *moments(together, ties))
+        is_test = torch.tensor([row["fold"] == fold for row in rows])
+        states = [states_2ND[:, ~is_test], states_2ND[:, is_test]]
         for name, has_variance in (("Bradley–Terry heads", False), ("mean–variance heads", True)):
             add(name, *heads(states, train, test, ties, has_variance))
         print(f"fold {fold}: {len(test)} test pairs, {time.perf_counter() - started:.0f} s", flush=True)
@@ -308,6 +312,8 @@ def show(systems: dict[str, PairVotes]) -> None:
         if not votes.epistemic.any():  # a single member disagrees with nobody
             found["split: disagreement"] = Estimate(*[math.nan] * 3)
         print(f"{name:36}" + "".join(f"{text(x):>24}" for x in found.values()))
+    if "three, α = 0.8" not in systems:
+        return
     ours = systems["three, α = 0.8"]
     for name in ("one adapter, temperature", "three, α = 0"):
         values, statistics = {}, {}
