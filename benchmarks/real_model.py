@@ -69,10 +69,11 @@ def quieten(trainer: Any) -> None:
 
 
 class AnswerUncertainty(NamedTuple):
-    """Of one given answer: means over its tokens, nats a token, and ℓ under each member, nats."""
+    """Of one given answer, nats: means over its tokens, the greatest disagreement at a token, and ℓ of each member."""
 
     total: float
     epistemic: float
+    max_epistemic: float
     log_likelihood: Tensor
 
 
@@ -104,4 +105,4 @@ def answer_uncertainty(log_p_MTV: Tensor, answer: list[int]) -> AnswerUncertaint
     of_tokens = token_uncertainty(log_p_MTV, running_weights(log_p_MTV, answer))
     total, epistemic = of_tokens.total, of_tokens.epistemic
     ell_M = log_p_MTV[:, range(len(answer)), answer].double().sum(1)
-    return AnswerUncertainty(float(total.mean()), float(epistemic.mean()), ell_M)
+    return AnswerUncertainty(float(total.mean()), float(epistemic.mean()), float(epistemic.max()), ell_M)

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import random
+import re
 import subprocess
 import sys
 import warnings
@@ -77,6 +78,13 @@ def test_a_line_for_every_log_without_a_terminal(trained: tuple[Path, Ended]) ->
     assert [line.split()[1] for line in lines if "held out" in line] == ["3/6", "6/6"]
     for name in ("loss", "nll_mixture", "jensen_gap", "effective_members", "alpha", "loads"):
         assert f"  {name} " in lines[0]
+
+
+def test_a_line_for_the_first_step_says_how_long_the_rest_takes(settings: Settings) -> None:
+    ended = renyi("sft", "--config", settings(logging_steps=3))
+    lines = [line for line in ended.out.splitlines() if line.startswith("step ") and "held out" not in line]
+    assert [line.split()[1] for line in lines] == ["1/6", "3/6", "6/6"]
+    assert re.fullmatch(r"step 1/6 +0:00:\d\d left", lines[0])
 
 
 def test_it_leaves_an_ensemble_of_ordinary_adapters(trained: tuple[Path, Ended], base: Path) -> None:

@@ -51,7 +51,8 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._doing = "training"
         self._steps = state.global_step - self._first_step
-        if self._live is None and self._steps == 1 and args.logging_steps != 1:  # the first log may be minutes away
+        is_logged = args.logging_first_step or state.logging_steps == 1
+        if self._live is None and self._steps == 1 and not is_logged:  # the first log may be minutes away
             self._out.print(_plain_line(state, {}, self._left(state)), soft_wrap=True)
         self._show(state)
 
