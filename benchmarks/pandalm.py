@@ -14,7 +14,8 @@ The systems see the same training pairs and the same labels, all three of a pair
 - The mean and variance of the members' rewards at α = 0.8, as one Gaussian reward.
 - Rewards on the frozen base: a linear head on the last hidden state at the end of each answer, Bradley–Terry; or two
   heads, mean and variance, P = Φ((μ₁ − μ₂) / √(σ₁² + σ₂²)), the mean–variance reward of arXiv 2410.14632 without its
-  tuning of the base. Their L2 penalty is chosen on the training pairs, in four inner folds.
+  tuning of the base. Their L2 penalty is chosen on the training pairs, in four inner folds. Three Bradley–Terry heads
+  are also trained together, at α = 0 and at 0.8, with the penalty of the single one.
 
 Ties have the same Davidson term in all systems, its strength from the labels of the training pairs. No setting of
 `renyi dpo` was chosen on these data: the order, its hold and its ramp are the defaults, rank and learning rate those of
@@ -50,7 +51,7 @@ from renyi.evaluation.estimate import Estimate
 from renyi.evaluation.preference_quality import is_turned
 from renyi.evaluation.vote_quality import PairVotes, pair_votes
 from renyi.inference import PairScore, score_pairs
-from renyi.objectives import Votes, outcome_log_probs, tie_strength_of
+from renyi.objectives import Votes, outcome_log_probs, renyi_loss, tie_strength_of
 
 MEMBERS = 3
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -96,7 +97,12 @@ def main() -> None:
         is_test = torch.tensor([row["fold"] == fold for row in rows])
         states = [states_2ND[:, ~is_test], states_2ND[:, is_test]]
         for name, has_variance in (("Bradley–Terry heads", False), ("mean–variance heads", True)):
-            add(name, *heads(states, train, test, ties, has_variance))
+            *of_heads, penalty = heads(states, train, test, ties, has_variance)
+            add(name, *of_heads)
+            if not has_variance:
+                for alpha in (0.0, 0.8):
+                    scores = coupled_heads(states, train, test, ties, penalty, alpha, args.seed)
+                    add(f"three such heads, α = {alpha:g}", scores, ties)
         print(f"fold {fold}: {len(test)} test pairs, {time.perf_counter() - started:.0f} s", flush=True)
     systems = {name: PairVotes(*map(torch.cat, zip(*parts, strict=True))) for name, parts in found.items()}
     show(systems)
@@ -220,12 +226,55 @@ def hidden_states(args: argparse.Namespace, rows: list[Row]) -> Tensor:
     return torch.stack(found).view(2, len(rows), -1)
 
 
+def standardised(states: list[Tensor]) -> list[Tensor]:
+    """Both parts with the mean and the spread of the training pairs taken out."""
+    centre, scale = states[0].mean(dim=(0, 1)), states[0].std(dim=(0, 1)) + 1e-3
+    return [(x - centre) / scale / x.shape[-1] ** 0.5 for x in states]
+
+
+def minimise(loss_of: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    weights = start.requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=60, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = loss_of(weights)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return weights.detach()
+
+
+def scores_of(margin_NM: Tensor, rows: list[Row]) -> list[PairScore]:
+    nan = math.nan
+    return [
+        PairScore(i, 0, margins, nan, [], [], nan, nan, nan, nan, votes=votes_of(row))
+        for i, (margins, row) in enumerate(zip(margin_NM.tolist(), rows, strict=True))
+    ]
+
+
+def coupled_heads(
+    states: list[Tensor], train: list[Row], test: list[Row], ties: float, penalty: float, alpha: float, seed: int
+) -> list[PairScore]:
+    """Scores under three Bradley–Terry heads with the α-Rényi loss of a pair's labels, from random weights."""
+    x_train, x_test = (x[0] - x[1] for x in standardised(states))
+    votes_N3 = torch.tensor([votes_of(row) for row in train], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(MEMBERS, x_train.shape[-1], generator=generator, dtype=torch.float64)
+
+    def loss_of(heads_MD: Tensor) -> Tensor:
+        ell_MN = (outcome_log_probs(heads_MD @ x_train.T, ties) * votes_N3).sum(-1)
+        return renyi_loss(ell_MN, alpha).sum() / votes_N3.sum() + penalty * heads_MD.square().sum() / MEMBERS
+
+    return scores_of(x_test @ minimise(loss_of, start).T, test)
+
+
 def heads(
     states: list[Tensor], train: list[Row], test: list[Row], ties: float, has_variance: bool
-) -> tuple[list[PairScore], float, list[float] | None]:
-    """Scores of the test pairs under linear heads, ties, and their doubt √(σ₁² + σ₂²) if there are variances."""
-    centre, scale = states[0].mean(dim=(0, 1)), states[0].std(dim=(0, 1)) + 1e-3
-    x_train, x_test = ((x - centre) / scale / x.shape[-1] ** 0.5 for x in states)
+) -> tuple[list[PairScore], float, list[float] | None, float]:
+    """Scores of test pairs under linear heads, ties, their doubt √(σ₁² + σ₂²) if there are variances, and the penalty."""
+    x_train, x_test = standardised(states)
     votes_N3 = torch.tensor([votes_of(row) for row in train], dtype=torch.float64)
 
     def margin_of(head: Tensor, x_2ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,17 +291,10 @@ def heads(
         return -(outcome_log_probs(margin_of(head, x_2ND)[0], ties) * votes).sum() / votes.sum()
 
     def fitted(rows: Tensor, penalty: float) -> Tensor:
-        head = torch.zeros(2, x_train.shape[-1] + 1, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([head], max_iter=60, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = nll(head, x_train[:, rows], votes_N3[rows]) + penalty * head.square().sum()
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)  # type: ignore[arg-type]
-        return head.detach()
+        return minimise(
+            lambda head: nll(head, x_train[:, rows], votes_N3[rows]) + penalty * head.square().sum(),
+            torch.zeros(2, x_train.shape[-1] + 1, dtype=torch.float64),
+        )
 
     part_N = torch.arange(len(train)) % 4
     inner = [
@@ -262,14 +304,9 @@ def heads(
         )
         for penalty in PENALTIES
     ]
-    head = fitted(torch.arange(len(train)), PENALTIES[int(np.argmin(inner))])
-    margin_N, std_N = margin_of(head, x_test)
-    nan = math.nan
-    scores = [
-        PairScore(i, 0, [margin], nan, [], [], nan, nan, nan, nan, votes=votes_of(row))
-        for i, (margin, row) in enumerate(zip(margin_N.tolist(), test, strict=True))
-    ]
-    return scores, ties, std_N.tolist() if has_variance else None
+    penalty = PENALTIES[int(np.argmin(inner))]
+    margin_N, std_N = margin_of(fitted(torch.arange(len(train)), penalty), x_test)
+    return scores_of(margin_N[:, None], test), ties, std_N.tolist() if has_variance else None, penalty
 
 
 # ---- Figures ---------------------------------------------------------------------------------------------------------

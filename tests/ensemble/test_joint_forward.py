@@ -357,6 +357,22 @@ def test_compiled_values_and_gradients_are_the_plain_ones():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+def test_a_compiled_layer_drops_inputs_of_its_update_at_the_rate():
+    """In one graph. Over many draws the mean is the output without dropout, and each draw differs."""
+    ensemble = scatter_members(tiny_ensemble(2, lora_dropout=0.3)).train()
+    layer = next(layer for name, layer in joint_layers(ensemble.base).items() if "up_proj" in name)
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 32, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    drawn = torch.stack([compiled(x).detach() for _ in range(400)])
+    torch._dynamo.reset()
+    assert not torch.equal(drawn[0], drawn[1])
+    error = (drawn.mean(0) - layer.eval()(x)) / (drawn.std(0) / 400**0.5)
+    assert error.detach().std() == pytest.approx(1, abs=0.1)
+
+
 # Memory
 
 

@@ -215,9 +215,9 @@ def draw_kept(like: Tensor, rate: float) -> tuple[Tensor, float]:
     """Which entries dropout keeps, as 1 and 0 in the shape and dtype of `like`, and the exact share that it keeps.
 
     On a CPU each entry takes 16 bits of the generator, so that the rate is a multiple of 2⁻¹⁶. PyTorch's own draw takes
-    five times as long there on processors without MKL's generators.
+    five times as long there on processors without MKL's generators. A compiled layer draws in its own kernel.
     """
-    if like.device.type != "cpu":
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty_like(like).bernoulli_(1 - rate), 1 - rate
     dropped = min(round(rate * 65536), 65535)  # of the 65,536 values of 16 bits
     words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
