@@ -273,7 +273,7 @@ def coupled_heads(
 def heads(
     states: list[Tensor], train: list[Row], test: list[Row], ties: float, has_variance: bool
 ) -> tuple[list[PairScore], float, list[float] | None, float]:
-    """Scores of test pairs under linear heads, ties, their doubt √(σ₁² + σ₂²) if there are variances, and the penalty."""
+    """Scores of test pairs under linear heads, ties, their doubt √(σ₁² + σ₂²) if it has variances, the penalty."""
     x_train, x_test = standardised(states)
     votes_N3 = torch.tensor([votes_of(row) for row in train], dtype=torch.float64)
 
