@@ -50,6 +50,12 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "by-row": {},
     "by-author": {"routing_group": "author"},
 }
+KINDS = {
+    "contested": "both answers trained",
+    "one-sided": "one answer trained",
+    "unseen": "not trained",
+    "record": "other instructions",
+}
 MEASURES = ("max_epistemic", "epistemic", "total")
 AUTHOR = 8  # rows
 SAMPLES = 8  # of Monte Carlo dropout
@@ -142,6 +148,7 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     kind: [np.mean([getattr(a, what) for a in answers]) for answers in one]
                     for kind, one in by_kind.items()
                 }
+                line[f"values {what}"] = {kind: [float(v) for v in values] for kind, values in of.items()}
                 line[f"mean {what}"] = {kind: float(np.mean(values)) for kind, values in of.items()}
                 line[f"auroc {what}"] = {
                     kind: float(roc_auc_score([1] * len(of["contested"]) + [0] * len(values), of["contested"] + values))
@@ -163,6 +170,28 @@ def told(line: dict[str, Any]) -> str:
     return " | ".join([*parts, f"{line['apart']:6.3f}", f"{line['seconds']:7.0f}"])
 
 
+def draw(kept: Path, figure: Path) -> None:
+    """Draw kept runs: how much members disagree about answers of each kind, a panel for each system, seeds together."""
+    from matplotlib import pyplot as plt
+
+    found = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
+    names = [name for name in ("alpha-0", "by-row") if any(line["system"] == name for line in found)]
+    fig, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 2.8), sharex=True, sharey=True, squeeze=False)
+    titles = {"alpha-0": "independent members (α = 0)", "by-row": "α-Rényi members"}
+    for axis, name in zip(axes[0], names, strict=True):
+        for place, kind in enumerate(KINDS):
+            values = [v for line in found if line["system"] == name for v in line["values max_epistemic"][kind]]
+            heights = place + np.random.default_rng(0).uniform(-0.28, 0.28, len(values))
+            colour = "tab:red" if kind == "contested" else "tab:blue"
+            axis.plot(values, heights, "o", markersize=3, alpha=0.4, color=colour, markeredgewidth=0)
+        axis.axvline(np.log(2), color="grey", lw=0.8, ls=":")
+        axis.set(title=titles[name], xlabel="greatest disagreement at a token, nats")
+    axes[0][0].set_yticks(range(len(KINDS)), KINDS.values())
+    axes[0][0].set_ylim(len(KINDS) - 0.5, -0.5)
+    fig.tight_layout()
+    fig.savefig(figure, dpi=150)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="the folder with conflict/ and alpaca_en_demo.json")
@@ -177,7 +206,11 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--json", type=Path, help="a file to which a line is added for each run")
+    parser.add_argument("--draw", type=Path, help="draw the runs kept in --json, and run nothing")
     args = parser.parse_args()
+    if args.draw:
+        draw(args.json, args.draw)
+        return
     disable_progress_bars()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.members} members, {args.epochs:g} epochs"
