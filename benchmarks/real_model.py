@@ -69,11 +69,15 @@ def quieten(trainer: Any) -> None:
 
 
 class AnswerUncertainty(NamedTuple):
-    """Of one given answer, nats: means over its tokens, the greatest disagreement at a token, and ℓ of each member."""
+    """Of one given answer, nats: means over its tokens, the greatest disagreement at a token, and ℓ of each member.
+
+    `alone` is the mean entropy of the first member, which at α = 0 is the run of one adapter.
+    """
 
     total: float
     epistemic: float
     max_epistemic: float
+    alone: float
     log_likelihood: Tensor
 
 
@@ -105,4 +109,7 @@ def answer_uncertainty(log_p_MTV: Tensor, answer: list[int]) -> AnswerUncertaint
     of_tokens = token_uncertainty(log_p_MTV, running_weights(log_p_MTV, answer))
     total, epistemic = of_tokens.total, of_tokens.epistemic
     ell_M = log_p_MTV[:, range(len(answer)), answer].double().sum(1)
-    return AnswerUncertainty(float(total.mean()), float(epistemic.mean()), float(epistemic.max()), ell_M)
+    alone = token_uncertainty(log_p_MTV[:1]).total
+    return AnswerUncertainty(
+        float(total.mean()), float(epistemic.mean()), float(epistemic.max()), float(alone.mean()), ell_M
+    )
