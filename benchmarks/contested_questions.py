@@ -21,8 +21,8 @@ systems see the same rows in as many steps:
 
 Printed for every system, of the answers that were trained (of unseen questions, both): the AUROC with which the
 uncertainty of an answer tells contested questions from one-sided ones, from unseen ones and from trained Alpaca
-records: by the members' greatest disagreement at a token, by their mean disagreement (epistemic), by the mean total, and
-by that of the first member alone, which at α = 0 is one adapter. Then the mean of these on contested and one-sided
+records: by the members' greatest disagreement at a token, by their mean disagreement (epistemic), by the mean total,
+and by that of the first member alone, which at α = 0 is one adapter. Then the mean of these on contested and one-sided
 questions, nats, and the share of contested questions of which members prefer different sides. Temperature does not
 change an order, so one adapter with a temperature has the AUROC of one adapter.
 """
