@@ -510,6 +510,7 @@ def test_dropout_keeps_the_share_that_it_says(rate, dtype):
     """The count is binomial, and neighbours, which share a word of random bits, are independent."""
     torch.manual_seed(0)
     like = torch.empty(3, 7001, 11, dtype=dtype)  # no multiple of four
+    assert not draw_kept(like, 1.0)[0].any()
     kept, share = draw_kept(like, rate)
     assert kept.dtype == dtype
     assert kept.shape == like.shape

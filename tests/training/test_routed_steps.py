@@ -238,6 +238,23 @@ def test_a_rehearsal_takes_the_longest_rows_and_leaves_no_trace(tmp_path):
     assert not list(Path(tmp_path).iterdir())
 
 
+@pytest.mark.parametrize(
+    ("settings", "examples"), [({}, 4), ({"token_budget": 50}, 1), ({"padding_free": True, "max_length": None}, 4)]
+)
+def test_a_rehearsal_runs_the_largest_part_of_a_step(tmp_path, monkeypatch, settings, examples):
+    trainer = trainer_of(tmp_path, **SETTINGS, **settings)
+    longest = trainer._lengths().sort(descending=True).values[:examples].sum()
+    seen, step = [], trainer.compute_loss
+
+    def watched(model, inputs, *args, **kwargs):
+        seen.append(int((inputs["input_ids"] != 0).sum()))
+        return step(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", watched)
+    trainer.rehearse()
+    assert seen == [longest]
+
+
 # What does not go together
 
 

@@ -217,6 +217,8 @@ def draw_kept(like: Tensor, rate: float) -> tuple[Tensor, float]:
     On a CPU each entry takes 16 bits of the generator, so that the rate is a multiple of 2⁻¹⁶. PyTorch's own draw takes
     five times as long there on processors without MKL's generators. A compiled layer draws in its own kernel.
     """
+    if rate >= 1:
+        return torch.zeros_like(like), 1.0
     if like.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty_like(like).bernoulli_(1 - rate), 1 - rate
     dropped = min(round(rate * 65536), 65535)  # of the 65,536 values of 16 bits

@@ -199,8 +199,10 @@ class RoutedSteps(Trainer):
         if self.args.activation_checkpointing:
             self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs or None)
         rows = self._longest(self.args.per_device_train_batch_size)
-        largest = self._parts(self.data_collator(rows))[0]["input_ids"]
-        batch = self.data_collator(rows[: len(largest) // self.rows_per_example])
+        largest, *others = self._parts(self.data_collator(rows))
+        if others:
+            rows = rows[: len(largest["input_ids"]) // self.rows_per_example]
+        batch = self.data_collator(rows)
         for parameter in self.trained_parameters():
             parameter.grad = torch.zeros_like(parameter)
         items = self._get_num_items_in_batch([batch], self.args.device)
