@@ -185,6 +185,7 @@ def draw(kept: Path, figure: Path) -> None:
             colour = "tab:red" if kind == "contested" else "tab:blue"
             axis.plot(values, heights, "o", markersize=3, alpha=0.4, color=colour, markeredgewidth=0)
         axis.axvline(np.log(2), color="grey", lw=0.8, ls=":")
+        axis.text(np.log(2) - 0.01, len(KINDS) - 0.55, "ln 2", ha="right", fontsize=8, color="grey")
         axis.set(title=titles[name], xlabel="greatest disagreement at a token, nats")
     axes[0][0].set_yticks(range(len(KINDS)), KINDS.values())
     axes[0][0].set_ylim(len(KINDS) - 0.5, -0.5)
