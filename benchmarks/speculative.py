@@ -79,8 +79,9 @@ def main() -> None:
     rows = [json.loads(line) for line in lines]
     prompts = []
     for row in rows:
-        asked = [{"role": "user", "content": row["messages"][0]["content"] if "messages" in row else row["prompt"]}]
-        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        text = row.get("prompt")
+        if text is None:
+            text = tokenizer.apply_chat_template(row["messages"][:1], tokenize=False, add_generation_prompt=True)
         prompts.append(tokenizer(text, return_tensors="pt")["input_ids"])
     members = tuple(range(ensemble.num_members))
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {len(members)} members")
