@@ -25,6 +25,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def margins(trainer: RenyiDPOTrainer, rows: list[Row]) -> np.ndarray:
     """Each member's margin of the chosen answers [P, M]."""
-    preparation = PairPreparation.of(trainer.args)
+    preparation = replace(PairPreparation.of(trainer.args), routing_group=None)
     prepared = preparation.prepare(Dataset.from_list(rows), trainer.processing_class)
     with trainer.accelerator.autocast():
         found = score_pairs(trainer.model, prepared, trainer.args.preference_loss, trainer.reference, preparation)
