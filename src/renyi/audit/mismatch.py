@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 QUANTILES = (0.9, 0.8, 0.7, 0.6)  # of what mismatched answers gain: the limit is one of these, or no gain at all
-MOST = 0.1  # share of rows below the limit from which gains are too small to tell rows apart
+MOST = 0.1  # share of rows that may be below a limit; errors are few, so of more rows most would be called wrongly
 
 
 class Gains(NamedTuple):
@@ -41,7 +41,8 @@ def gains_of(own_n: Floats, rivals_Rn: Floats) -> Gains:
     What a mismatched answer gains is known, because every answer has been tried with wrong prompts: the difference
     between two of them, scaled to the variance of a gain, σ²(1 + 1/R). Nine mismatched answers in ten gain less than
     the 0.9 quantile of these differences. That is the limit if few rows are below it. Where answers gain little by
-    themselves (labels, yes and no), many are below it. Then lower quantiles are tried, and at last no gain at all.
+    themselves (labels, yes and no), many are below it. Then lower quantiles are tried, and at last no gain at all. If
+    more than a tenth of the answers gain nothing, prompts say too little about answers here, and the limit is −∞.
 
     Args:
         own_n: log-likelihood of each answer after its own prompt, nats.
@@ -54,8 +55,8 @@ def gains_of(own_n: Floats, rivals_Rn: Floats) -> Gains:
     rivals, number = rivals_Rn[:, known], len(rivals_Rn)
     differences = np.concatenate([rivals[a] - rivals[b] for a, b in combinations(range(number), 2)])
     mismatched = np.concatenate([differences, -differences]) * np.sqrt((1 + 1 / number) / 2)
-    limits = np.quantile(mismatched, QUANTILES).tolist()
-    limit = next((limit for limit in limits if np.mean(nats[known] <= limit) <= MOST), 0.0)
+    limits = [*np.quantile(mismatched, QUANTILES).tolist(), 0.0]
+    limit = next((limit for limit in limits if np.mean(nats[known] <= limit) <= MOST), -np.inf)
     rank = np.ones_like(nats)
     rank[known] = np.searchsorted(np.sort(mismatched), nats[known]) / len(mismatched)
     return Gains(nats, limit, rank)
