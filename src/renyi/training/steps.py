@@ -22,8 +22,7 @@ from renyi.training.memory import LEAST_TOKENS, tokens_that_fit
 
 # The least default budget: a pass of fewer tokens would not keep a processor busy.
 LEAST_BUDGET = 8192
-# The greatest default budget on a CPU. Longer passes are no faster there, and take more memory: with four members on
-# SmolLM2-135M three steps of 8 rows took 102 s and 6.7 GB at 8,192 tokens, 81 s and 3.8 GB at 4,096, both on two cores.
+# The default budget on a CPU. Longer passes are no faster there, and take more memory.
 CPU_BUDGET = 4096
 
 
