@@ -124,21 +124,7 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         questions, rows = read(args, seed)
         for name in args.systems:
             began = time.perf_counter()
-            torch.manual_seed(seed)
-            settings = {"num_members": args.members, "alpha": args.alpha, **SYSTEMS[name]}
-            rank = args.rank * (args.members if name == "one-mr" else 1)
-            trainer = real_model.train(
-                args.model,
-                rows,
-                seed,
-                rank=rank,
-                num_train_epochs=args.epochs,
-                per_device_train_batch_size=16,
-                learning_rate=args.learning_rate,
-                warmup_steps=0.05,
-                lr_scheduler_type="linear",
-                **settings,
-            )
+            trainer = real_model.train_system(args, rows, seed, name, SYSTEMS[name])
             trained = time.perf_counter() - began
             found = measured(trainer, questions, name)
             line: dict[str, Any] = {"system": name, "seed": seed, "rows": len(rows), "seconds": trained}
@@ -194,19 +180,10 @@ def draw(kept: Path, figure: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with conflict/ and alpaca_en_demo.json")
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--members", type=int, default=2)
-    parser.add_argument("--alpha", type=float, default=0.8)
+    data = "the folder with conflict/ and alpaca_en_demo.json"
+    parser = real_model.study_parser(__doc__, data, SYSTEMS, epochs=4.0, learning_rate=1e-3)
     parser.add_argument("--contested", type=int, default=120, help="questions with both answers")
     parser.add_argument("--one_sided", type=int, default=80, help="questions with one answer; as many are unseen")
-    parser.add_argument("--epochs", type=float, default=4.0)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--json", type=Path, help="a file to which a line is added for each run")
     parser.add_argument("--draw", type=Path, help="draw the runs kept in --json, and run nothing")
     args = parser.parse_args()
     if args.draw:
@@ -222,11 +199,7 @@ def main() -> None:
     kinds = " | ".join(["  ".join(f"{kind:>9}" for kind in ("one-sided", "unseen", "record"))] * len(MEASURES))
     two = " | ".join(["  ".join(f"{kind:>9}" for kind in ("contested", "one-sided"))] * len(MEASURES))
     print(f"{'system':10} seed  | {kinds} | {two} |  apart | seconds")
-    for line in lines(args):
-        print(told(line), flush=True)
-        if args.json:
-            with args.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    real_model.keep(lines(args), told, args.json)
 
 
 if __name__ == "__main__":

@@ -89,19 +89,7 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         rows = [{"prompt": f"{q.question}\nAnswer:", "completion": f" {q.choices[q.answer]}"} for q in train]
         for name in args.systems:
             began = time.perf_counter()
-            torch.manual_seed(seed)
-            trainer = real_model.train(
-                args.model,
-                rows,
-                seed,
-                rank=args.rank * (args.members if name == "one-mr" else 1),
-                num_train_epochs=args.epochs,
-                per_device_train_batch_size=16,
-                learning_rate=args.learning_rate,
-                warmup_steps=0.05,
-                lr_scheduler_type="linear",
-                **{"num_members": args.members, "alpha": args.alpha, **SYSTEMS[name]},
-            )
+            trainer = real_model.train_system(args, rows, seed, name, SYSTEMS[name])
             trained = time.perf_counter() - began
             here, there = (opinion(trainer, questions, name == "dropout") for questions in (test, elsewhere))
             found = evaluate_choice(
@@ -140,29 +128,16 @@ def told(line: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="the folder with choice/ and mmlu/")
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--members", type=int, default=4)
-    parser.add_argument("--alpha", type=float, default=0.8)
+    data, defaults = "the folder with choice/ and mmlu/", {"members": 4, "rank": 8}
+    parser = real_model.study_parser(__doc__, data, SYSTEMS, epochs=2.0, learning_rate=4e-4, **defaults)
     parser.add_argument("--rows", type=int, default=800, help="trained questions")
     parser.add_argument("--questions", type=int, default=300, help="tested ones; half as many of MMLU")
-    parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=4e-4)
-    parser.add_argument("--json", type=Path, help="a file to which a line is added for each system")
     args = parser.parse_args()
     disable_progress_bars()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.members} members, alpha {args.alpha:g}")
     figures = "".join(f"{name:23}" for name in ("accuracy", "NLL", "Brier", "ECE", "AURC"))
     print(f"{'system':32} seed | {figures} | MMLU: total, apart | train, all s")
-    for line in lines(args):
-        print(told(line), flush=True)
-        if args.json:
-            with args.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    real_model.keep(lines(args), told, args.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """What the studies on a real chat model share: training, and the uncertainty of given answers."""
 
+import argparse
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -62,10 +65,55 @@ def train(
     return trainer
 
 
+def keep(lines: Iterable[dict[str, Any]], told: Callable[[dict[str, Any]], str], file: Path | None) -> None:
+    """Print each line as it comes, and add it to a file of JSON lines if there is one."""
+    for line in lines:
+        print(told(line), flush=True)
+        if file:
+            with file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(line, default=str) + "\n")
+
+
 def quieten(trainer: Any) -> None:
     """Take the callbacks away that print."""
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
+
+
+def study_parser(doc: str | None, data: str, systems: Iterable[str], **defaults: Any) -> argparse.ArgumentParser:
+    """The arguments that the studies share. `data` says what --data is; `defaults` are those of the study."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help=data)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--systems", nargs="+", choices=list(systems), default=list(systems))
+    parser.add_argument("--members", type=int, default=2)
+    parser.add_argument("--alpha", type=float, default=0.8)
+    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float)
+    parser.add_argument("--json", type=Path, help="a file to which a line is added for each run")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def train_system(
+    args: argparse.Namespace, rows: Sequence[dict[str, Any]], seed: int, name: str, settings: dict[str, Any]
+) -> RenyiSFTTrainer:
+    """Train one system of a study with the study's arguments; "one-mr" has M times the rank."""
+    torch.manual_seed(seed)
+    return train(
+        args.model,
+        rows,
+        seed,
+        rank=args.rank * (args.members if name == "one-mr" else 1),
+        num_train_epochs=args.epochs,
+        per_device_train_batch_size=16,
+        learning_rate=args.learning_rate,
+        warmup_steps=0.05,
+        lr_scheduler_type="linear",
+        **{"num_members": args.members, "alpha": args.alpha, **settings},
+    )
 
 
 class AnswerUncertainty(NamedTuple):

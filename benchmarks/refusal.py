@@ -20,13 +20,11 @@ training annotators' kinds and the members that explain their labels best; and s
 
 import argparse
 import csv
-import json
 import random
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,32 +190,19 @@ def told(line: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="XSTest's completions with labels, a csv")
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--members", type=int, default=2)
-    parser.add_argument("--alpha", type=float, default=0.8)
+    data = "XSTest's completions with labels, a csv"
+    parser = real_model.study_parser(__doc__, data, SYSTEMS, epochs=3.0, learning_rate=2e-4)
     parser.add_argument("--pairs", type=int, default=160)
     parser.add_argument("--held_out", type=int, default=60, help="prompts")
     parser.add_argument("--answered", type=int, default=40, help="held-out prompts that are answered")
     parser.add_argument("--words", type=int, default=30, help="of a helpful answer")
     parser.add_argument("--new_tokens", type=int, default=40)
-    parser.add_argument("--epochs", type=float, default=3.0)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--learning_rate", type=float, default=2e-4)
-    parser.add_argument("--json", type=Path, help="a file to which a line is added for each run")
     args = parser.parse_args()
     disable_progress_bars()
     logging.disable_progress_bar()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.members} members, alpha {args.alpha:g}")
     print("system       seed |  members refuse   | variance | prefer a refusal  | variance | annotators | train, all s")
-    for line in lines(args):
-        print(told(line), flush=True)
-        if args.json:
-            with args.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    real_model.keep(lines(args), told, args.json)
 
 
 if __name__ == "__main__":

@@ -51,15 +51,11 @@ def acceptance(ensemble: LoraEnsemble, prompts: list[Tensor], new_tokens: int) -
     for ids_1T in prompts:
         answer = ensemble.generate(ids_1T, do_sample=False, max_new_tokens=new_tokens)
         whole, start = answer.sequences, ids_1T.shape[1] - 1
-        mixed = torch.einsum(
-            "kn,knv->nv",
-            answer.weights[:, 0],
-            ensemble.logits(whole, torch.ones_like(whole))[:, 0, start:-1].double().softmax(-1),
-        )
+        members = ensemble.logits(whole, torch.ones_like(whole))[:, 0, start:-1].double().softmax(-1)
+        mixed = torch.einsum("kn,knv->nv", answer.weights[:, 0], members)
         with ensemble.using(()):
             base = ensemble.base(whole).logits[0, start:-1].double().softmax(-1)
-        one = ensemble.logits(whole, torch.ones_like(whole))[0, 0, start:-1].double().softmax(-1)
-        for name, draft in (("one member", one), ("the base", base)):
+        for name, draft in (("one member", members[0]), ("the base", base)):
             same[name].append((draft.argmax(-1) == mixed.argmax(-1)).double())
             overlap[name].append(torch.minimum(draft, mixed).sum(-1))
     return {name: (float(torch.cat(same[name]).mean()), float(torch.cat(overlap[name]).mean())) for name in same}

@@ -502,11 +502,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for level in (0, 1):
         print(" | ".join(f"{column[level]:{len(column[1])}}" for column in COLUMNS))
-    for line in lines(args):
-        print(told(line), flush=True)
-        if args.json:
-            with args.json.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, default=str) + "\n")
+    real_model.keep(lines(args), told, args.json)
 
 
 if __name__ == "__main__":
