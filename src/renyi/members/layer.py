@@ -169,9 +169,8 @@ class JointLayer(nn.Module):
         return updated.to(result.dtype).view_as(result)
 
     def _dropped(self, x_MNI: Tensor, precision: torch.dtype | None) -> Tensor:
-        """The input of the update. A single member in full precision drops what PEFT's adapter drops."""
-        is_pefts = len(x_MNI) == 1 and precision not in _HALF
-        if is_pefts or not self.training or type(self.lora_dropout) is not nn.Dropout:
+        """The input of the update, some of it dropped in training."""
+        if _is_pefts(len(x_MNI), precision) or not self.training or type(self.lora_dropout) is not nn.Dropout:
             return self.lora_dropout(x_MNI)
         kept_MNI, share = draw_kept(x_MNI, self.lora_dropout.p)
         return x_MNI * kept_MNI / share
@@ -190,10 +189,8 @@ class JointLayer(nn.Module):
         if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
             return None  # accelerate loads offloaded weights in hooks
         precision = _common_dtype(x, layer.weight, A_MRI)
-        if precision is None or (precision == torch.float32 and len(A_MRI) == 1):
-            return None  # one member must equal PEFT's adapter to the last digit, so sums keep PEFT's order
-        if len(A_MRI) == 1 and precision not in _HALF and not isinstance(self.lora_dropout, nn.Identity):
-            return None  # and it drops what PEFT's adapter drops
+        if precision is None or _is_pefts(len(A_MRI), precision):
+            return None
         frozen: tuple[Tensor, Tensor | None] = layer.weight, layer.bias
         if self.cast is not None and self.cast[0].dtype == precision:
             frozen = self.cast
@@ -202,6 +199,11 @@ class JointLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scaling={self.scaling:g}"
+
+
+def _is_pefts(num_members: int, precision: torch.dtype | None) -> bool:
+    """Whether this is one member in full precision. It sums and drops as PEFT's adapter does, to the last digit."""
+    return num_members == 1 and precision not in _HALF
 
 
 def _common_dtype(x: Tensor, weight: Tensor, adapter: Tensor) -> torch.dtype | None:

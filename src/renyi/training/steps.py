@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
-from renyi.routing import PLACES, Routed, Router, RoutingPlan, Sums, member_shares, pair_sums
+from renyi.routing import PLACES, SHARE, Routed, Router, RoutingPlan, Sums, member_shares, pair_sums
 from renyi.training.memory import LEAST_TOKENS, tokens_that_fit
 
 # The least default budget: a pass of fewer tokens would not keep a processor busy.
@@ -197,11 +197,8 @@ class RoutedSteps(Trainer):
         self.current_gradient_accumulation_steps = 1  # the training loop sets it, and turns on what follows
         if self.args.activation_checkpointing:
             self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs or None)
-        rows = self._longest(self.args.per_device_train_batch_size)
-        largest, *others = self._parts(self.data_collator(rows))
-        if others:
-            rows = rows[: len(largest["input_ids"]) // self.rows_per_example]
-        batch = self.data_collator(rows)
+        largest = self._parts(self.data_collator(self._longest(self.args.per_device_train_batch_size)))[0]
+        batch = {name: value for name, value in largest.items() if name not in (PLACES, SHARE)}
         for parameter in self.trained_parameters():
             parameter.grad = torch.zeros_like(parameter)
         items = self._get_num_items_in_batch([batch], self.args.device)
