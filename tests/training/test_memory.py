@@ -1,5 +1,7 @@
 """Gradient checkpointing is left out where activations fit in memory, and only there."""
 
+import gc
+
 import pytest
 import torch
 from tiny import tiny_ensemble, trainer_of
@@ -21,6 +23,19 @@ def test_activations_of_a_row_are_counted_to_the_byte() -> None:
     fits = memory.tokens_that_fit(ensemble, 10, torch.enable_grad)
     assert fits == int(memory.SHARE * memory.main_memory() * 10 / (memory.BESIDE * two))
     assert not ensemble.training
+
+
+def test_nothing_of_the_measured_pass_stays_in_memory() -> None:
+    ensemble = tiny_ensemble(2)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(held, torch.Tensor) for held in gc.get_objects())
+
+    memory.tokens_that_fit(ensemble, 10, torch.enable_grad)
+    before = tensors()
+    memory.tokens_that_fit(ensemble, 10, torch.enable_grad)
+    assert tensors() == before
 
 
 def test_a_container_has_the_memory_that_it_is_given(monkeypatch, tmp_path) -> None:

@@ -43,22 +43,20 @@ def tokens_that_fit(ensemble: LoraEnsemble, longest: int, autocast: Callable[[],
 
 def _saved_bytes(ensemble: LoraEnsemble, rows: int, length: int, autocast: Callable[[], AbstractContextManager]) -> int:
     """The bytes that one member's pass over some rows keeps for its backward, frozen weights included."""
-    sizes: dict[int, int] = {}
+    kept: dict[int, torch.UntypedStorage] = {}  # alive until they are summed, so that no two have the same address
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:  # without a result: a saved tensor that refers to its own graph is never freed
         storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        kept[storage.data_ptr()] = storage
 
     was_training = ensemble.training
     ensemble.train()
     try:
-        with saved_tensors_hooks(keep, lambda tensor: tensor), ensemble.using([0]), autocast():
-            output = ensemble(torch.ones(rows, length, dtype=torch.long))
-        del output  # storages must live until here, so that no two have the same address
+        with saved_tensors_hooks(keep, lambda nothing: nothing), ensemble.using([0]), autocast():
+            ensemble(torch.ones(rows, length, dtype=torch.long))
     finally:
         ensemble.train(was_training)
-    return sum(sizes.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def main_memory() -> int:
