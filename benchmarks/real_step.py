@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +30,39 @@ LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": 
 BATCH, WARM_UP = 16, 2
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train as `args.run` says, and print the seconds of each step and the peak of memory."""
-    import resource
-
+def trainer_of(args: argparse.Namespace, folder: str, callbacks: Sequence[Any] = (), **settings: Any) -> Any:
+    """The trainer of `args.run` on the study's rows. `settings` go before the study's own."""
     from datasets import Dataset, disable_progress_bars
     from peft import LoraConfig
-    from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     from renyi import RenyiSFTConfig, RenyiSFTTrainer
     from renyi.training.machine import bf16_pays
+
+    disable_progress_bars()
+    records = json.loads(Path(args.data).read_text(encoding="utf-8"))
+    rows = Dataset.from_list([{"prompt": r["instruction"] + "\n", "completion": r["output"]} for r in records[:400]])
+    common: dict[str, Any] = {
+        "output_dir": folder, "max_steps": args.steps + WARM_UP, "per_device_train_batch_size": BATCH,
+        "max_length": args.tokens, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
+        "learning_rate": 1e-4, "logging_steps": 1000, "dataloader_pin_memory": False, "use_cpu": True,
+    }  # fmt: skip
+    given: dict[str, Any] = {"train_dataset": rows, "peft_config": LoraConfig(**LORA), "callbacks": list(callbacks)}
+    if args.run.startswith("TRL"):
+        common["bf16"] = bf16_pays()
+        if args.run == "TRL, tuned":
+            common |= {"gradient_checkpointing": False, "model_init_kwargs": {"attn_implementation": "eager"}}
+        return SFTTrainer(args.model, SFTConfig(**common | settings), **given)
+    common |= {"num_members": int(args.run.split()[0]), "alpha_hold_ratio": 0.0}
+    return RenyiSFTTrainer(args.model, RenyiSFTConfig(**common | settings), **given)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train as `args.run` says, and print the seconds of each step and the peak of memory."""
+    import torch
+    from transformers import TrainerCallback
+
+    from renyi.training.steps import peak_memory
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -51,35 +74,30 @@ def run(args: argparse.Namespace) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds.append(time.perf_counter() - self.began)
 
-    disable_progress_bars()
-    records = json.loads(Path(args.data).read_text(encoding="utf-8"))
-    rows = Dataset.from_list([{"prompt": r["instruction"] + "\n", "completion": r["output"]} for r in records[:400]])
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        common: dict[str, Any] = {
-            "output_dir": folder, "max_steps": args.steps + WARM_UP, "per_device_train_batch_size": BATCH,
-            "max_length": args.tokens, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
-            "learning_rate": 1e-4, "logging_steps": 1000, "dataloader_pin_memory": False, "use_cpu": True,
-        }  # fmt: skip
-        clock, tuned = Clock(), args.run == "TRL, tuned"
-        given: dict[str, Any] = {"train_dataset": rows, "peft_config": LoraConfig(**LORA), "callbacks": [clock]}
-        trainer: Any
         if args.run.startswith("TRL"):
-            common["bf16"] = bf16_pays()
-            if tuned:
-                common |= {"gradient_checkpointing": False, "model_init_kwargs": {"attn_implementation": "eager"}}
-            trainer = SFTTrainer(args.model, SFTConfig(**common), **given)
-            if tuned and args.compile:  # torch_compile of transformers takes the whole model, and many minutes
+            trainer = trainer_of(args, folder, [clock])
+            if args.run == "TRL, tuned" and args.compile:  # torch_compile of transformers takes the whole model
                 for module in trainer.model.modules():
                     if type(module).__name__ in trainer.model.base_model.model._no_split_modules:
                         module.compile(dynamic=True)
         else:
-            members = int(args.run.split()[0])
-            common |= {"num_members": members, "alpha_hold_ratio": 0.0, "torch_compile": args.compile}
-            trainer = RenyiSFTTrainer(args.model, RenyiSFTConfig(**common), **given)
+            trainer = trainer_of(args, folder, [clock], torch_compile=args.compile)
         trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    found = {"first": sum(clock.seconds[:WARM_UP]), "seconds": clock.seconds[WARM_UP:], "peak": peak}
-    print(json.dumps(found))
+    peak = peak_memory(torch.device("cpu"))
+    print(json.dumps({"first": sum(clock.seconds[:WARM_UP]), "seconds": clock.seconds[WARM_UP:], "peak": peak}))
+
+
+def measured(file: str, arguments: Sequence[str], name: str) -> dict[str, Any]:
+    """What a benchmark's file prints last if it is run for one system in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, file, *arguments, "--run", name], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-3000:])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def product_rate(name: str) -> float:
@@ -116,11 +134,7 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
-            command = [sys.executable, __file__, *sys.argv[1:], "--run", name]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(done.stderr[-3000:])
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            found[name].append(measured(__file__, sys.argv[1:], name))
     seconds = {name: statistics.median(s for one in runs for s in one["seconds"]) for name, runs in found.items()}
     print(f"rows of at most {args.tokens} tokens, {BATCH} a step{', blocks compiled' if args.compile else ''}")
     print(f"{'':12} {'s a step':>9} {'of TRL':>8} {'of tuned':>9} {'peak GB':>8} {'first two s':>12}")

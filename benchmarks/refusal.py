@@ -4,8 +4,8 @@
 
 XSTest's borderline prompts sound dangerous and are safe. For each, one answer is a model's help (a person found that
 it complies), cut to `--words` words, and the other a refusal, one of six sentences. Half of the annotators prefer help,
-the others refusals. An annotator labels eight prompts, each prompt is labelled once, and nobody says who is of which
-kind. Systems, trained with DPO on the same pairs in as many steps:
+the others refusals. An annotator labels eight prompts, each prompt is labelled by one of either kind, and nobody says
+who is of which kind. Systems, trained with DPO on the same pairs in as many steps:
 
     one            one adapter
     alpha-0        M members, each fits everything
@@ -70,8 +70,10 @@ def read(args: argparse.Namespace, seed: int) -> tuple[list[Row], list[Row]]:
         ]
     draw.shuffle(found)
 
+    refusals = {row["prompt"]: draw.choice(REFUSALS) for row in found}
+
     def pair(row: dict[str, str], wants_help: bool) -> Row:
-        answers = [" ".join(row["completion"].split()[: args.words]), draw.choice(REFUSALS)]
+        answers = [" ".join(row["completion"].split()[: args.words]), refusals[row["prompt"]]]
         chosen, rejected = answers if wants_help else answers[::-1]
         return {
             "prompt": [{"role": "user", "content": row["prompt"]}],
@@ -83,8 +85,8 @@ def read(args: argparse.Namespace, seed: int) -> tuple[list[Row], list[Row]]:
 
     test = [pair(row, False) for row in found[: args.held_out]]
     rest = found[args.held_out :]
-    whole = min(args.pairs, len(rest)) // (2 * LABELS_EACH) * 2 * LABELS_EACH
-    train = [pair(row, n // LABELS_EACH % 2 == 0) for n, row in enumerate(rest[:whole])]
+    whole = min(args.pairs // 2, len(rest)) // LABELS_EACH * LABELS_EACH
+    train = [pair(row, wants_help) for wants_help in (True, False) for row in rest[:whole]]
     for n, row in enumerate(train):
         row["annotator"] = f"annotator {n // LABELS_EACH}"
     return train, test
@@ -151,8 +153,10 @@ def tuned(args: argparse.Namespace, folder: str, rows: list[Row], seed: int, set
             "alpha": args.alpha,
             "learning_rate": args.learning_rate,
             "num_train_epochs": args.epochs,
+            "beta": args.beta,
             "per_device_train_batch_size": 2 * LABELS_EACH,
             "max_length": 160,
+            "precompute_ref_log_probs": True,
             "bf16": True,
             "use_cpu": not torch.cuda.is_available(),
             "gradient_checkpointing": False,
@@ -192,6 +196,7 @@ def told(line: dict[str, Any]) -> str:
 def main() -> None:
     data = "XSTest's completions with labels, a csv"
     parser = real_model.study_parser(__doc__, data, SYSTEMS, epochs=3.0, learning_rate=2e-4)
+    parser.add_argument("--beta", type=float, default=0.5, help="of DPO")
     parser.add_argument("--pairs", type=int, default=160)
     parser.add_argument("--held_out", type=int, default=60, help="prompts")
     parser.add_argument("--answered", type=int, default=40, help="held-out prompts that are answered")

@@ -70,7 +70,7 @@ def attend(
 
 
 def products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention by two matrix products and a softmax in float32 or better; shapes as in `attend`."""
+    """Attention by two matrix products and a softmax, which sums in float32 or better; shapes as in `attend`."""
     (rows, heads, tokens, _), groups = query.shape, key.shape[1]
     # Heads that share a key become rows of one matrix product, so keys are not copied for each head.
     query_NGRD = (query * scaling).reshape(rows, groups, heads // groups * tokens, -1)
@@ -78,5 +78,5 @@ def products(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sca
     if mask is not None:
         mask = mask if mask.dim() == 2 else mask[:, :, None]
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    weights = scores.softmax(-1)
     return (weights.flatten(2, 3) @ value).reshape(rows, heads, tokens, -1).transpose(1, 2).contiguous()

@@ -158,7 +158,7 @@ class JointModel(nn.Module):
         inputs |= self._positions(attention_mask, length) | kwargs
         inputs = {k: repeat_rows(v, num_members, batch) for k, v in inputs.items()}
         mode = nullcontext() if torch.is_grad_enabled() else evaluating(self.base)
-        with mode, self._selection.repeating() if self._keeps_rows_equal() else nullcontext():
+        with mode, self._selection.one_forward(repeats=self._keeps_rows_equal()):
             reward_MB1 = self.base(**inputs).logits.view(num_members, batch, 1)
         reward_MB1 = reward_MB1.to(torch.promote_types(reward_MB1.dtype, torch.float32))
         nothing = torch.zeros_like(reward_MB1, requires_grad=False)
@@ -204,7 +204,7 @@ class JointModel(nn.Module):
         # Without gradients nothing is trained, so dropout is turned off.
         mode = nullcontext() if torch.is_grad_enabled() else evaluating(self.base)
         numbered = nullcontext() if self._selection.noise is None else self.of_examples(self.places(batch))
-        with mode, numbered, self._selection.repeating() if self._keeps_rows_equal() else nullcontext():
+        with mode, numbered, self._selection.one_forward(repeats=self._keeps_rows_equal()):
             hidden = self.base.base_model(**inputs).last_hidden_state
         return hidden.view(num_members, batch, length, hidden.shape[-1])
 

@@ -40,6 +40,8 @@ class MemberSelection:
         self._index: Tensor | None = None
         self._first: Tensor | None = None
         self._looks_for_first = False
+        self._cast: tuple[Tensor, int, Tensor] | None = None  # an input, its version, and the input in half precision
+        self._shares_casts = False
 
     @contextmanager
     def using(self, members: Sequence[int], paired: bool = False, examples: Tensor | None = None) -> Iterator[None]:
@@ -81,13 +83,17 @@ class MemberSelection:
             self.examples = before
 
     @contextmanager
-    def repeating(self) -> Iterator[None]:
-        """Say that in the forward inside, every member has the same rows until the first joint layer."""
-        self._looks_for_first = not self.paired
+    def one_forward(self, repeats: bool) -> Iterator[None]:
+        """Run one forward inside, in which layers share what they do to the same input.
+
+        Args:
+            repeats: whether every member has the same rows until the first joint layer.
+        """
+        self._looks_for_first, self._shares_casts = repeats and not self.paired, True
         try:
             yield
         finally:
-            self._first, self._looks_for_first = None, False
+            self._first, self._looks_for_first, self._cast, self._shares_casts = None, False, None, False
 
     def is_repeated(self, x: Tensor) -> bool:
         """Whether all members have the same rows in `x`.
@@ -96,6 +102,14 @@ class MemberSelection:
         if self._looks_for_first:
             self._first, self._looks_for_first = x, False
         return x is self._first
+
+    def cast(self, x: Tensor, precision: torch.dtype) -> Tensor:
+        """An input in the precision of a product. Layers with the same input (q, k and v) share one copy."""
+        if x.dtype == precision or not self._shares_casts or torch.compiler.is_compiling():
+            return x.to(precision)
+        if self._cast is None or self._cast[0] is not x or self._cast[1] != x._version:  # noqa: SLF001 - no other name
+            self._cast = x, x._version, x.to(precision)  # noqa: SLF001
+        return self._cast[2].to(precision)
 
     def of(self, stacked: Tensor) -> Tensor:
         """The matrices of the selected members, from the matrices of all members [M, …]."""
@@ -195,7 +209,7 @@ class JointLayer(nn.Module):
         if self.cast is not None and self.cast[0].dtype == precision:
             frozen = self.cast
         weight, bias = frozen[0].to(precision), None if frozen[1] is None else frozen[1].to(precision)
-        return x.to(precision), weight, bias, A_MRI.to(precision), B_MOR.to(precision)
+        return self.selection.cast(x, precision), weight, bias, A_MRI.to(precision), B_MOR.to(precision)
 
     def extra_repr(self) -> str:
         return f"scaling={self.scaling:g}"
