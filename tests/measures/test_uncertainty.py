@@ -177,7 +177,7 @@ def test_a_dropped_member_has_no_say(row):
 @pytest.mark.parametrize("at_once", [2**17, 500, 1])  # whole, in parts of 3 and 1, position by position
 def test_weights_of_each_position(at_once, monkeypatch):
     """The running weights of a sequence: each position is what it would be by itself."""
-    monkeypatch.setattr(uncertainty, "_CACHED", at_once)
+    monkeypatch.setattr(uncertainty, "CACHED", at_once)
     log_probs, log_weights = random_log_probs(3, 4, 5, 11), random_log_probs(3, 4, 5, seed=1)
     u = token_uncertainty(log_probs, log_weights)
     for b in range(4):

@@ -82,8 +82,7 @@ def step(
         EnsembleFormatError: a member's logits are NaN.
     """
     num_members, batch, _ = logits_KBV.shape
-    logits_KBV = logits_KBV.float()
-    log_p_KBV = logits_KBV.log_softmax(-1)
+    log_p_KBV = logits_KBV.log_softmax(-1, dtype=torch.float32)
     _check_numbers(log_p_KBV)
     token_B = choice(ids_BT, mixture_logits(logits_KBV, log_p_KBV, log_w_KB))
     if unfinished_B is not None:

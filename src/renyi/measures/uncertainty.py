@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import vecdot
 
-from renyi.objectives.mixture import effective_members, responsibilities
+from renyi.objectives.mixture import CACHED, effective_members, responsibilities
 
-_CACHED = 2**17  # so many numbers and the copies made of them fit in the cache of a CPU
 _IMPOSSIBLE = -1e30  # takes the place of log 0: its exp is 0, and 0 times it is not NaN
 
 
@@ -53,35 +53,48 @@ def token_uncertainty(log_probs: Tensor, log_weights: Tensor | None = None) -> T
         ValueError: log_weights does not match the members.
     """
     w = responsibilities(log_probs.new_zeros(log_probs.shape[:-1], dtype=torch.float64), 1.0, log_weights)  # [M, ...]
-    if log_probs.device.type == "cpu" and log_probs.dim() > 2 and log_probs.numel() > _CACHED:
-        many = _CACHED * log_probs.shape[1] // log_probs.numel()  # positions whose numbers fit in the cache together
-        parts = (x.split(many, 1) if many > 1 else x.unbind(1) for x in (log_probs, w))
-        each = [token_uncertainty(p, v.log()) for p, v in zip(*parts, strict=True)]
-        joined = torch.cat if many > 1 else torch.stack
-        return TokenUncertainty(*(joined(values) for values in zip(*each, strict=True)))
+    columns = log_probs.shape[-1]
+    if log_probs.device.type == "cpu" and log_probs.numel() > CACHED:
+        if log_probs.dim() > 2:
+            many = CACHED * log_probs.shape[1] // log_probs.numel()  # positions whose numbers fit in the cache together
+            parts = (x.split(many, 1) if many > 1 else x.unbind(1) for x in (log_probs, w))
+            each = [token_uncertainty(p, v.log()) for p, v in zip(*parts, strict=True)]
+            joined = torch.cat if many > 1 else torch.stack
+            return TokenUncertainty(*(joined(values) for values in zip(*each, strict=True)))
+        columns = max(1, CACHED // len(log_probs))
+    sums = torch.stack([_sums_of_tokens(part, w) for part in log_probs.split(columns, -1)]).sum(0)
+    total, aleatoric, epistemic, reverse_mi = sums[0], sums[1], sums[2].clamp(min=0.0), sums[3].clamp(min=0.0)
+    ratio = _variation_ratio(log_probs.argmax(-1), w)
+    return TokenUncertainty(total, aleatoric, epistemic, epistemic + reverse_mi, reverse_mi, ratio)
+
+
+def _sums_of_tokens(log_probs: Tensor, w: Tensor) -> Tensor:
+    """`token_uncertainty`'s total, aleatoric, epistemic and reverse_mi over some of the tokens, stacked: [4, ...].
+
+    A KL summed over some tokens only may be negative.
+    """
     # The heaviest member takes the place of members of weight 0, because 0 times an infinity would be NaN.
-    heaviest = w.argmax(0)[None, ..., None].expand_as(log_probs[:1])
-    heard = torch.where(w[..., None] > 0, log_probs, log_probs.gather(0, heaviest))
+    heard = log_probs
+    if not bool((w > 0).all()):
+        heaviest = w.argmax(0)[None, ..., None].expand_as(log_probs[:1])
+        heard = torch.where(w[..., None] > 0, log_probs, log_probs.gather(0, heaviest))
     lowest, highest = heard.amin(0), heard.amax(0)
     log_p = heard.clamp(min=_IMPOSSIBLE).double()
 
-    # exp takes most of the time, so it is computed once. The sums over members and tokens are matrix products.
+    # exp takes most of the time, so it is computed once. Sums over members are matrix products.
     p = log_p.exp()
     mixture = _over_members(w, p)
     log_mixture = torch.where(lowest == highest, log_p[0], mixture.log()).clamp(min=_IMPOSSIBLE)
     # Both KLs are summed term by term. So they are exactly 0 where the members agree; differences of entropies are not.
     excess = log_p - log_mixture
-    epistemic = (w * _over_tokens(p, excess)).sum(0).clamp(min=0.0)
-    reverse_mi = _over_tokens(mixture, -_over_members(w, excess)).clamp(min=0.0)
     is_ruled_out = ((lowest == -torch.inf) & (mixture > 0)).any(-1)
-    reverse_mi = reverse_mi.masked_fill(is_ruled_out, torch.inf)
-    return TokenUncertainty(
-        total=_over_tokens(mixture, -log_mixture),
-        aleatoric=0.0 - (w * _over_tokens(p, log_p)).sum(0),  # 0 − 0 is 0, and −0 is not
-        epistemic=epistemic,
-        expected_pairwise_kl=epistemic + reverse_mi,
-        reverse_mi=reverse_mi,
-        variation_ratio=_variation_ratio(log_probs.argmax(-1), w),
+    return torch.stack(
+        [
+            vecdot(mixture, -log_mixture),
+            0.0 - (w * vecdot(p, log_p)).sum(0),  # 0 − 0 is 0, and −0 is not
+            (w * vecdot(p, excess)).sum(0),
+            vecdot(mixture, -_over_members(w, excess)).masked_fill(is_ruled_out, torch.inf),
+        ]
     )
 
 
@@ -172,11 +185,6 @@ def _mean(values: Tensor, weights: Tensor, dim: int) -> Tensor:
 def _over_members(w: Tensor, values: Tensor) -> Tensor:
     """Σ_m w_m values_m: [..., V] from [M, ...] and [M, ..., V]."""
     return (w.movedim(0, -1)[..., None, :] @ values.movedim(0, -2)).squeeze(-2)
-
-
-def _over_tokens(a: Tensor, b: Tensor) -> Tensor:
-    """Σ_v a_v b_v: [...] from [..., V]."""
-    return (a[..., None, :] @ b[..., None])[..., 0, 0]
 
 
 def _variation_ratio(votes: Tensor, weights: Tensor) -> Tensor:

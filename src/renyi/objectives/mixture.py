@@ -31,6 +31,7 @@ from torch import Tensor
 # What responsibilities are computed from: the log-likelihood of a whole example, its mean per trained token, or that of
 # each token by itself. With "token", what the functions below call an example is a token.
 QUANTITIES = ("sequence", "length_normalised", "token")
+CACHED = 2**17  # so many numbers and the copies made of them fit in the cache of a CPU
 
 
 def renyi_loss(log_likelihood: Tensor, alpha: float | Tensor, log_weights: Tensor | None = None) -> Tensor:
@@ -155,7 +156,13 @@ def mixture_log_probs(log_probs: Tensor, log_weights: Tensor) -> Tensor:
         log_probs: of every token under each member, nats, [M, ..., V].
         log_weights: of the members, normalised, [M, ...].
     """
-    return log_probs[0] if len(log_probs) == 1 else (log_weights[..., None].float() + log_probs).logsumexp(0)
+    if len(log_probs) == 1:
+        return log_probs[0]
+    log_w = log_weights[..., None].float()
+    # By columns that fit in the cache of a CPU, so that no copy goes to main memory. The numbers are the same.
+    columns = max(1, CACHED * log_probs.shape[-1] // max(1, log_probs.numel()))
+    columns = columns if log_probs.device.type == "cpu" else log_probs.shape[-1]
+    return torch.cat([(log_w + part).logsumexp(0) for part in log_probs.split(columns, -1)], -1)
 
 
 def mixture_logits(logits: Tensor, log_probs: Tensor, log_weights: Tensor) -> Tensor:
@@ -165,13 +172,13 @@ def mixture_logits(logits: Tensor, log_probs: Tensor, log_weights: Tensor) -> Te
     With the log-normaliser, members that agree exactly are penalised as each of them alone would be.
 
     Args:
-        logits: of every token under each member, float32, [M, ..., V].
-        log_probs: their log-softmax.
+        logits: of every token under each member, [M, ..., V].
+        log_probs: their log-softmax, float32.
         log_weights: of the members, normalised, [M, ...].
     """
     if len(logits) == 1:
-        return logits[0].clone()
-    level = (logits.amax(-1) - log_probs.amax(-1))[..., None]
+        return logits[0].to(torch.float32, copy=True)
+    level = (logits.amax(-1).float() - log_probs.amax(-1))[..., None]
     return mixture_log_probs(log_probs, log_weights) + (log_weights[..., None].float().exp() * level).sum(0)
 
 
