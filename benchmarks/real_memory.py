@@ -15,7 +15,7 @@ import tempfile
 from typing import Any
 
 import torch
-from real_step import WARM_UP, measured, trainer_of
+from real_step import measured, trainer_of
 
 from renyi.training.steps import peak_memory
 
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     rehearses, of_trl = name != args.run, name.startswith("TRL")
     args.run = "TRL" if of_trl else str(args.members)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(args, folder, **SYSTEMS[name])
+        trainer = trainer_of(args, folder, max_steps=args.steps, **SYSTEMS[name])
         if rehearses:
             print(json.dumps({"peak": trainer.rehearse()}))
             return
@@ -55,11 +55,10 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.steps -= WARM_UP
     if args.run:
         run(args)
         return
-    print(f"{args.members} members, rows of at most {args.tokens} tokens, {args.steps + WARM_UP} steps")
+    print(f"{args.members} members, rows of at most {args.tokens} tokens, {args.steps} steps")
     print(f"{'':24} {'peak GB':>8} {'of TRL':>7} {'foretold':>9} {'off':>6}")
     of_trl = None
     for name in args.systems:

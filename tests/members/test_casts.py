@@ -25,6 +25,13 @@ def test_an_input_that_was_changed_is_cast_again() -> None:
         assert torch.equal(selection.cast(x, HALF), x.to(HALF))
 
 
+def test_another_precision_is_cast_from_the_input() -> None:
+    selection, x = MemberSelection(), torch.randn(3, 4)
+    with selection.one_forward(repeats=False):
+        selection.cast(x, HALF)
+        assert torch.equal(selection.cast(x, torch.float16), x.to(torch.float16))
+
+
 def test_gradients_of_a_shared_cast_are_summed() -> None:
     selection, x = MemberSelection(), torch.randn(3, 4, requires_grad=True)
     with selection.one_forward(repeats=False):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.linalg import vecdot
 
-from renyi.objectives.mixture import CACHED, effective_members, responsibilities
+from renyi.objectives.mixture import CACHED, columns_in_cache, effective_members, responsibilities
 
 _IMPOSSIBLE = -1e30  # takes the place of log 0: its exp is 0, and 0 times it is not NaN
 
@@ -53,15 +53,13 @@ def token_uncertainty(log_probs: Tensor, log_weights: Tensor | None = None) -> T
         ValueError: log_weights does not match the members.
     """
     w = responsibilities(log_probs.new_zeros(log_probs.shape[:-1], dtype=torch.float64), 1.0, log_weights)  # [M, ...]
-    columns = log_probs.shape[-1]
-    if log_probs.device.type == "cpu" and log_probs.numel() > CACHED:
-        if log_probs.dim() > 2:
-            many = CACHED * log_probs.shape[1] // log_probs.numel()  # positions whose numbers fit in the cache together
-            parts = (x.split(many, 1) if many > 1 else x.unbind(1) for x in (log_probs, w))
-            each = [token_uncertainty(p, v.log()) for p, v in zip(*parts, strict=True)]
-            joined = torch.cat if many > 1 else torch.stack
-            return TokenUncertainty(*(joined(values) for values in zip(*each, strict=True)))
-        columns = max(1, CACHED // len(log_probs))
+    if log_probs.device.type == "cpu" and log_probs.dim() > 2 and log_probs.numel() > CACHED:
+        many = CACHED * log_probs.shape[1] // log_probs.numel()  # positions whose numbers fit in the cache together
+        parts = (x.split(many, 1) if many > 1 else x.unbind(1) for x in (log_probs, w))
+        each = [token_uncertainty(p, v.log()) for p, v in zip(*parts, strict=True)]
+        joined = torch.cat if many > 1 else torch.stack
+        return TokenUncertainty(*(joined(values) for values in zip(*each, strict=True)))
+    columns = columns_in_cache(log_probs)
     sums = torch.stack([_sums_of_tokens(part, w) for part in log_probs.split(columns, -1)]).sum(0)
     total, aleatoric, epistemic, reverse_mi = sums[0], sums[1], sums[2].clamp(min=0.0), sums[3].clamp(min=0.0)
     ratio = _variation_ratio(log_probs.argmax(-1), w)
@@ -74,10 +72,8 @@ def _sums_of_tokens(log_probs: Tensor, w: Tensor) -> Tensor:
     A KL summed over some tokens only may be negative.
     """
     # The heaviest member takes the place of members of weight 0, because 0 times an infinity would be NaN.
-    heard = log_probs
-    if not bool((w > 0).all()):
-        heaviest = w.argmax(0)[None, ..., None].expand_as(log_probs[:1])
-        heard = torch.where(w[..., None] > 0, log_probs, log_probs.gather(0, heaviest))
+    heaviest = w.argmax(0)[None, ..., None].expand_as(log_probs[:1])
+    heard = torch.where(w[..., None] > 0, log_probs, log_probs.gather(0, heaviest))
     lowest, highest = heard.amin(0), heard.amax(0)
     log_p = heard.clamp(min=_IMPOSSIBLE).double()
 

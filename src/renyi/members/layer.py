@@ -107,9 +107,10 @@ class MemberSelection:
         """An input in the precision of a product. Layers with the same input (q, k and v) share one copy."""
         if x.dtype == precision or not self._shares_casts or torch.compiler.is_compiling():
             return x.to(precision)
-        if self._cast is None or self._cast[0] is not x or self._cast[1] != x._version:  # noqa: SLF001 - no other name
-            self._cast = x, x._version, x.to(precision)  # noqa: SLF001
-        return self._cast[2].to(precision)
+        kept = self._cast
+        if kept is None or kept[0] is not x or kept[1] != x._version or kept[2].dtype != precision:  # noqa: SLF001
+            kept = self._cast = x, x._version, x.to(precision)  # noqa: SLF001 - the version has no other name
+        return kept[2]
 
     def of(self, stacked: Tensor) -> Tensor:
         """The matrices of the selected members, from the matrices of all members [M, …]."""

@@ -159,10 +159,14 @@ def mixture_log_probs(log_probs: Tensor, log_weights: Tensor) -> Tensor:
     if len(log_probs) == 1:
         return log_probs[0]
     log_w = log_weights[..., None].float()
-    # By columns that fit in the cache of a CPU, so that no copy goes to main memory. The numbers are the same.
-    columns = max(1, CACHED * log_probs.shape[-1] // max(1, log_probs.numel()))
-    columns = columns if log_probs.device.type == "cpu" else log_probs.shape[-1]
-    return torch.cat([(log_w + part).logsumexp(0) for part in log_probs.split(columns, -1)], -1)
+    # By parts that fit in the cache, so that no copy goes to main memory. The numbers are the same.
+    return torch.cat([(log_w + part).logsumexp(0) for part in log_probs.split(columns_in_cache(log_probs), -1)], -1)
+
+
+def columns_in_cache(values: Tensor) -> int:
+    """How many columns of the last dimension fit in the cache of a CPU together, at least one; all on other devices."""
+    columns = values.shape[-1]
+    return columns if values.device.type != "cpu" else max(1, CACHED * columns // max(1, values.numel()))
 
 
 def mixture_logits(logits: Tensor, log_probs: Tensor, log_weights: Tensor) -> Tensor:
