@@ -49,6 +49,12 @@ SETTINGS = {
     "per_device_eval_batch_size": 3,
 }
 TWO = {"member_parallel": 2, "ddp_backend": "gloo"}
+# Members are drawn, dropped in a race, or left out, each by the shares of all members.
+ROUTINGS: dict[str, dict[str, Any]] = {
+    "sampled": {},
+    "sparse": {"routing_threshold": 0.2},
+    "raced": {"routing_threshold": 0.2, "token_budget": 200},
+}
 TRAINERS = {"sft": (trainer_of, text_rows), "dpo": (dpo_trainer_of, pair_rows)}
 
 
@@ -125,6 +131,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each routing by `one` process and by `two`, from members that differ."""
+    folder = tmp_path_factory.mktemp("routed")
+    settings = {
+        kind: {**SETTINGS, "num_members": 4, "alpha": 1.0, "routing": kind, **more} for kind, more in ROUTINGS.items()
+    }
+    for kind, given in settings.items():
+        train(Job(folder / "one" / kind, "sft", given, further=True))
+    jobs = [Job(folder / "two" / kind, "sft", {**given, **TWO}, further=True) for kind, given in settings.items()]
+    assert run(train_together, 2, free_port(), jobs, processes=2) == [0, 0]
+    return folder
+
+
 def assert_same_runs(folder: Path, expected: Path, but: tuple[str, ...] = ()) -> None:
     ours, theirs = (LoraEnsemble.load(f / "final", base=tiny_model()) for f in (folder, expected))
     assert member_distance(ours, theirs) <= SAME
@@ -140,6 +160,13 @@ def assert_same_runs(folder: Path, expected: Path, but: tuple[str, ...] = ()) ->
 @pytest.mark.parametrize("method", ["sft", "dpo", "further"])
 def test_two_processes_with_half_of_the_members_are_one(runs, method):
     assert_same_runs(runs / "two" / method, runs / "one" / method)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_processes_leave_out_the_pairs_that_one_process_leaves_out(routed, routing):
+    assert_same_runs(routed / "two" / routing, routed / "one" / routing)
+    active = [row["routing/active"] for row in read_log(routed / "one" / routing) if "routing/active" in row]
+    assert min(active) < 1
 
 
 @pytest.mark.parametrize("layout", ["one", "two"])

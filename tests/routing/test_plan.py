@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from renyi.routing import SHARE, RoutingPlan, share_of
+from renyi.routing import PLACES, SHARE, RoutingPlan, share_of, unpacked
 from renyi.routing.plan import take_examples
 
 
@@ -99,3 +99,25 @@ def test_without_a_mask_parts_keep_the_order_of_the_batch():
     ids = 100 * torch.arange(3)[:, None] + torch.arange(4)
     parts = RoutingPlan(token_budget=8).parts({"input_ids": ids}, 1)
     assert [part["input_ids"].tolist() for part in parts] == [ids[:2].tolist(), ids[2:].tolist()]
+
+
+def test_packed_rows_are_taken_apart():
+    """Two rows of 3 + 2 and of 1 + 4 tokens. Of the example with one token, nothing can be trained."""
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
+    ids = torch.arange(10, 20).view(2, 5)
+    labels = ids.masked_fill(positions == 0, -100)
+    labels[1, 2] = -100
+    found = unpacked({"input_ids": ids, "labels": labels, "position_ids": positions, "max_length_q": 4})
+    assert found.keys() == {"input_ids", "labels", "attention_mask", PLACES}
+    assert found["input_ids"].tolist() == [[10, 11, 12, 0], [13, 14, 0, 0], [16, 17, 18, 19]]
+    assert found["labels"].tolist() == [[-100, 11, 12, -100], [-100, 14, -100, -100], [-100, -100, 18, 19]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
+    assert found[PLACES].tolist() == [0, 0, 1]
+    parts = RoutingPlan(token_budget=8).parts(found, 2)
+    assert [part[PLACES].tolist() for part in parts] == [[1], [0], [0]]
+
+
+def test_a_packed_row_without_a_trained_token_keeps_its_examples():
+    positions = torch.tensor([[0, 1, 0, 1]])
+    batch = {"input_ids": positions + 5, "labels": torch.full((1, 4), -100), "position_ids": positions}
+    assert unpacked(batch)["attention_mask"].tolist() == [[1, 1], [1, 1]]

@@ -110,6 +110,36 @@ def test_routed_runs_log_what_they_trained(tmp_path, monkeypatch, kind, routing)
         assert set(dropped) == {0.0}
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"token_budget": 60},
+        {"routing": "sparse", "routing_threshold": 0.2},
+        {"routing": "sampled"},
+        {"routing": "raced", "routing_threshold": 0.2, "token_budget": 100},
+        {"routing": "sampled", "alpha_hold_ratio": 1.0},
+    ],
+)
+def test_examples_of_a_packed_row_are_routed_as_rows_of_their_own(tmp_path, settings):
+    runs = []
+    for padding_free in (False, True):
+        given = {**SETTINGS, **settings, "padding_free": padding_free, "max_length": None}
+        runs.append(trainer_of(tmp_path / str(padding_free), model=tiny_ensemble(), **given))
+        runs[-1].train()
+    rows, packed = runs
+    assert packed.padding_free
+    assert member_distance(packed.model, rows.model) <= 2e-5
+    for name in ("loss", "nll_mixture", "num_tokens", "effective_members", "routing/active", "routing/dropped"):
+        assert logged(packed, name) == pytest.approx(logged(rows, name), rel=2e-4), name
+
+
+def test_packed_rows_of_any_length_can_be_routed(tmp_path):
+    given = {**SETTINGS, "routing": "sparse", "packing": True, "packing_strategy": "bfd_split", "max_length": 16}
+    trainer = trainer_of(tmp_path, text_rows(24, shortest=4, longest=60), **given)
+    trainer.train()
+    assert all(0 < active <= 1 for active in logged(trainer, "routing/active"))
+
+
 @pytest.mark.parametrize(("std", "expected"), [(1.0, "sparse"), (0.0, "dense")])
 def test_auto_is_sparse_where_few_pairs_matter(tmp_path, monkeypatch, std, expected):
     """A clock on which a scoring pass is as long as a step settles what scoring costs; then the share of pairs decides.
@@ -263,7 +293,6 @@ def test_a_rehearsal_runs_the_largest_part_of_a_step(tmp_path, monkeypatch, sett
     [
         (trainer_of, {"routing": "spars"}, "routing"),
         (trainer_of, {"routing": "sparse", "routing_threshold": 0.6}, "routing_threshold"),
-        (trainer_of, {"routing": "sampled", "packing": True}, "routing"),
         (trainer_of, {"token_budget": 0}, "token_budget"),
         (trainer_of, {"routing": "sampled", **REENTRANT}, "gradient_checkpointing_kwargs"),
         (dpo_trainer_of, {"token_budget": 100, **REENTRANT}, "gradient_checkpointing_kwargs"),

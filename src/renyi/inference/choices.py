@@ -11,10 +11,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from renyi.batches import batches_by_length, padded
 from renyi.data import LETTERS, Question
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import DataError, EnsembleFormatError
-from renyi.inference.batches import batches_by_length, padded
 from renyi.inference.score import score
 from renyi.labels import IGNORED
 

@@ -10,8 +10,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from renyi.batches import batches_by_length, padded
 from renyi.ensemble import LoraEnsemble
-from renyi.inference.batches import batches_by_length, padded
 from renyi.labels import IGNORED
 from renyi.objectives import running_log_weights
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from renyi.batches import batches_by_length
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import DataError, EnsembleFormatError
-from renyi.inference.batches import batches_by_length
 from renyi.objectives import running_log_weights
 
 

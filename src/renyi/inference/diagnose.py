@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from renyi.batches import batches_by_length, padded
 from renyi.data import GROUP_COLUMN, VOTE_COLUMNS, PairPreparation
 from renyi.ensemble import LoraEnsemble, Reference, completion_labels
 from renyi.ensemble.curvature import (
@@ -28,7 +29,6 @@ from renyi.ensemble.curvature import (
     per_example_gradients,
 )
 from renyi.errors import ConfigError, DataError, RenyiError
-from renyi.inference.batches import batches_by_length, padded
 from renyi.labels import IGNORED
 from renyi.measures import cross_fitted, stability_spectrum
 from renyi.objectives import QUANTITIES, LogRatios, PreferenceLoss, completion_log_prob, preference_margin, routed_units

@@ -18,9 +18,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from renyi.batches import batches_by_length, padded
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import EnsembleFormatError
-from renyi.inference.batches import batches_by_length, padded
 from renyi.inference.generate import Prompt, end_tokens, generate, prompt_ids
 from renyi.labels import IGNORED
 

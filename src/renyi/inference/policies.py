@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from renyi.batches import padded
 from renyi.ensemble import Generation, LoraEnsemble
-from renyi.inference.batches import padded
 from renyi.inference.generate import end_tokens
 from renyi.labels import IGNORED
 

@@ -12,10 +12,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from renyi.batches import batches_by_length, padded
 from renyi.data import Limits, Preparation, prepare, rated_tokens
 from renyi.ensemble import KeptReward, LoraEnsemble, evaluating
 from renyi.errors import ConfigError, DataError, EnsembleFormatError
-from renyi.inference.batches import batches_by_length, padded
 from renyi.inference.pair_scores import PairScore, scores_of_margins, votes_of
 from renyi.objectives import Votes, reward_bounds, reward_log_likelihood
 

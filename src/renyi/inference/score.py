@@ -12,10 +12,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from renyi.batches import padded
 from renyi.data import Limits, Preparation, count_cut, prepare, told_cut
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError, DataError, EnsembleFormatError
-from renyi.inference.batches import padded
 from renyi.inference.scoring import scored
 from renyi.labels import IGNORED
 from renyi.objectives import example_responsibilities, jensen_gap, renyi_loss

@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from datasets import Dataset
 
+from renyi.batches import batches_by_length
 from renyi.data import CompletionPreparation, Limits, told_cut
 from renyi.ensemble import LoraEnsemble
-from renyi.inference.batches import batches_by_length
 from renyi.inference.group_scores import Scored, with_groups
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ blocks and stops scoring members that fall behind), `statistics.py` (counts what
 """
 
 from renyi.routing.groups import BatchGroups, GroupEvidence
-from renyi.routing.plan import PLACES, ROUTINGS, SHARE, RoutingPlan, share_of
+from renyi.routing.plan import PLACES, ROUTINGS, SHARE, RoutingPlan, is_packed, share_of, unpacked
 from renyi.routing.router import Routed, Router
 from renyi.routing.statistics import (
     AutoRouting,
@@ -30,9 +30,11 @@ __all__ = [
     "Router",
     "RoutingPlan",
     "Sums",
+    "is_packed",
     "member_shares",
     "member_sums",
     "pair_sums",
     "routing_sums",
     "share_of",
+    "unpacked",
 ]

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from renyi.labels import IGNORED
+
 ROUTINGS = ("dense", "sampled", "sparse", "raced", "auto")
 SHARE = "share_of_batch"  # a key in a part of a batch: the part's number of examples divided by the whole batch's
 PLACES = "places_in_batch"  # a key in a part of a batch: the places of its examples in the whole batch
@@ -57,12 +59,11 @@ class RoutingPlan:
             return [batch]
         assert self.token_budget is not None
         most = self.token_budget // (num_members * self.rows_per_example * length)
-        examples = torch.arange(rows // self.rows_per_example)
-        if "attention_mask" in batch:
-            lengths = batch["attention_mask"].sum(dim=1).view(self.rows_per_example, -1).amax(dim=0)
-            examples = lengths.argsort(descending=True, stable=True).cpu()
+        lengths_E = row_lengths(batch).view(self.rows_per_example, -1).amax(dim=0)
+        examples = lengths_E.argsort(descending=True, stable=True)
+        places_E = batch.get(PLACES, torch.arange(len(examples)))
         return [
-            take_examples(batch, at, self.rows_per_example) | {SHARE: len(at) / len(examples), PLACES: at}
+            take_examples(batch, at, self.rows_per_example) | {SHARE: len(at) / len(examples), PLACES: places_E[at]}
             for at in examples.split(max(1, most))
         ]
 
@@ -70,6 +71,44 @@ class RoutingPlan:
 def share_of(batch: Mapping[str, Any]) -> float:
     """The share of its batch that a part from `RoutingPlan.parts` holds; 1 for a whole batch."""
     return batch.get(SHARE, 1.0)
+
+
+def row_lengths(batch: Batch) -> Tensor:
+    """The tokens of each row [B], on the CPU: up to its last one that is no padding."""
+    ids_BT, mask_BT = batch["input_ids"], batch.get("attention_mask")
+    rows, length = ids_BT.shape
+    if mask_BT is None:
+        return torch.full((rows,), length)
+    return ((mask_BT != 0) * torch.arange(1, length + 1, device=mask_BT.device)).amax(dim=1).cpu()
+
+
+def is_packed(batch: Mapping[str, Any]) -> bool:
+    """Whether a row holds several examples. `position_ids` then say where each begins."""
+    return "position_ids" in batch
+
+
+def unpacked(batch: Batch) -> Batch:
+    """The examples of packed rows, each as a row of its own; without those of which no token is trained.
+
+    Examples keep the places of their packed rows in the optimizer step, under `PLACES`, so that noise of random members
+    is the same as in packed rows.
+    """
+    ids_BT, labels_BT, begins_N = batch["input_ids"], batch["labels"], (batch["position_ids"] == 0).flatten()
+    starts_E = begins_N.nonzero().flatten()
+    ends_E = torch.cat([starts_E[1:], starts_E.new_tensor([ids_BT.numel()])])
+    trained_N = ((labels_BT != IGNORED).flatten() & ~begins_N).cumsum(0)
+    trained_E = trained_N[ends_E - 1] - trained_N[starts_E]
+    kept_E = trained_E > 0 if trained_E.any() else torch.ones_like(trained_E, dtype=torch.bool)
+    starts_E, ends_E = starts_E[kept_E], ends_E[kept_E]
+    at_ET = starts_E[:, None] + torch.arange(int((ends_E - starts_E).amax()), device=starts_E.device)
+    is_there_ET = at_ET < ends_E[:, None]
+    at_ET = at_ET.where(is_there_ET, starts_E[:, None])
+    return {
+        "input_ids": ids_BT.flatten()[at_ET].masked_fill(~is_there_ET, 0),
+        "labels": labels_BT.flatten()[at_ET].masked_fill(~is_there_ET, IGNORED),
+        "attention_mask": is_there_ET.long(),
+        PLACES: starts_E.cpu() // ids_BT.shape[1],
+    }
 
 
 def take_examples(batch: Batch, examples: Tensor, rows_per_example: int = 1) -> Batch:

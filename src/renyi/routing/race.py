@@ -25,6 +25,7 @@ def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float
 
     A dropped member is not scored further. Its later tokens get the scores of the member that leads, so the difference
     between the two stays the same. The error of this is the responsibility that was dropped; the statistics report it.
+    Where members are split over processes, each scores its own and gets the scores of the others after each block.
 
     Args:
         ensemble: M members (or draws of members) on a base that caches keys and values of attention.
@@ -34,38 +35,41 @@ def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float
     """
     ids_BT, labels_BT = batch["input_ids"], batch["labels"]  # padding is on the right, where no token sees it
     (rows, length), device = ids_BT.shape, ids_BT.device
-    tokens_BT, num_members = labels_BT[:, 1:] != IGNORED, ensemble.draws * len(ensemble.members)
+    tokens_BT, draws = labels_BT[:, 1:] != IGNORED, ensemble.draws
+    own = slice(ensemble.members.start * draws, ensemble.members.stop * draws)
+    num_own, num_all = own.stop - own.start, draws * ensemble.num_members
     places_B = ensemble.places(rows)
-    members = torch.arange(num_members, device=device).repeat_interleave(rows)
-    examples = torch.arange(rows, device=device).repeat(num_members)
-    alive_MB = torch.ones(num_members, rows, dtype=torch.bool, device=device)
+    members = torch.arange(num_own, device=device).repeat_interleave(rows)
+    examples = torch.arange(rows, device=device).repeat(num_own)
+    alive_MB = torch.ones(num_all, rows, dtype=torch.bool, device=device)
     leader_B = torch.zeros(rows, dtype=torch.long, device=device)
     precision = torch.promote_types(ensemble.dtype, torch.float32)
-    scores = [
-        torch.zeros(num_members, rows, length - 1, dtype=t, device=device) for t in (precision, precision, torch.bool)
-    ]
+    scores_MBT3 = torch.zeros(num_all, rows, length - 1, 3, dtype=precision, device=device)
     cache = DynamicCache(config=ensemble.base.config)
     start, scored, dropped = 0, 0, 0.0
     for end in _block_ends(length):
         targets_Pn = labels_BT[examples, start + 1 : end + 1]  # nothing follows the last token
         block = slice(start, start + targets_Pn.shape[1])
         cached = {ensemble.cache_name: cache, "use_cache": True}
-        if len(members) == num_members * rows:  # no member was dropped: the pairs are the rows of the joint forward
+        found_MBn3 = scores_MBT3[own, :, block].clone()
+        if len(members) == num_own * rows:  # no member was dropped: the pairs are the rows of the joint forward
             hidden_1PnD = ensemble.hidden_states(ids_BT[:, start:end], None, cached).flatten(0, 1)[None]
-        else:
+        elif len(members):
             with ensemble.pairing(members.tolist(), places_B[examples]):
                 hidden_1PnD = ensemble.hidden_states(ids_BT[examples, start:end], None, cached)
-        found = ensemble.score_states(hidden_1PnD[:, :, : targets_Pn.shape[1]], targets_Pn)
-        for whole_MBT, part_1Pn in zip(scores, (found.log_probs, found.entropy, found.is_top1), strict=True):
-            whole_MBT[members, examples, block] = part_1Pn[0]
-            of_leader_Bn = whole_MBT[leader_B, torch.arange(rows, device=device), block]
-            whole_MBT[..., block] = torch.where(alive_MB[..., None], whole_MBT[..., block], of_leader_Bn)
+        if len(members):
+            found = ensemble.score_states(hidden_1PnD[:, :, : targets_Pn.shape[1]], targets_Pn)
+            kinds = (found.log_probs[0], found.entropy[0], found.is_top1[0])
+            found_MBn3[members, examples] = torch.stack([kind.to(precision) for kind in kinds], dim=-1)
+        found_MBn3 = ensemble.gathered(found_MBn3)  # of other processes' members, too
+        of_leader_Bn3 = found_MBn3[leader_B, torch.arange(rows, device=device)]
+        scores_MBT3[:, :, block] = torch.where(alive_MB[..., None, None], found_MBn3, of_leader_Bn3)
         scored += len(members) * (end - start)
         start = end
         if end == length:
             break
         r_MB = example_responsibilities(
-            scores[0].sum(dim=-1),
+            scores_MBT3[..., 0].sum(dim=-1),
             tokens_BT[:, :end].sum(dim=1),
             alpha,
             ensemble.drawn_weights.log(),
@@ -74,13 +78,14 @@ def race(ensemble: "LoraEnsemble", plan: RoutingPlan, batch: Batch, alpha: float
         leader_B = r_MB.masked_fill(~alive_MB, -1.0).argmax(dim=0)
         falls_MB = alive_MB & (r_MB < plan.threshold)
         dropped += r_MB[falls_MB].sum().item()
-        keep = (~falls_MB)[members, examples].nonzero().squeeze(1)
+        keep = (~falls_MB[own])[members, examples].nonzero().squeeze(1)
+        alive_MB &= ~falls_MB
         if len(keep) < len(members):
-            alive_MB &= ~falls_MB
             members, examples = members[keep], examples[keep]
             cache.batch_select_indices(keep)
-    statistics = PassStatistics(scored / (num_members * rows * length), dropped / rows)
-    return JointOutput(scores[0], tokens_BT, scores[1], scores[2]), statistics
+    log_probs, entropy, is_top1 = scores_MBT3[own].unbind(-1)
+    statistics = PassStatistics(scored / (num_own * rows * length), dropped / rows)
+    return JointOutput(log_probs, tokens_BT, entropy, is_top1.bool()), statistics
 
 
 def _block_ends(length: int) -> list[int]:

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from renyi.batches import batches_by_length
 from renyi.ensemble import JointOutput, LoraEnsemble, evaluating
 from renyi.errors import ConfigError
 from renyi.labels import IGNORED
-from renyi.routing.plan import SHARE, Batch, RoutingPlan, take_examples
+from renyi.routing.plan import SHARE, Batch, RoutingPlan, row_lengths, take_examples
 from renyi.routing.race import race
 from renyi.routing.statistics import AutoRouting, PassStatistics, member_shares
 
@@ -106,23 +107,24 @@ class Router:
         self, plan: RoutingPlan, batch: Batch, places_B: Tensor, upstream_MBT: Tensor, parameters: list[nn.Parameter]
     ) -> list[Tensor]:
         """Gradients with respect to the parameters of Σ upstream · log-probability over the selected pairs."""
-        share_ME = member_shares(upstream_MBT, plan.rows_per_example)
+        share_ME = member_shares(upstream_MBT, plan.rows_per_example, self.ensemble.gathered)
         if plan.kind == "sparse":
             weight_ME = (share_ME >= plan.threshold).to(share_ME)
         elif plan.kind == "dense":
             weight_ME = torch.ones_like(share_ME)
         else:
-            weight_ME = _one_of(share_ME)
-        weight_MB = weight_ME.repeat(1, plan.rows_per_example)
+            weight_ME = self._one_of(share_ME)
+        weight_MB = self._own(weight_ME).repeat(1, plan.rows_per_example)
         members, rows = ((weight_MB > 0) & upstream_MBT.any(dim=-1)).nonzero(as_tuple=True)
         upstream_PT = upstream_MBT[members, rows] * weight_MB[members, rows, None]
         gradients = [torch.zeros_like(p) for p in parameters]
         if not len(rows):
             return gradients
-        length = batch["input_ids"].shape[1]
-        many = len(rows) if plan.token_budget is None else max(1, plan.token_budget // length)
-        many = 1 if "cu_seq_lens_q" in batch else many  # the boundaries of examples belong to one packed row
-        for at in torch.arange(len(rows), device=rows.device).split(many):
+        lengths_P = row_lengths(batch)[rows.cpu()].tolist()
+        budget = len(rows) * max(lengths_P) if plan.token_budget is None else plan.token_budget
+        budget = 1 if "cu_seq_lens_q" in batch else budget  # the boundaries of examples belong to one packed row
+        for together in batches_by_length(lengths_P, budget):
+            at = torch.tensor(together, device=rows.device)
             with self.ensemble.pairing(members[at].tolist(), places_B[rows[at]]):
                 log_probs_PT = self.ensemble(**take_examples(batch, rows[at])).log_probs[0]
                 found = torch.autograd.grad(log_probs_PT, parameters, upstream_PT[at, : log_probs_PT.shape[1]])
@@ -130,16 +132,54 @@ class Router:
         return gradients
 
     def _drawn_forward(self, batch: Batch) -> Routed:
-        """One pass with a graph, with one member per example, drawn by mixture weight."""
-        rows, per_example = len(batch["input_ids"]), self.plan.rows_per_example
-        weight_ME = _one_of(self.ensemble.drawn_weights[:, None].expand(-1, rows // per_example))
-        weight_MB = weight_ME.repeat(1, per_example)
-        with self.ensemble.pairing(weight_MB.argmax(dim=0).tolist(), self._places(batch)):
-            output = self.ensemble(**batch)
+        """One pass with a graph, with one member per example, drawn by mixture weight.
+
+        A process runs the examples that its own members have drawn, and gets the values of the others.
+        """
+        (rows, length), per_example = batch["input_ids"].shape, self.plan.rows_per_example
+        weight_ME = self._one_of(self.ensemble.drawn_weights[:, None].expand(-1, rows // per_example))
+        weight_MB = self._own(weight_ME).repeat(1, per_example)
+        at = weight_MB.any(dim=0).nonzero().squeeze(1)
+        if len(at):
+            with self.ensemble.pairing(weight_MB[:, at].argmax(dim=0).tolist(), self._places(batch)[at]):
+                output = self.ensemble(**(batch if len(at) == rows else take_examples(batch, at)))
+        else:
+            output = self._of_no_row(batch["input_ids"].device)
+        if self.ensemble.mesh is not None:
+            output = self._of_all_processes(_padded(output, length - 1), at, rows)
         of_all = JointOutput(*(x if x is output.label_mask else x.expand(len(weight_MB), -1, -1) for x in output))
         without_graph = output.log_probs.detach()
         log_probs = without_graph + weight_MB[..., None] * (output.log_probs - without_graph)
         return Routed(of_all._replace(log_probs=log_probs), PassStatistics(scored=0.0))
+
+    def _of_no_row(self, device: torch.device) -> JointOutput:
+        """What a forward of no row gives. Its log-probabilities have a graph, as every process needs one."""
+        dtype = torch.promote_types(self.ensemble.dtype, torch.float32)
+        nothing = torch.zeros(1, 0, 0, dtype=dtype, device=device)
+        reached = sum(p.flatten()[0] for p in self.ensemble.parameters() if p.requires_grad)
+        return JointOutput(nothing + 0 * reached, nothing[0].bool(), nothing, nothing.bool())
+
+    def _of_all_processes(self, output: JointOutput, at: Tensor, rows: int) -> JointOutput:
+        """The output for all rows of a batch, of which each process has given those at `at`."""
+        own = [x.expand(1, -1, -1).to(output.log_probs.dtype) for x in output]
+        whole = [x.new_zeros(1, rows, x.shape[-1]).index_copy(1, at, x) for x in own]
+        log_probs, label_mask, entropy, is_top1 = (self.ensemble.gathered(x).sum(dim=0, keepdim=True) for x in whole)
+        return JointOutput(log_probs, label_mask[0].bool(), entropy, is_top1.bool())
+
+    def _one_of(self, share_ME: Tensor) -> Tensor:
+        """Weights [M, E]: one member of each example is drawn by its share and gets the inverse of it, others get 0.
+
+        Processes with other members take the draw of the first of them.
+        """
+        drawn_1E = torch.multinomial(share_ME.T.clamp(min=torch.finfo(share_ME.dtype).tiny), 1).T
+        drawn_1E = self.ensemble.gathered(drawn_1E)[:1]
+        inverse_1E = 1 / share_ME.gather(0, drawn_1E).clamp(min=1e-30)
+        return torch.zeros_like(share_ME).scatter_(0, drawn_1E, inverse_1E)
+
+    def _own(self, values_ME: Tensor) -> Tensor:
+        """Of the values of all members those of the members that this process holds."""
+        members, draws = self.ensemble.members, self.ensemble.draws
+        return values_ME[members.start * draws : members.stop * draws]
 
     def _scored(self, batch: Batch, alpha: float) -> tuple[JointOutput, PassStatistics]:
         """Score all pairs, in passes of as many examples as the budget allows under all members."""
@@ -148,16 +188,18 @@ class Router:
         if self.plan.takes(members * rows, length):
             return self._score(batch, alpha)
         assert self.plan.token_budget is not None
-        many = max(1, self.plan.token_budget // (members * length))
-        parts, scored, dropped = [], 0.0, 0.0
-        for at in torch.arange(rows, device=batch["input_ids"].device).split(many):
+        order, parts, scored, dropped = list[int](), [], 0.0, 0.0
+        for together in batches_by_length(row_lengths(batch).tolist(), self.plan.token_budget // members):
+            at = torch.tensor(together, device=batch["input_ids"].device)
             with self.ensemble.of_examples(places_B[at]):
                 output, statistics = self._score(take_examples(batch, at), alpha)
             parts.append(_padded(output, length - 1))
+            order += together
             scored += statistics.scored * len(at) / rows
             dropped += statistics.dropped * len(at) / rows
-        output = JointOutput(*(torch.cat(column, dim=column[0].dim() - 2) for column in zip(*parts, strict=True)))
-        return output, PassStatistics(scored, dropped)
+        back = torch.tensor(order, device=batch["input_ids"].device).argsort()
+        columns = [torch.cat(column, dim=-2).index_select(-2, back) for column in zip(*parts, strict=True)]
+        return JointOutput(*columns), PassStatistics(scored, dropped)
 
     @property
     def _copies(self) -> int:
@@ -210,12 +252,6 @@ def _through(wrapper: nn.Module, module: nn.Module, method: Callable[..., Routed
         return wrapper(*args)
     finally:
         restore()
-
-
-def _one_of(share_ME: Tensor) -> Tensor:
-    """Weights [M, E]: one member of each example is drawn by its share and gets the inverse of it, the others get 0."""
-    drawn_E = torch.multinomial(share_ME.T.clamp(min=torch.finfo(share_ME.dtype).tiny), 1).T
-    return torch.zeros_like(share_ME).scatter_(0, drawn_E, 1 / share_ME.gather(0, drawn_E).clamp(min=1e-30))
 
 
 def _padded(output: JointOutput, length: int) -> JointOutput:

@@ -3,7 +3,7 @@
 Read next: `training/log.py`, which adds these sums up between two logs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -59,7 +59,9 @@ class AutoRouting:
         return asdict(self)
 
 
-def member_shares(upstream_MBT: Tensor, rows_per_example: int) -> Tensor:
+def member_shares(
+    upstream_MBT: Tensor, rows_per_example: int, gathered: Callable[[Tensor], Tensor] = lambda own: own
+) -> Tensor:
     """Each member's share of the gradient that arrives at an example's log-probabilities, [M, E].
 
     If the loss takes the sum ℓ of the log-probabilities, the share is the responsibility. For preference pairs the
@@ -68,9 +70,10 @@ def member_shares(upstream_MBT: Tensor, rows_per_example: int) -> Tensor:
     Args:
         upstream_MBT: gradient with respect to the log-probabilities [M, B, T] of a joint forward.
         rows_per_example: 2 for pairs, whose rejected rows come after all chosen rows.
+        gathered: gives the values [M, …] of all members from those of a process's own; see `MemberMesh.gather`.
     """
     size_MB = upstream_MBT.abs().sum(dim=-1)
-    size_ME = size_MB.unflatten(1, (rows_per_example, -1)).sum(dim=1)
+    size_ME = gathered(size_MB.unflatten(1, (rows_per_example, -1)).sum(dim=1))
     return size_ME / size_ME.sum(dim=0).clamp(min=torch.finfo(size_ME.dtype).tiny)
 
 

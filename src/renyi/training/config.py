@@ -230,8 +230,8 @@ class EnsembleConfig(_BeforeConfig):
         allowed = 0 <= threshold < (fair if goes_by_it else 1)
         require("routing_threshold", threshold, allowed, f"a share from 0 to below a fair one, {fair:g}")
         require("token_budget", budget, budget is None or budget >= 1, "at least 1, or leave it out")
-        one_place = (split == 1 and not self.shard_base) or self.routing == "dense"
-        require("routing", self.routing, one_place, "'dense' where members or the base are split over processes")
+        equally_often = not self.shard_base or self.routing == "dense"
+        require("routing", self.routing, equally_often, "'dense' where the base is split over processes")
         unasked = budget is None or not self.shard_base
         require("token_budget", budget, unasked, "none: processes that share the base run it equally often")
         again = self.recomputes_reentrantly

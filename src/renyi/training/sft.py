@@ -43,8 +43,6 @@ class RenyiSFTConfig(EnsembleConfig, SFTConfig):
         require("label_smoothing_factor", smoothing, smoothing == 0, "0: the routed quantity is a log-likelihood")
         wrapped = self.packing and self.packing_strategy == "wrapped"
         require("packing_strategy", self.packing_strategy, not wrapped, "'bfd': 'wrapped' loses where examples begin")
-        whole = self.routing == "dense" or not (self.packing or self.padding_free)
-        require("routing", self.routing, whole, "'dense': the examples of a packed row are trained together")
         packed = "packing" if self.packing else "padding_free"
         apart = self.routing_group is None or not (self.packing or self.padding_free)
         require(packed, True, apart, "false beside routing_group: packing mixes the rows of groups")

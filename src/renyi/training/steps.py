@@ -17,7 +17,18 @@ from transformers import Trainer
 
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
-from renyi.routing import PLACES, SHARE, Routed, Router, RoutingPlan, Sums, member_shares, pair_sums
+from renyi.routing import (
+    PLACES,
+    SHARE,
+    Routed,
+    Router,
+    RoutingPlan,
+    Sums,
+    is_packed,
+    member_shares,
+    pair_sums,
+    unpacked,
+)
 from renyi.training.memory import LEAST_TOKENS, tokens_that_fit
 
 # The least default budget: a pass of fewer tokens would not keep a processor busy.
@@ -104,10 +115,13 @@ class RoutedSteps(Trainer):
 
     def _parts(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         """What is run one after the other: parts within the token budget, or the whole batch."""
+        plan, copies = self.router.plan, self.args.num_draws * len(self.model.members)
+        if is_packed(batch) and not plan.is_plain(copies * len(batch["input_ids"]), batch["input_ids"].shape[1]):
+            batch = unpacked(batch)
         whole = not self.splits_batches or self.args.routing_group is not None
-        if self.router.plan.kind != "dense" or whole:  # the router splits pairs
+        if plan.kind != "dense" or whole:  # the router splits pairs
             return [batch]
-        return self.router.plan.parts(batch, self.args.num_draws * len(self.model.members))
+        return plan.parts(batch, copies)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in TRL. Members are drawn as in training, with the same noise in every evaluation."""
@@ -167,7 +181,8 @@ class RoutedSteps(Trainer):
             self.model(**{k: v for k, v in self._prepare_inputs(inputs).items() if k in _OF_FORWARD})
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        auto.scoring_cost = (time.perf_counter() - began) / self._seconds
+        cost = torch.tensor([(time.perf_counter() - began) / self._seconds], device=self.args.device)
+        auto.scoring_cost = self.model.gathered(cost).mean().item()  # processes with other members choose alike
 
     def pair_sums(self, loss: Tensor, routed: Routed, r_ME: Tensor) -> Sums:
         """What is logged about the pairs of a training batch; empty in a dense run.
@@ -181,7 +196,7 @@ class RoutedSteps(Trainer):
             return {}
         # The gradient of the loss with respect to the log-probabilities alone; it does not go through the model.
         (upstream_MBT,) = torch.autograd.grad(loss, routed.output.log_probs, retain_graph=True)
-        share_ME = member_shares(upstream_MBT, self.rows_per_example)
+        share_ME = member_shares(upstream_MBT, self.rows_per_example, self.model.gathered)
         plan = self.router.plan
         self.router.auto.observe(share_ME, plan.threshold)
         return pair_sums(share_ME, r_ME, plan, routed.statistics)
@@ -197,7 +212,8 @@ class RoutedSteps(Trainer):
         self.current_gradient_accumulation_steps = 1  # the training loop sets it, and turns on what follows
         if self.args.activation_checkpointing:
             self.model.activation_checkpointing_enable(self.args.activation_checkpointing_kwargs or None)
-        largest = self._parts(self.data_collator(self._longest(self.args.per_device_train_batch_size)))[0]
+        parts = self._parts(self.data_collator(self._longest(self.args.per_device_train_batch_size)))
+        largest = max(parts, key=lambda part: part["input_ids"].numel())
         batch = {name: value for name, value in largest.items() if name not in (PLACES, SHARE)}
         for parameter in self.trained_parameters():
             parameter.grad = torch.zeros_like(parameter)

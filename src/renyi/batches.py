@@ -1,6 +1,6 @@
 """Batches under a budget of tokens. Rows of similar length go together, because padding costs as much as other tokens.
 
-Every function of `renyi.inference` that scores rows uses these; `score.py` is the shortest.
+Whatever scores rows uses these, and so do training steps that run in parts. `inference/score.py` is the shortest.
 """
 
 from collections.abc import Iterator, Sequence
