@@ -32,7 +32,15 @@ from transformers import PrinterCallback, ProgressCallback
 from renyi import PowerFlowConfig, PowerFlowTrainer
 from renyi.evaluation.sample_quality import majority_accuracy
 from renyi.objectives import power_target
-from renyi.zoo.half_known import Answers, HalfKnown, Question, answer_quality, read_answers, train_half_known
+from renyi.zoo.half_known import (
+    Answers,
+    HalfKnown,
+    Question,
+    answer_quality,
+    read_answers,
+    temperature_at,
+    train_half_known,
+)
 
 WORLDS = {"plain": {"right": 0.5, "guesses": 4}, "garden": {"right": 0.43, "guesses": 6, "garden_path": True}}
 VOTERS, VOTES = 16, 20
@@ -103,7 +111,7 @@ def runs(world: HalfKnown, folder: Path, seed: int, args: argparse.Namespace) ->
             yield "base", measured(base.probabilities())
         policy = measured(read_answers(trainer.model, tokenizer, questions).probabilities())
         yield f"power {power:g}", policy
-        temperature = base.temperature_at(policy["entropy"])
+        temperature = temperature_at(policy["entropy"], base.probabilities)
         yield f"base, power {power:g}'s entropy", measured(base.probabilities(temperature))
         yield f"base, T = {1 / power:g}", measured(base.probabilities(1 / power))
         if power > 1:

@@ -13,7 +13,7 @@ Probabilities of answers are enumerated, not sampled. Read next: `world.py`, the
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,7 +103,8 @@ class Question(NamedTuple):
 
     Attributes:
         prompt: as messages.
-        wordings: an answer for each of ten values, [W][10]: first in the wording of right answers, last of guesses.
+        wordings: an answer for each of A values, [W][A]: first in the wording of right answers, last of guesses. In
+            this world A is 10.
         right: index of the right value.
         guesses: indices of the values that are guessed.
     """
@@ -178,21 +179,26 @@ class Answers(NamedTuple):
         of_value = self.log_likelihood(temperature).exp().sum(dim=1)
         return torch.cat([of_value, (1 - of_value.sum(dim=1, keepdim=True)).clamp(min=0)], dim=1)
 
-    def temperature_at(self, entropy: float) -> float:
-        """The temperature at which answers have that entropy in nats, on average over the questions.
 
-        The entropy rises with the temperature until text that is not an answer outweighs the answers. The temperature
-        is below that point. If no temperature has the entropy, it is the one that comes nearest.
-        """
+def temperature_at(entropy: float, probabilities: Callable[[float], Tensor]) -> float:
+    """The temperature at which answers have that entropy in nats, on average over the questions.
 
-        def at(log_temperature: float) -> float:
-            return answer_entropy(self.probabilities(math.exp(log_temperature))).mean().item()
+    The entropy rises with the temperature until text that is not an answer outweighs the answers. The temperature is
+    below that point. If no temperature has the entropy, it is the one that comes nearest.
 
-        low, high = (math.log(temperature) for temperature in _TEMPERATURES)
-        peak = minimize_scalar(lambda x: -at(x), bounds=(low, high), method="bounded").x
-        if not at(low) < entropy < at(peak):
-            return math.exp(peak if entropy >= at(peak) else low)
-        return math.exp(brentq(lambda x: at(x) - entropy, low, peak, xtol=1e-6))
+    Args:
+        entropy: nats.
+        probabilities: gives those of the answers and of everything else, [Q, A + 1], at a temperature.
+    """
+
+    def at(log_temperature: float) -> float:
+        return answer_entropy(probabilities(math.exp(log_temperature))).mean().item()
+
+    low, high = (math.log(temperature) for temperature in _TEMPERATURES)
+    peak = minimize_scalar(lambda x: -at(x), bounds=(low, high), method="bounded").x
+    if not at(low) < entropy < at(peak):
+        return math.exp(peak if entropy >= at(peak) else low)
+    return math.exp(brentq(lambda x: at(x) - entropy, low, peak, xtol=1e-6))
 
 
 @torch.no_grad()
@@ -243,7 +249,7 @@ class AnswerQuality(NamedTuple):
 
 
 def answer_quality(probabilities: Tensor, questions: Sequence[Question], samples: int = 16) -> AnswerQuality:
-    """How right and how varied answers with these probabilities [Q, 11] are."""
+    """How right and how varied answers with these probabilities [Q, A + 1] are; the last is of everything else."""
     truth = torch.tensor([question.right for question in questions])
     right = probabilities.gather(1, truth[:, None])[:, 0]
     return AnswerQuality(
@@ -257,5 +263,5 @@ def answer_quality(probabilities: Tensor, questions: Sequence[Question], samples
 
 
 def answer_entropy(probabilities: Tensor) -> Tensor:
-    """Entropy [Q] of answers with probabilities [Q, 11], in nats."""
+    """Entropy [Q] of answers with probabilities [Q, A + 1], in nats."""
     return torch.special.entr(probabilities).sum(dim=1)
