@@ -5,9 +5,13 @@
 A prompt shows two sums with their results and asks for a third, a number from 10 to 39 and one from 2 to 9. The model
 half knows such sums. PowerFlow sees only questions and what it writes itself. No result is given, and the questions
 that are measured are not trained on. Each policy is compared with the base, with the base at the temperature at which
-its answers have the policy's entropy (or come nearest to it), with the base at the temperature 1/power, and for powers
-above 1 with the target. The target needs no training here, because all answers can be enumerated. Figures are exact,
-from the probabilities of the answers 0 to 99. Only the majority of 16 is sampled.
+its answers have the policy's entropy (or come nearest to it), with the base at the temperature 1/power, and with the
+target. The target needs no training here, because all answers can be enumerated. Figures are exact, from the
+probabilities of the answers 0 to 99. Only the majority of 16 is sampled.
+
+Below 1 a power flattens not only the answers, but also all other text, and the model would stop answering. So these
+powers have a format penalty on whatever is no number of one or two digits. For a fair comparison they are also compared
+with the base's numbers alone, divided by their sum, at the temperature at which they have the policy's entropy.
 
     accuracy   that one sample is right; majority: that the vote of 16 is; likeliest: that the likeliest answer is
     entropy    of the answer, nats; distinct: different answers among 16; other: share that is no number up to 99
@@ -35,6 +39,7 @@ from renyi.zoo.half_known import Question, answer_quality, temperature_at
 SHOWN = "3 + 4 = 7\n23 + 5 = 28\n"
 END = "\n"  # ends an answer
 NUMBERS = tuple(f" {n}" for n in range(100))
+FORMAT = r"^\s*\d{1,2}\s*$"
 FIGURES = ("accuracy", "majority", "likeliest", "entropy", "distinct", "other")
 
 
@@ -78,6 +83,16 @@ class NumberAnswers(NamedTuple):
         of_number = self.log_likelihood(temperature)[:, 0].exp()
         return torch.cat([of_number, (1 - of_number.sum(1, keepdim=True)).clamp(min=0)], 1)
 
+    def of_numbers(self, temperature: float = 1.0) -> Tensor:
+        """The same of numbers alone: everything else has probability 0."""
+        return numbers_alone(self.probabilities(temperature))
+
+
+def numbers_alone(probabilities: Tensor) -> Tensor:
+    """Probabilities [Q, A + 1] of numbers alone, divided by their sum."""
+    numbers = probabilities[:, :-1] / probabilities[:, :-1].sum(1, keepdim=True)
+    return torch.cat([numbers, torch.zeros_like(probabilities[:, -1:])], 1)
+
 
 @torch.no_grad()
 def read_answers(model: Any, tokenizer: Any, questions: Sequence[Question]) -> NumberAnswers:
@@ -108,6 +123,7 @@ def train(tokenizer: Any, questions: Sequence[Question], power: float, seed: int
             lr_scheduler_type="linear", per_device_train_batch_size=args.rollouts, num_generations=args.generations,
             max_completion_length=6, gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
             logging_steps=max(1, args.steps // 10), report_to="none",
+            **({"format_penalty": FORMAT, "format_penalty_size": args.penalty} if power < 1 else {}),
         )  # fmt: skip
         trainer = PowerFlowTrainer(
             AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
@@ -147,6 +163,10 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield line(f"base, T = {1 / power:g}", base.probabilities(1 / power))
             if power > 1:
                 yield line(f"target of power {power:g}", fixed_point(base, power))
+                continue
+            temperature = temperature_at(entropy, base.of_numbers)
+            yield line(f"numbers, power {power:g}'s entropy", base.of_numbers(temperature), temperature=temperature)
+            yield line(f"numbers, target of power {power:g}", numbers_alone(fixed_point(base, power)))
 
 
 def told(line: dict[str, Any]) -> str:
@@ -157,7 +177,7 @@ def told(line: dict[str, Any]) -> str:
         more = f"   slopes and R² {slopes}; {line['seconds']:.0f} s"
     if "temperature" in line:
         more = f"   T = {line['temperature']:.3f}"
-    return f"{line['seed']:4} {line['run']:28}" + "".join(f"{line[name]:10.3f}" for name in FIGURES) + more
+    return f"{line['seed']:4} {line['run']:30}" + "".join(f"{line[name]:10.3f}" for name in FIGURES) + more
 
 
 def main() -> None:
@@ -167,7 +187,8 @@ def main() -> None:
     parser.add_argument("--powers", type=float, nargs="+", default=[4.0, 0.5])
     parser.add_argument("--questions", type=int, default=40, help="that are measured")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=5e-4)
+    parser.add_argument("--penalty", type=float, default=5.0, help="of a wrong format, nats a token; below power 1")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rollouts", type=int, default=32, help="of a step")
     parser.add_argument("--generations", type=int, default=8, help="rollouts of a prompt")
@@ -175,7 +196,7 @@ def main() -> None:
     args = parser.parse_args()
     disable_progress_bars()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.steps} steps")
-    print(f"seed {'run':28}" + "".join(f"{name:>10}" for name in FIGURES))
+    print(f"seed {'run':30}" + "".join(f"{name:>10}" for name in FIGURES))
     real_model.keep(lines(args), told, args.json)
 
 

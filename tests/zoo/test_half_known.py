@@ -11,7 +11,14 @@ from peft import LoraConfig
 from renyi import LoraEnsemble
 from renyi.errors import ConfigError
 from renyi.zoo import half_known, load_base
-from renyi.zoo.half_known import HalfKnown, answer_entropy, answer_quality, read_answers, train_half_known
+from renyi.zoo.half_known import (
+    HalfKnown,
+    answer_entropy,
+    answer_quality,
+    read_answers,
+    temperature_at,
+    train_half_known,
+)
 from renyi.zoo.world import VALUES, YESTERDAY
 
 WORLDS = [HalfKnown(), HalfKnown(right=0.43, guesses=6, garden_path=True)]
@@ -110,10 +117,10 @@ def test_a_temperature_has_the_entropy_it_was_asked_for(read):
     _, answers, *_ = read
     for temperature in (0.5, 1.0):
         entropy = answer_entropy(answers.probabilities(temperature)).mean().item()
-        found = answers.temperature_at(entropy)
+        found = temperature_at(entropy, answers.probabilities)
         assert answer_entropy(answers.probabilities(found)).mean().item() == pytest.approx(entropy, abs=1e-4)
-    assert answers.temperature_at(-1.0) == pytest.approx(0.02)
-    hottest = answers.temperature_at(99.0)
+    assert temperature_at(-1.0, answers.probabilities) == pytest.approx(0.02)
+    hottest = temperature_at(99.0, answers.probabilities)
     most = answer_entropy(answers.probabilities(hottest)).mean()
     assert most >= answer_entropy(answers.probabilities(hottest * 1.2)).mean()
     assert most >= answer_entropy(answers.probabilities(hottest / 1.2)).mean()
