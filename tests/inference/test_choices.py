@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,35 @@ def test_likelihoods_are_the_ensembles(by: str) -> None:
             assert found.tokens[n, c] == whole.shape[1] - start.shape[1]
     assert found.log_likelihood[:, 1, 2].tolist() == [-torch.inf] * 3
     assert (found.tokens[1, 2], found.cut) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "neox"])
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_prompts_that_are_read_once_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, budget: int) -> None:
+    """Against a row for each option, as models without a cache of keys and values have it."""
+    ensemble, tokenizer, done = tiny_ensemble(2, kind), tiny_tokenizer(), list[int]()
+    found = score_choices(
+        ensemble, [*QUESTIONS, *QUESTIONS[::-1]], tokenizer, "text", tokens_per_batch=budget, progress=done.append
+    )
+    monkeypatch.setattr(choices, "_keeps_prompts", lambda ensemble: False)
+    expected = score_choices(ensemble, [*QUESTIONS, *QUESTIONS[::-1]], tokenizer, "text")
+    torch.testing.assert_close(found.log_likelihood, expected.log_likelihood, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert (found.cut, done[-1]) == (0, 6)
+
+
+def test_a_prompt_is_read_once_for_all_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    ensemble, seen = tiny_ensemble(2), list[int]()
+    forward = ensemble.base.base_model.forward
+
+    def watched(**given: Any) -> Any:
+        seen.append(given["input_ids"].numel())
+        return forward(**given)
+
+    monkeypatch.setattr(ensemble.base.base_model, "forward", watched)
+    score_choices(ensemble, QUESTIONS[:1], tiny_tokenizer(), "text")
+    prompt = len(tiny_tokenizer()(choice_prompt(QUESTIONS[0], "text"))["input_ids"])
+    assert seen == [2 * prompt, 2 * 3 * 2]  # options of 1, 2 and 3 tokens, padded; nothing follows the last
 
 
 def test_probabilities_of_options() -> None:

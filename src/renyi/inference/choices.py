@@ -3,13 +3,15 @@
 Read next: `score.py`, which scores rows in the same way.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from renyi.batches import batches_by_length, padded
 from renyi.data import LETTERS, Question
@@ -70,6 +72,9 @@ def score_choices(
     if all(question.is_one_token for question in tokenised):  # so are letters: one row for each question is enough
         with ensemble.inference():
             return _score_next_tokens(ensemble, tokenised, tokens_per_batch, progress)
+    if _keeps_prompts(ensemble):
+        with ensemble.inference():
+            return _score_after_prompts(ensemble, tokenised, tokens_per_batch, progress)
     rows = [row for question in tokenised for row in question.rows]
     dataset = Dataset.from_dict({"input_ids": [r.input_ids for r in rows], "labels": [r.labels for r in rows]})
     share = len(questions) / len(rows)
@@ -113,14 +118,72 @@ def _score_next_tokens(
         log_p_MBC = torch.cat(of_chunks, dim=1)
         bad = ~log_p_MBC.isfinite().all(dim=0) & there
         if bad.any():
-            raise EnsembleFormatError(
-                "a member's log-likelihood is no finite number",
-                where=f"row {rows[int(bad.any(dim=1).nonzero()[0])] + 1}",
-                hint="Its training diverged, or the base is loaded in a precision too low for it.",
-            )
+            raise _not_finite(rows[int(bad.any(dim=1).nonzero()[0])])
         ell_MNC[:, rows] = log_p_MBC.masked_fill(~there, -torch.inf)
         progress(done := done + len(rows))
     return ChoiceScores(ell_MNC, (options >= 0).long(), sum(q.is_cut for q in questions))
+
+
+def _keeps_prompts(ensemble: LoraEnsemble) -> bool:
+    """Whether a prompt can be read once for all options: the base keeps nothing of a text but keys and values."""
+    layers = DynamicCache(config=ensemble.base.config.get_text_config()).layers
+    stateful = getattr(ensemble.base, "_is_stateful", False)
+    return not stateful and bool(layers) and all(isinstance(layer, DynamicLayer) for layer in layers)
+
+
+@torch.inference_mode()
+def _score_after_prompts(
+    ensemble: LoraEnsemble,
+    questions: "Sequence[_Tokenised]",
+    tokens_per_batch: int,
+    progress: Callable[[int], object],
+) -> ChoiceScores:
+    """`score_choices` where options have several tokens. What a question's options share is read once for all of them.
+
+    Questions with equally long prompts and equally many options go together, so that no prompt is padded.
+    """
+    widest, done = max(len(q.rows) for q in questions), 0
+    ell_MNC = torch.full((ensemble.num_members, len(questions), widest), -torch.inf, dtype=torch.float64)
+    tokens_NC = torch.zeros(len(questions), widest, dtype=torch.long)
+    alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, question in enumerate(questions):
+        alike[question.shared, len(question.rows)].append(number)
+    for (shared, options), numbers in sorted(alike.items()):
+        longest = max(len(row.input_ids) for n in numbers for row in questions[n].rows) - shared
+        size = max(1, tokens_per_batch // (ensemble.num_members * max(shared, options * longest)))
+        for batch in (numbers[start : start + size] for start in range(0, len(numbers), size)):
+            texts = [row.input_ids[shared:] for n in batch for row in questions[n].rows]
+            prompts = torch.tensor([questions[n].rows[0].input_ids[:shared] for n in batch])
+            ell_MB = _options_after(ensemble, prompts, padded(texts, IGNORED), options).cpu()
+            if not ell_MB.isfinite().all():
+                bad = int((~ell_MB.isfinite()).any(dim=0).nonzero()[0])
+                raise _not_finite(batch[bad // options])
+            ell_MNC[:, batch, :options] = ell_MB.unflatten(1, (-1, options))
+            tokens_NC[batch, :options] = torch.tensor([len(text) for text in texts]).view(-1, options)
+            progress(done := done + len(batch))
+    return ChoiceScores(ell_MNC, tokens_NC, sum(q.is_cut for q in questions))
+
+
+def _options_after(ensemble: LoraEnsemble, prompts_BL: Tensor, texts_RT: Tensor, options: int) -> Tensor:
+    """log p_m(option | prompt), float64 [M, B·C], nats, of C options for each of B prompts; −100 pads options."""
+    cache = DynamicCache(config=ensemble.base.config.get_text_config())
+    cached = {ensemble.cache_name: cache, "use_cache": True}
+    texts_RT = texts_RT.to(ensemble.device)
+    hidden_MBLD = ensemble.hidden_states(prompts_BL.to(ensemble.device), None, cached)
+    hidden_MRTD = hidden_MBLD[:, :, -1:].repeat_interleave(options, dim=1)  # it predicts an option's first token
+    if texts_RT.shape[1] > 1:
+        cache.batch_repeat_interleave(options)
+        read_RT = texts_RT[:, :-1].clamp(min=0)
+        hidden_MRTD = torch.cat([hidden_MRTD, ensemble.hidden_states(read_RT, None, cached)], dim=2)
+    return ensemble.score_states(hidden_MRTD, texts_RT).log_probs.double().sum(dim=-1)
+
+
+def _not_finite(question: int) -> EnsembleFormatError:
+    return EnsembleFormatError(
+        "a member's log-likelihood is no finite number",
+        where=f"row {question + 1}",
+        hint="Its training diverged, or the base is loaded in a precision too low for it.",
+    )
 
 
 def choice_log_probs(scores: ChoiceScores, by: ChoiceBy = "letter") -> Tensor:
@@ -147,6 +210,7 @@ class _Row(NamedTuple):
 
 class _Tokenised(NamedTuple):
     rows: list[_Row]
+    shared: int  # tokens that all rows begin with
     is_cut: bool
 
     @property
@@ -174,7 +238,9 @@ def _tokenised(
             hint="Remove the question, or score by letter.",
         )
     return _Tokenised(
-        [_Row(o[dropped:], [IGNORED] * (shared - dropped) + o[shared:]) for o in ids[1:]], is_cut=dropped > 0
+        [_Row(o[dropped:], [IGNORED] * (shared - dropped) + o[shared:]) for o in ids[1:]],
+        shared - dropped,
+        is_cut=dropped > 0,
     )
 
 
