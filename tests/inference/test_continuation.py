@@ -1,5 +1,7 @@
 """Scores of continuations against the ensemble's own logits, token by token, and in any batch."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import tiny_ensemble
@@ -80,8 +82,32 @@ def test_running_weights_decide_what_is_likeliest() -> None:
     log_weights = torch.tensor([0.55, 0.45]).log()
     for targets, expected in (([0, 1], [False, True]), ([1, 0], [True, True]), ([1, 1], [True, False])):
         chunks = iter([position(0.01, 0.99), position(0.9, 0.1)])  # 0.549 for token 1; 0.54 for 0 by prior weights
-        found = _along(chunks, torch.tensor(targets), torch.tensor([0, 0]), log_weights)
+        found = _along(chunks, torch.tensor(targets), torch.tensor([0, 0]), log_weights, {1: torch.tensor([0, 1])})
         assert found[1].tolist() == expected
+        ((log_p_MK, is_top1_K),) = found[2]
+        torch.testing.assert_close(log_p_MK[:, targets[1]], found[0][:, 1])
+        assert is_top1_K[targets[1]] == expected[1]
+
+
+def test_continuations_that_differ_in_their_last_token_are_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the letters of a multiple choice cost what one of them does. The scores are those of single requests."""
+    ensemble, seen, done = tiny_ensemble(3), list[int](), list[int]()
+    contexts = [[9, 8, 7], [5, 6], [9, 8, 7], [9, 8, 7], [9, 8, 7], [9, 8, 7, 40]]
+    continuations = [[40], [41, 42], [41], [40, 12], [40, 13], [13]]
+    alone = [score_continuations(ensemble, [x], [y])[0] for x, y in zip(contexts, continuations, strict=True)]
+    forward = ensemble.base.base_model.forward
+
+    def watched(**given: Any) -> Any:
+        seen.append(len(given["input_ids"]))
+        return forward(**given)
+
+    monkeypatch.setattr(ensemble.base.base_model, "forward", watched)
+    found = score_continuations(ensemble, contexts, continuations, progress=done.append)
+    assert (seen, done) == ([3 * 4], [6])
+    for one, other in zip(found, alone, strict=True):
+        assert one.is_greedy == other.is_greedy
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-5)
+        assert one.member_log_likelihood == pytest.approx(other.member_log_likelihood, abs=1e-5)
 
 
 def test_what_cannot_be_scored() -> None:
