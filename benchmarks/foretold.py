@@ -42,8 +42,7 @@ def of_rows(trainer: Any, rows: list[dict[str, Any]], groups: list[str] | None =
     prepared = trainer.preparation.prepare(Dataset.from_list(rows), trainer.processing_class)
     if groups is not None:
         prepared = prepared.add_column(GROUP_COLUMN, groups)
-    with trainer.accelerator.autocast():
-        return diagnose(trainer.model, prepared, num_directions=DIRECTIONS)
+    return diagnose(trainer.model, prepared, num_directions=DIRECTIONS)
 
 
 def of_translations(args: argparse.Namespace, seed: int) -> Found:
@@ -83,8 +82,7 @@ def of_refusal(args: argparse.Namespace, seed: int) -> Found:
     pairs = Pairs(trainer.args.preference_loss, trainer.reference, preparation)
     grouped = prepared.add_column(GROUP_COLUMN, [str(n // 2) for n in range(len(prepared))])
     for name, measured in (("pairs", prepared), ("groups of two labels", grouped)):
-        with trainer.accelerator.autocast():
-            yield name, diagnose(trainer.model, measured, pairs, num_directions=DIRECTIONS)
+        yield name, diagnose(trainer.model, measured, pairs, num_directions=DIRECTIONS)
 
 
 STUDIES = {"translations": of_translations, "questions": of_questions, "refusal": of_refusal}
