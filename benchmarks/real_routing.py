@@ -73,7 +73,9 @@ def trl_seconds(args: argparse.Namespace, rows: list[dict[str, str]], seed: int)
         )  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        trainer = SFTTrainer(model, config, Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora)
+        trainer = SFTTrainer(
+            model, config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora
+        )
         real_model.quieten(trainer)
         began = time.process_time()
         trainer.train()
