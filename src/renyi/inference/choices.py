@@ -16,8 +16,9 @@ from transformers.cache_utils import DynamicLayer
 from renyi.batches import batches_by_length, padded
 from renyi.data import LETTERS, Question
 from renyi.ensemble import LoraEnsemble
-from renyi.errors import DataError, EnsembleFormatError
+from renyi.errors import DataError
 from renyi.inference.score import score
+from renyi.inference.scoring import check_finite
 from renyi.labels import IGNORED
 
 ChoiceBy = Literal["letter", "text", "text_normalised"]
@@ -116,9 +117,7 @@ def _score_next_tokens(
             of_chunk = picked[:, start : (start := start + log_p_MnV.shape[1])]
             of_chunks.append(log_p_MnV.gather(-1, of_chunk).double().cpu())
         log_p_MBC = torch.cat(of_chunks, dim=1)
-        bad = ~log_p_MBC.isfinite().all(dim=0) & there
-        if bad.any():
-            raise _not_finite(rows[int(bad.any(dim=1).nonzero()[0])])
+        check_finite(log_p_MBC.masked_fill(~there, 0.0).sum(-1), rows)
         ell_MNC[:, rows] = log_p_MBC.masked_fill(~there, -torch.inf)
         progress(done := done + len(rows))
     return ChoiceScores(ell_MNC, (options >= 0).long(), sum(q.is_cut for q in questions))
@@ -155,10 +154,9 @@ def _score_after_prompts(
             texts = [row.input_ids[shared:] for n in batch for row in questions[n].rows]
             prompts = torch.tensor([questions[n].rows[0].input_ids[:shared] for n in batch])
             ell_MB = _options_after(ensemble, prompts, padded(texts, IGNORED), options).cpu()
-            if not ell_MB.isfinite().all():
-                bad = int((~ell_MB.isfinite()).any(dim=0).nonzero()[0])
-                raise _not_finite(batch[bad // options])
-            ell_MNC[:, batch, :options] = ell_MB.unflatten(1, (-1, options))
+            ell_MBC = ell_MB.unflatten(1, (-1, options))
+            check_finite(ell_MBC.sum(-1), batch)
+            ell_MNC[:, batch, :options] = ell_MBC
             tokens_NC[batch, :options] = torch.tensor([len(text) for text in texts]).view(-1, options)
             progress(done := done + len(batch))
     return ChoiceScores(ell_MNC, tokens_NC, sum(q.is_cut for q in questions))
@@ -176,14 +174,6 @@ def _options_after(ensemble: LoraEnsemble, prompts_BL: Tensor, texts_RT: Tensor,
         read_RT = texts_RT[:, :-1].clamp(min=0)
         hidden_MRTD = torch.cat([hidden_MRTD, ensemble.hidden_states(read_RT, None, cached)], dim=2)
     return ensemble.score_states(hidden_MRTD, texts_RT).log_probs.double().sum(dim=-1)
-
-
-def _not_finite(question: int) -> EnsembleFormatError:
-    return EnsembleFormatError(
-        "a member's log-likelihood is no finite number",
-        where=f"row {question + 1}",
-        hint="Its training diverged, or the base is loaded in a precision too low for it.",
-    )
 
 
 def choice_log_probs(scores: ChoiceScores, by: ChoiceBy = "letter") -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from renyi.batches import batches_by_length, padded
 from renyi.ensemble import LoraEnsemble
-from renyi.errors import DataError, EnsembleFormatError
+from renyi.errors import DataError
+from renyi.inference.scoring import check_finite
 from renyi.objectives import running_log_weights
 
 
@@ -70,12 +71,7 @@ def score_continuations(
         for batch in batches_by_length(lengths, tokens_per_batch // ensemble.num_members):
             for at, scores in zip(batch, _score_batch(ensemble, [read[row] for row in batch]), strict=True):
                 for number, scored in zip(of_rows[at], scores, strict=True):
-                    if not torch.tensor(scored.member_log_likelihood).isfinite().all():
-                        raise EnsembleFormatError(
-                            "a member's log-likelihood is no finite number",
-                            where=f"continuation {number + 1}",
-                            hint="Its training diverged, or the base is loaded in a precision too low for it.",
-                        )
+                    check_finite(torch.tensor(scored.member_log_likelihood)[:, None], [number], where="continuation")
                     found[number] = scored
             progress(len(found))
     return [found[i] for i in range(len(found))]

@@ -15,8 +15,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from renyi.data import VOTE_COLUMNS, PairPreparation, count_cut_pairs
 from renyi.ensemble import LoraEnsemble, Reference, completion_labels
-from renyi.errors import EnsembleFormatError
-from renyi.inference.scoring import cut_to_fit, scored
+from renyi.inference.scoring import check_finite, cut_to_fit, scored
 from renyi.measures import draw_uncertainty, token_uncertainty
 from renyi.objectives import (
     LogRatios,
@@ -177,14 +176,7 @@ def scores_of_margins(
     Raises:
         EnsembleFormatError: a margin or a log-likelihood is not finite.
     """
-    is_finite_MB = ell_MB.isfinite() & margin_MB.isfinite()
-    if not is_finite_MB.all():
-        bad = int((~is_finite_MB).any(dim=0).nonzero()[0])
-        raise EnsembleFormatError(
-            "a member's preference is no finite number",
-            where=f"row {rows[bad] + 1}",
-            hint="Its training diverged, or the base is loaded in a precision too low for it.",
-        )
+    check_finite(torch.cat([ell_MB, margin_MB]), rows, "preference")
     log_weights, draws = ensemble.weights.double().cpu().log(), ensemble.num_draws
     log_preference_MB2 = logsigmoid(torch.stack([margin_MB, -margin_MB], dim=-1))
     log_mixture_B2 = (log_weights[:, None, None] + log_preference_MB2).logsumexp(dim=0)

@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from renyi.batches import batches_by_length, padded
 from renyi.data import Limits, Preparation, prepare, rated_tokens
 from renyi.ensemble import KeptReward, LoraEnsemble, evaluating
-from renyi.errors import ConfigError, DataError, EnsembleFormatError
+from renyi.errors import ConfigError, DataError
 from renyi.inference.pair_scores import PairScore, scores_of_margins, votes_of
+from renyi.inference.scoring import check_finite
 from renyi.objectives import Votes, reward_bounds, reward_log_likelihood
 
 REWARDS = ("mean", "lcb")
@@ -103,13 +104,7 @@ def score_rewards(
             input_ids = padded([rows[i] for i in at], padding or 0)
             mask = padded([[1] * len(rows[i]) for i in at], 0)
             given_MB = ensemble.rewards(input_ids.to(ensemble.device), mask.to(ensemble.device)).double().cpu()
-            if not given_MB.isfinite().all():
-                bad = int((~given_MB.isfinite()).any(dim=0).nonzero()[0])
-                raise EnsembleFormatError(
-                    "a member's reward is no finite number",
-                    where=f"row {at[bad] + 1}",
-                    hint="Its training diverged, or the base is loaded in a precision too low for it.",
-                )
+            check_finite(given_MB, at, "reward")
             rewards_MB = given_MB - center_M1
             bounds = dict(zip(("mean", "std", "lcb"), reward_bounds(rewards_MB, weights_M, lcb_width), strict=True))
             columns = [bounds[name].tolist() for name in ("mean", "std", "lcb", kind)]

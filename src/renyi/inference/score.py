@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from renyi.batches import padded
 from renyi.data import Limits, Preparation, count_cut, prepare, told_cut
 from renyi.ensemble import LoraEnsemble
-from renyi.errors import ConfigError, DataError, EnsembleFormatError
-from renyi.inference.scoring import scored
+from renyi.errors import ConfigError, DataError
+from renyi.inference.scoring import check_finite, scored
 from renyi.labels import IGNORED
 from renyi.objectives import example_responsibilities, jensen_gap, renyi_loss
 
@@ -138,13 +138,7 @@ def _score_batch(ensemble: LoraEnsemble, rows: list[int], columns: dict[str, lis
     input_ids, attention_mask = padded(columns["input_ids"], 0), padded([[1] * len(x) for x in columns["labels"]], 0)
     labels = padded(columns["labels"], IGNORED)
     ell_MB = ensemble.log_likelihood(*(x.to(ensemble.device) for x in (input_ids, attention_mask, labels))).cpu()
-    if not ell_MB.isfinite().all():
-        bad = int((~ell_MB.isfinite()).any(dim=0).nonzero()[0])
-        raise EnsembleFormatError(
-            "a member's log-likelihood is no finite number",
-            where=f"row {rows[bad] + 1}",
-            hint="Its training diverged, or the base is loaded in a precision too low for it.",
-        )
+    check_finite(ell_MB, rows)
     tokens_B = (labels[:, 1:] != IGNORED).sum(dim=1)
     return scores_of(rows, ell_MB, tokens_B, ensemble.alpha, ensemble.weights.cpu(), ensemble.routing_quantity)
 

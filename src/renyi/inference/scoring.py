@@ -9,10 +9,12 @@ from typing import TypeVar
 
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from renyi.batches import batches_by_length
 from renyi.data import CompletionPreparation, Limits, told_cut
 from renyi.ensemble import LoraEnsemble
+from renyi.errors import EnsembleFormatError
 from renyi.inference.group_scores import Scored, with_groups
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,24 @@ def scored(
             scores += score_batch(batch)
             progress(len(scores))
     return with_groups(sorted(scores, key=lambda score: score.index), rows, ensemble)
+
+
+def check_finite(values_MB: Tensor, rows: Sequence[int], what: str = "log-likelihood", where: str = "row") -> None:
+    """Raise `EnsembleFormatError` for the first row of which a member's value is no finite number.
+
+    Args:
+        values_MB: of each member and row [M, B].
+        rows: the numbers of the rows, from 0.
+        what: the values are.
+        where: what a row is called.
+    """
+    bad_B = ~values_MB.isfinite().all(dim=0)
+    if bad_B.any():
+        raise EnsembleFormatError(
+            f"a member's {what} is no finite number",
+            where=f"{where} {rows[int(bad_B.nonzero()[0])] + 1}",
+            hint="Its training diverged, or the base is loaded in a precision too low for it.",
+        )
 
 
 def cut_to_fit(

@@ -15,8 +15,7 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
 from renyi.data import ThumbPreparation, count_cut_thumbs
 from renyi.ensemble import KeptThumbs, LoraEnsemble, completion_labels
-from renyi.errors import EnsembleFormatError
-from renyi.inference.scoring import cut_to_fit, scored
+from renyi.inference.scoring import check_finite, cut_to_fit, scored
 from renyi.measures import draw_uncertainty, token_uncertainty
 from renyi.objectives import example_responsibilities, renyi_loss, thumb_log_likelihood, thumb_logit
 
@@ -107,13 +106,7 @@ def _score_batch(
     output = ensemble(batch["input_ids"], batch["attention_mask"], completion_labels(batch))
     logps_MB = ensemble.gathered(output.log_probs.sum(dim=-1))
     ratio_MB = (logps_MB - kept.reference.log_probs(batch)).double().cpu()
-    if not ratio_MB.isfinite().all():
-        bad = int((~ratio_MB.isfinite()).any(dim=0).nonzero()[0])
-        raise EnsembleFormatError(
-            "a member's reward is no finite number",
-            where=f"row {rows[bad] + 1}",
-            hint="Its training diverged, or the base is loaded in a precision too low for it.",
-        )
+    check_finite(ratio_MB, rows, "reward")
     weights_M, loss = ensemble.weights.double().cpu(), kept.loss
     logit_MB = thumb_logit(ratio_MB, kept.reference_point.double(), loss)
     ell_MB = thumb_log_likelihood(logit_MB, batch["label"].bool().cpu(), loss)

@@ -128,9 +128,7 @@ class Router:
         for together in batches_by_length(lengths_P, budget):
             at = torch.tensor(together, device=rows.device)
             with self.ensemble.pairing(members[at].tolist(), places_B[rows[at]]):
-                log_probs_PT = self.ensemble(**take_examples(batch, rows[at])).log_probs[0]
-                found = torch.autograd.grad(log_probs_PT, parameters, upstream_PT[at, : log_probs_PT.shape[1]])
-            torch._foreach_add_(gradients, list(found))
+                self._add_gradients(gradients, parameters, batch, rows[at], upstream_PT[None, at])
         return gradients
 
     def _train_rows(
@@ -142,11 +140,16 @@ class Router:
         for together in batches_by_length(row_lengths(batch).tolist(), plan.token_budget // self._copies):
             at = torch.tensor(together, device=upstream_MBT.device)
             with self.ensemble.of_examples(places_B[at]):
-                log_probs_MbT = self.ensemble(**take_examples(batch, at)).log_probs
-                upstream_MbT = upstream_MBT[:, at, : log_probs_MbT.shape[-1]]
-                found = torch.autograd.grad(log_probs_MbT, parameters, upstream_MbT)
-            torch._foreach_add_(gradients, list(found))
+                self._add_gradients(gradients, parameters, batch, at, upstream_MBT[:, at])
         return gradients
+
+    def _add_gradients(
+        self, gradients: list[Tensor], parameters: list[nn.Parameter], batch: Batch, rows: Tensor, upstream_MPT: Tensor
+    ) -> None:
+        """Add what a pass over some rows of a batch gives, whose upstream gradients are [M, P, T]."""
+        log_probs_MPT = self.ensemble(**take_examples(batch, rows)).log_probs
+        found = torch.autograd.grad(log_probs_MPT, parameters, upstream_MPT[..., : log_probs_MPT.shape[-1]])
+        torch._foreach_add_(gradients, list(found))
 
     def _drawn_forward(self, batch: Batch) -> Routed:
         """One pass with a graph, with one member per example, drawn by mixture weight.
