@@ -165,6 +165,9 @@ def test_the_hessian_and_half_precision_agree(found: Diagnosis, fitted: LoraEnse
         if not parameter.requires_grad:
             parameter.data = parameter.data.bfloat16()
     assert diagnose(halved, held_out, **settings).critical_alpha == pytest.approx(fisher.critical_alpha, rel=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = diagnose(fitted, held_out, **settings)
+    assert rounded.critical_alpha == pytest.approx(fisher.critical_alpha, rel=0.05)
 
 
 def test_a_seed_decides_everything(fitted: LoraEnsemble, held_out: Dataset) -> None:

@@ -330,12 +330,13 @@ def _project_fisher(space: AdapterSpace, batch: Batch, basis: Tensor, tokens_per
     for at, log_p_nV, dz_knV, _ in _logit_tangents(space, hidden, tangents):
         p_nV = log_p_nV.exp()
         # ∂ log p_v along each direction, for every possible next token v.
-        score_nkV = (dz_knV - (p_nV * dz_knV).sum(dim=-1, keepdim=True)).transpose(0, 1)
+        score_nkV = (dz_knV - (p_nV * dz_knV).sum(dim=-1, keepdim=True)).transpose(0, 1).to(dtype)
         target_n11 = targets[at, None, None]
         g_nk = score_nkV.gather(2, target_n11.expand(-1, k, 1))[..., 0]
-        ell.index_add_(0, example_n[at], log_p_nV.gather(1, target_n11[..., 0])[:, 0])
+        ell.index_add_(0, example_n[at], log_p_nV.gather(1, target_n11[..., 0])[:, 0].to(dtype))
         g.index_add_(0, example_n[at], g_nk)
-        V.index_add_(0, example_n[at], (score_nkV * p_nV[:, None]) @ score_nkV.mT)
+        with torch.autocast(hidden.device.type, enabled=False):
+            V.index_add_(0, example_n[at], (score_nkV * p_nV[:, None]) @ score_nkV.mT)
         empirical.index_add_(0, example_n[at], g_nk[:, :, None] * g_nk[:, None])
     return ell, g, V, empirical
 
