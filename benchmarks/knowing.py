@@ -3,17 +3,17 @@
     python benchmarks/knowing.py --data FOLDER [--model FOLDER] [--seeds 0 1 2] [--systems NAME …]
 
 Trained on questions of OpenBookQA and ARC-Easy with their right answer, tested on others of both, and beside them on
-questions of MMLU (`--data` has `choice/` and `mmlu/`), which were not trained. Options are scored by their text. The
-systems see the same rows in as many steps:
+questions of MMLU (`--data` has `choice/` and `mmlu/`), which were not trained. Options are scored by their text: by its
+likelihood ("text"), and by its likelihood a token ("a token"). The systems see the same rows in as many steps:
 
     alpha-0        M members, each fits everything; its first member is one adapter, the run of its own
     renyi          M members, α-Rényi
     one-mr         one adapter of M times the rank
     dropout        one adapter trained with dropout, as 8 samples (Monte Carlo dropout)
 
-Temperatures are fitted on half of the test questions for the other half, and the other way round. Printed: accuracy,
-NLL (nats a question), Brier score, ECE (15 bins), AURC by total uncertainty; the AUROC of MMLU's questions by total
-uncertainty and by disagreement; seconds of training and of all.
+Temperatures, of one member and of the mixture, are fitted on half of the test questions for the other half, and the
+other way round. Printed: accuracy, NLL (nats a question), Brier score, ECE (15 bins), AURC by total uncertainty; the
+AUROC of MMLU's questions by total uncertainty and by disagreement; seconds of training and of all.
 """
 
 import argparse
@@ -72,15 +72,17 @@ def read(args: argparse.Namespace, seed: int) -> tuple[list[Question], list[Ques
     return train, test, draw.sample(elsewhere, args.questions // 2)
 
 
-def opinion(trainer: Any, questions: list[Question], is_dropped: bool) -> Opinion:
+def opinions(trainer: Any, questions: list[Question], is_dropped: bool) -> dict[str, Opinion]:
+    """What the members, or passes with dropout, think of the options, by each kind of score."""
     passes = []
     for number in range(SAMPLES if is_dropped else 1):
         torch.manual_seed(number)
         drops = trainer.model.dropping(SYSTEMS["dropout"]["dropout"]) if is_dropped else nullcontext()
         with drops, trainer.accelerator.autocast():
             passes.append(score_choices(trainer.model, questions, trainer.processing_class, "text"))
-    log_probs = torch.cat([choice_log_probs(scores, "text") for scores in passes])
-    return Opinion(log_probs, torch.full((len(log_probs),), 1 / len(log_probs)))
+    kinds: dict[str, Any] = {"text": "text", "a token": "text_normalised"}
+    log_probs = {name: torch.cat([choice_log_probs(scores, by) for scores in passes]) for name, by in kinds.items()}
+    return {name: Opinion(p, torch.full((len(p),), 1 / len(p))) for name, p in log_probs.items()}
 
 
 def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -91,28 +93,29 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             began = time.perf_counter()
             trainer = real_model.train_system(args, rows, seed, name, SYSTEMS[name])
             trained = time.perf_counter() - began
-            here, there = (opinion(trainer, questions, name == "dropout") for questions in (test, elsewhere))
-            found = evaluate_choice(
-                here,
-                [q.answer for q in test],
-                groups=["OpenBookQA"] * (len(test) // 2) + ["ARC-Easy"] * (len(test) - len(test) // 2),
-                out_of_distribution={"mixture": there},
-                cross_fitted=True,
-            )
-            for system in found.systems:
-                shown = system.name == "mixture" or "temperature" in system.name
-                if shown or (name == "alpha-0" and system.name == "member 0"):
-                    aurocs = {kind: x.auroc.value for kind, x in system.out_of_distribution.items()}
-                    yield {
-                        "system": f"{name}, {system.name}",
-                        "seed": seed,
-                        **{k: list(getattr(system, k)) for k in ("accuracy", "nll", "brier", "ece")},
-                        "aurc": list(system.detection["total"].aurc),
-                        "elsewhere": [aurocs["total"], aurocs.get("epistemic")],
-                        "temperature": system.temperature,
-                        "train": trained,
-                        "seconds": time.perf_counter() - began,
-                    }
+            here, there = (opinions(trainer, questions, name == "dropout") for questions in (test, elsewhere))
+            for by in here:
+                found = evaluate_choice(
+                    here[by],
+                    [q.answer for q in test],
+                    out_of_distribution={"mixture": there[by]},
+                    cross_fitted=True,
+                )
+                for system in found.systems:
+                    shown = system.name == "mixture" or "temperature" in system.name
+                    if shown or (name == "alpha-0" and system.name == "member 0"):
+                        aurocs = {kind: x.auroc.value for kind, x in system.out_of_distribution.items()}
+                        yield {
+                            "by": by,
+                            "system": f"{name}, {system.name}",
+                            "seed": seed,
+                            **{k: list(getattr(system, k)) for k in ("accuracy", "nll", "brier", "ece")},
+                            "aurc": list(system.detection["total"].aurc),
+                            "elsewhere": [aurocs["total"], aurocs.get("epistemic")],
+                            "temperature": system.temperature,
+                            "train": trained,
+                            "seconds": time.perf_counter() - began,
+                        }
 
 
 def told(line: dict[str, Any]) -> str:
@@ -122,7 +125,7 @@ def told(line: dict[str, Any]) -> str:
     total, epistemic = line["elsewhere"]
     apart = "    –" if epistemic is None else f"{epistemic:.3f}"
     return (
-        f"{line['system']:32} {line['seed']:4} | {values} | {total:.3f} {apart} | {line['train']:5.0f} "
+        f"{line['by']:8} {line['system']:32} {line['seed']:4} | {values} | {total:.3f} {apart} | {line['train']:5.0f} "
         f"{line['seconds']:6.0f}"
     )
 
@@ -136,7 +139,7 @@ def main() -> None:
     disable_progress_bars()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.members} members, alpha {args.alpha:g}")
     figures = "".join(f"{name:23}" for name in ("accuracy", "NLL", "Brier", "ECE", "AURC"))
-    print(f"{'system':32} seed | {figures} | MMLU: total, apart | train, all s")
+    print(f"{'score':8} {'system':32} seed | {figures} | MMLU: total, apart | train, all s")
     real_model.keep(lines(args), told, args.json)
 
 

@@ -12,6 +12,7 @@ from renyi.evaluation import (
     calibration_split,
     evaluate_choice,
     evaluate_perplexity,
+    metrics,
     specialisation,
 )
 from renyi.inference import Score
@@ -107,7 +108,8 @@ def test_baselines_are_evaluated_on_the_same_questions() -> None:
     labels = [i % 4 for i in range(50)]
     aside, kept = calibration_split(50, 0.3)
     found = evaluate_choice(ensemble, labels, baselines={"single": other}, calibration=aside, resamples=30)
-    assert [s.name for s in found.systems] == ["mixture", "member 0", "member 1", "single", "single, temperature"]
+    names = ["mixture", "member 0", "member 1", "single", "single, temperature", "mixture, temperature"]
+    assert [s.name for s in found.systems] == names
     assert (found.questions, found.calibration_questions) == (35, 15)
     alone = evaluate_choice(other.rows(kept), [labels[i] for i in kept], resamples=30)
     assert_same(found.systems[3][1:], alone.systems[0][1:])
@@ -128,6 +130,20 @@ def test_a_temperature_mends_overconfidence_and_keeps_accuracy() -> None:
     assert after.accuracy == pytest.approx(before.accuracy, nan_ok=True)
     assert after.ece.value < 0.03 < 0.1 < before.ece.value
     assert after.nll.value < before.nll.value
+
+
+def test_the_temperature_of_a_mixture_is_that_of_its_probabilities() -> None:
+    ensemble, labels = drawn(2, 200, scale=3.0), [i % 4 for i in range(200)]
+    aside, kept = calibration_split(200, 0.5)
+    found = {s.name: s for s in evaluate_choice(ensemble, labels, calibration=aside, resamples=0).systems}
+    after = found["mixture, temperature"]
+    log_p = np.log(ensemble.mixture())
+    best = metrics.fit_temperature(log_p[aside], np.array(labels)[aside])
+    assert after.temperature == pytest.approx(best)
+    scaled = torch.from_numpy(log_p / best).softmax(-1)[torch.from_numpy(kept), [labels[i] for i in kept]]
+    assert after.nll.value == pytest.approx(-scaled.log().mean().item())
+    assert after.accuracy.value == found["mixture"].accuracy.value
+    assert "epistemic" not in after.detection
 
 
 def test_disagreement_finds_what_is_elsewhere() -> None:

@@ -77,6 +77,10 @@ class Opinion(NamedTuple):
             self.num_draws,
         )
 
+    def pooled(self) -> "Opinion":
+        """The mixture as the opinion of one member."""
+        return Opinion(torch.from_numpy(self.mixture()).log()[None], torch.ones(1))
+
     def alone(self, member: int) -> "Opinion":
         """The opinion of one member."""
         ell, of_member = self.log_likelihood, slice(member, member + 1)
@@ -156,7 +160,8 @@ class ChoiceEvaluation(NamedTuple):
     Attributes:
         questions: how many were evaluated.
         calibration_questions: how many were set aside for the temperature and the threshold.
-        systems: the mixture, its members if more than one, the baselines, and the temperature-scaled single member.
+        systems: the mixture, its members if more than one, the baselines, the temperature-scaled single member, and the
+            temperature-scaled mixture if it has more than one.
         most_contested: positions of the evaluated questions, those with the most epistemic uncertainty first.
         groups, specialisation: by group, if groups were given.
     """
@@ -197,7 +202,8 @@ def evaluate_choice(
         groups: the group of each question, such as its subject, [N].
         out_of_distribution: opinions on another dataset: of the ensemble ("mixture") and of baselines (by name).
         calibration: questions that are not evaluated. A temperature is fitted on them: for the first baseline with a
-            single member, else for member 0. None for no temperature.
+            single member, else for member 0, and for the mixture of several members (pooled first, then scaled:
+            arXiv 2007.08792). None for no temperature.
         cross_fitted: without such questions, fit the temperature of each half of the questions on the other half.
         resamples: draws for the intervals.
         seed: of the draws.
@@ -227,19 +233,21 @@ def evaluate_choice(
     source, single = next(
         ((n, o) for n, o in (baselines or {}).items() if len(o.weights) == 1), ("mixture", ensemble.alone(0))
     )
-    own, temperature_N = single.log_probs[0].double().numpy(), None
-    if len(aside):
-        temperature_N = np.full(len(right), metrics.fit_temperature(own[aside], right[aside]))
-    elif cross_fitted and len(right) > 1:
-        temperature_N = metrics.cross_fitted_temperatures(own, right, seed)
-    if temperature_N is not None:
-        typical, other = float(np.exp(np.log(temperature_N).mean())), elsewhere.get(source)
-        add(
-            f"{'member 0' if source == 'mixture' else source}, temperature",
-            _tempered(single, temperature_N),
-            other and _tempered(other.alone(0), typical),
-            typical,
-        )
+    other = elsewhere.get(source)
+    scaled = {("member 0" if source == "mixture" else source): (single, other and other.alone(0))}
+    if len(ensemble.weights) > 1:
+        other = elsewhere.get("mixture")
+        scaled["mixture"] = (ensemble.pooled(), other and other.pooled())
+    if len(aside) or (cross_fitted and len(right) > 1):
+        for name, (opinion, other) in scaled.items():
+            own = opinion.log_probs[0].double().numpy()
+            if len(aside):
+                temperature_N = np.full(len(right), metrics.fit_temperature(own[aside], right[aside]))
+            else:
+                temperature_N = metrics.cross_fitted_temperatures(own, right, seed)
+            typical = float(np.exp(np.log(temperature_N).mean()))
+            tempered = _tempered(opinion, temperature_N)
+            add(f"{name}, temperature", tempered, other and _tempered(other, typical), typical)
     of_mixture = ensemble.rows(kept)
     epistemic = of_mixture.uncertainty().get("epistemic", np.zeros(len(kept)))
     names = None if groups is None else [groups[i] for i in kept]
