@@ -54,6 +54,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
     "sampled": {},
     "sparse": {"routing_threshold": 0.2},
     "raced": {"routing_threshold": 0.2, "token_budget": 200},
+    "kept": {"routing": "sampled", "routing_refresh": 2},
 }
 TRAINERS = {"sft": (trainer_of, text_rows), "dpo": (dpo_trainer_of, pair_rows)}
 

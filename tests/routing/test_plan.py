@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from renyi.routing import PLACES, SHARE, RoutingPlan, share_of, unpacked
+from renyi.routing import PLACES, SHARE, RoutingPlan, share_of, split, unpacked
 from renyi.routing.plan import take_examples
 
 
@@ -99,6 +99,18 @@ def test_without_a_mask_parts_keep_the_order_of_the_batch():
     ids = 100 * torch.arange(3)[:, None] + torch.arange(4)
     parts = RoutingPlan(token_budget=8).parts({"input_ids": ids}, 1)
     assert [part["input_ids"].tolist() for part in parts] == [ids[:2].tolist(), ids[2:].tolist()]
+
+
+def test_a_part_is_split_by_a_property_of_its_rows():
+    batch = {"input_ids": torch.arange(12).view(4, 3), "attention_mask": torch.ones(4, 3), SHARE: 0.5}
+    batch["attention_mask"][[0, 2], 2] = 0
+    batch[PLACES] = torch.tensor([7, 5, 3, 1])
+    assert split(batch, torch.zeros(4, dtype=torch.bool)) == [batch]
+    assert split(batch, torch.ones(4, dtype=torch.bool)) == [batch]
+    first, second = split(batch, torch.tensor([True, False, True, True]))
+    assert first["input_ids"].tolist() == [[0, 1, 2], [6, 7, 8], [9, 10, 11]]
+    assert (first[SHARE], second[SHARE]) == (0.375, 0.125)
+    assert (first[PLACES].tolist(), second[PLACES].tolist()) == ([7, 3, 1], [5])
 
 
 def test_packed_rows_are_taken_apart():

@@ -234,18 +234,102 @@ def test_a_race_goes_by_the_order_of_its_step(tmp_path, monkeypatch):
             assert variation(step, 0.7) > 0.01  # so that the final order would be seen
 
 
-@pytest.mark.parametrize("routing", ["sampled", "raced", "auto"])
+@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("budget", [None, 60, 1])
+def test_a_shared_hold_is_the_run_of_one_adapter(tmp_path, kind, budget):
+    """For all of its members, which part as soon as alpha rises."""
+    one = RUNS[kind](tmp_path / "one", **{**SETTINGS, "num_members": 1, "alpha": 0.0})
+    given = {**SETTINGS, "routing": "sampled", "alpha_hold_shared": True, "token_budget": budget}
+    shared = RUNS[kind](tmp_path / "shared", **{**given, "alpha_hold_ratio": 1.0})
+    parting = RUNS[kind](tmp_path / "parting", **{**given, "alpha_hold_ratio": 0.5})
+    for trainer in (one, shared, parting):
+        trainer.train()
+    expected = dict(one.model.named_parameters())
+    for name, parameter in shared.model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter, expected[name].expand_as(parameter), rtol=0, atol=2e-5)
+    assert logged(shared, "loss") == pytest.approx(logged(one, "loss"), rel=2e-4)
+    assert logged(shared, "routing/scored") == [0.0] * 6
+    assert logged(parting, "routing/scored") == [0.0] * 3 + [1.0] * 3
+    assert all((p[0] != p[1]).any() for p in parting.trained_parameters())
+
+
+def test_only_equal_members_can_be_trained_as_one(tmp_path):
+    with pytest.raises(ConfigError, match="the members of the given ensemble differ"):
+        trainer_of(
+            tmp_path,
+            model=tiny_ensemble(),
+            routing="sampled",
+            alpha_hold_shared=True,
+            **{**SETTINGS, "alpha_hold_ratio": 0.5},
+        )
+
+
+@pytest.mark.parametrize("routing", ["sampled", "raced"])
+def test_kept_scores_are_those_of_members_that_stand_still(tmp_path, routing):
+    given = {**SETTINGS, "learning_rate": 0.0, "num_train_epochs": 4, "max_steps": -1}
+    dense = trainer_of(tmp_path / "dense", model=tiny_ensemble(), **given)
+    kept = trainer_of(
+        tmp_path / "kept", model=tiny_ensemble(), routing=routing, routing_threshold=0.0, routing_refresh=3, **given
+    )
+    for trainer in (dense, kept):
+        trainer.train()
+    steps = len(logged(dense, "loss")) // 4
+    assert logged(kept, "routing/scored") == [1.0] * steps + [0.0] * 2 * steps + [1.0] * steps
+    assert logged(kept, "routing/active") == pytest.approx([1 / 3] * 4 * steps)
+    for name in ("loss", "nll_mixture", "nll_members", "effective_members", "member_load/1"):
+        assert logged(kept, name) == pytest.approx(logged(dense, name), rel=1e-5)
+
+
+def test_only_rows_that_are_due_are_scored_again(tmp_path):
+    """Alpha rises within the first epoch of three: the rows before that are scored in the second, the others not."""
+    given = {**SETTINGS, "alpha_hold_ratio": 1 / 8, "num_train_epochs": 3, "max_steps": -1}
+    trainer = trainer_of(tmp_path, routing="sampled", routing_refresh=2, **given)
+    trainer.train()
+    scored = logged(trainer, "routing/scored")
+    assert scored[:8] == [0.0] * 3 + [1.0] * 5
+    assert sum(scored[8:16]) == pytest.approx(3)
+    assert sum(scored[16:]) == pytest.approx(5)
+    # A dense run with the same shares would have the same mixture at every step, were it not for what members learn.
+    still = [
+        trainer_of(tmp_path / routing, model=tiny_ensemble(), **{**given, **more, "learning_rate": 0.0})
+        for routing, more in (
+            ("dense", {}),
+            ("sampled", {"routing": "sampled", "routing_refresh": 2, "token_budget": 60}),
+        )
+    ]
+    for run in still:
+        run.train()
+    dense, kept = (logged(run, "nll_mixture")[3:] for run in still)
+    assert kept == pytest.approx(dense, rel=1e-5)
+
+
+@pytest.mark.parametrize("budget", [30, 200])
+def test_a_batch_over_the_budget_is_drawn_in_parts(tmp_path, budget):
+    """Whether alpha is zero or scores are kept, no member is scored that is not trained."""
+    given = {**SETTINGS, "alpha_hold_ratio": 0.25, "num_train_epochs": 4, "max_steps": -1, "routing_refresh": 3}
+    trainer = trainer_of(tmp_path, routing="sampled", token_budget=budget, **given)
+    trainer.train()
+    steps = len(logged(trainer, "loss")) // 4
+    assert logged(trainer, "routing/scored") == [0.0] * steps + [1.0] * steps + [0.0] * 2 * steps
+
+
+@pytest.mark.parametrize("routing", ["sampled", "raced", "auto", "kept"])
 def test_an_interrupted_run_goes_on_as_it_would_have(tmp_path, routing, monkeypatch):
     # What a pass takes is another time each time; here it is what it is.
     monkeypatch.setattr("renyi.training.steps.time.perf_counter", iter(range(10**6)).__next__)
     given = {**SETTINGS, "routing": routing, "routing_threshold": 0.3, "save_strategy": "steps", "save_steps": 3}
+    if routing == "kept":  # interrupted among visits that follow the kept scores
+        given |= {"routing": "sampled", "routing_refresh": 3, "num_train_epochs": 3, "max_steps": -1, "save_steps": 15}
     whole = trainer_of(tmp_path / "whole", **given)
     whole.train()
     (tmp_path / "cut").mkdir()
-    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "cut" / "checkpoint-3")
+    checkpoint = f"checkpoint-{given['save_steps']}"
+    (tmp_path / "whole" / checkpoint).rename(tmp_path / "cut" / checkpoint)
     resumed = trainer_of(tmp_path / "cut", **given)
     resumed.train(resume_from_checkpoint=True)
     assert member_distance(resumed.model, whole.model) == 0
+    assert logged(resumed, "routing/scored")[-1] == logged(whole, "routing/scored")[-1]
     assert logged(resumed, "routing/active")[-1] == logged(whole, "routing/active")[-1]
 
 
@@ -294,6 +378,16 @@ def test_a_rehearsal_runs_the_largest_part_of_a_step(tmp_path, monkeypatch, sett
         (trainer_of, {"routing": "spars"}, "routing"),
         (trainer_of, {"routing": "sparse", "routing_threshold": 0.6}, "routing_threshold"),
         (trainer_of, {"token_budget": 0}, "token_budget"),
+        (trainer_of, {"alpha_hold_shared": True}, "routing"),
+        (trainer_of, {"alpha_hold_shared": True, "routing": "sampled", "alpha": 0.0}, "alpha"),
+        (trainer_of, {"alpha_hold_shared": True, "routing": "raced", "alpha_hold_ratio": 0.0}, "alpha_hold_ratio"),
+        (trainer_of, {"alpha_hold_shared": True, "routing": "raced", "member_kind": "gaussian"}, "member_kind"),
+        (powerflow_trainer_of, {"alpha_hold_shared": True}, "routing"),
+        (trainer_of, {"routing_refresh": 0}, "routing_refresh"),
+        (trainer_of, {"routing_refresh": 2}, "routing"),
+        (trainer_of, {"routing": "sampled", "routing_refresh": 2, "padding_free": True}, "padding_free"),
+        (trainer_of, {"routing": "sampled", "routing_refresh": 2, "packing": True}, "packing"),
+        (trainer_of, {"routing": "sampled", "routing_refresh": 2, "routing_group": "author"}, "routing_group"),
         (trainer_of, {"routing": "sampled", **REENTRANT}, "gradient_checkpointing_kwargs"),
         (dpo_trainer_of, {"token_budget": 100, **REENTRANT}, "gradient_checkpointing_kwargs"),
         (dpo_trainer_of, {"routing": "raced"}, "routing"),

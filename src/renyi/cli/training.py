@@ -50,14 +50,14 @@ def run_training(command: TrainingCommand, argv: Sequence[str]) -> int:
 # The keys that every help page shows, before and after those of the method.
 _BEFORE = {
     "What": "model_name_or_path dataset_name output_dir",
-    "Members": "num_members alpha alpha_hold_ratio alpha_ramp_ratio routing_quantity routing_group mixture_weights "
-    "member_kind num_draws prior_std kl_warmup_ratio",
+    "Members": "num_members alpha alpha_hold_ratio alpha_ramp_ratio alpha_hold_shared routing_quantity routing_group "
+    "mixture_weights member_kind num_draws prior_std kl_warmup_ratio",
     "LoRA": "lora_r lora_alpha lora_dropout lora_target_modules use_rslora",
 }
 _AFTER = {
     "Training": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
     "lr_scheduler_type dtype bf16 load_in_4bit gradient_checkpointing seed",
-    "Speed and memory": "token_budget routing routing_threshold member_parallel",
+    "Speed and memory": "token_budget routing routing_threshold routing_refresh member_parallel",
     "Watching": "dry_run logging_steps eval_strategy eval_steps save_steps save_total_limit early_stopping_patience "
     "report_to",
 }

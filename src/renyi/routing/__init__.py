@@ -2,11 +2,12 @@
 
 Read in this order: `plan.py` (the settings), `router.py` (wraps the joint forward of an ensemble), `race.py` (scores in
 blocks and stops scoring members that fall behind), `statistics.py` (counts what was scored and what was left out),
-`groups.py` (rows that share one responsibility).
+`kept.py` (scores of earlier steps), `groups.py` (rows that share one responsibility).
 """
 
 from renyi.routing.groups import BatchGroups, GroupEvidence
-from renyi.routing.plan import PLACES, ROUTINGS, SHARE, RoutingPlan, is_packed, share_of, unpacked
+from renyi.routing.kept import KeptScores, RowScores
+from renyi.routing.plan import PLACES, ROUTED_ROW, ROUTINGS, SHARE, RoutingPlan, is_packed, share_of, split, unpacked
 from renyi.routing.router import Routed, Router
 from renyi.routing.statistics import (
     AutoRouting,
@@ -20,15 +21,18 @@ from renyi.routing.statistics import (
 
 __all__ = [
     "PLACES",
+    "ROUTED_ROW",
     "ROUTINGS",
     "SHARE",
     "AutoRouting",
     "BatchGroups",
     "GroupEvidence",
+    "KeptScores",
     "PassStatistics",
     "Routed",
     "Router",
     "RoutingPlan",
+    "RowScores",
     "Sums",
     "is_packed",
     "member_shares",
@@ -36,5 +40,6 @@ __all__ = [
     "pair_sums",
     "routing_sums",
     "share_of",
+    "split",
     "unpacked",
 ]

@@ -5,15 +5,18 @@ others the value is taken that they had when they were last run: incremental exp
 1998), where EM-DPO's E-step (arXiv 2405.15065) would run all rows again. A row that was not run yet says nothing. So a
 group within one batch is exact, and a larger one becomes so as the members settle.
 
-Read next: `renyi.objectives.group_sums`, and `training/group_batches.py`, which keeps the rows of a group together.
+Read next: `kept.py`, where the values are kept, `renyi.objectives.group_sums`, and `training/group_batches.py`, which
+keeps the rows of a group together.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from renyi.routing.kept import RowScores
 
 
 class BatchGroups(NamedTuple):
@@ -28,20 +31,19 @@ class BatchGroups(NamedTuple):
     others: Tensor
 
 
-class GroupEvidence:
-    """The log-likelihood of each of N rows under M members when the row was last run.
+class GroupEvidence(RowScores):
+    """The log-likelihoods of rows that have groups.
 
     Attributes:
         names: of the groups, in alphabetical order.
         group_N: the group of each row, a number into `names`, [N].
-        ell_MN: nats, float64; NaN for a row that was not run yet.
     """
 
     def __init__(self, groups: Sequence[str], num_members: int):
         names, group_N = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
         self.names: list[str] = names.tolist()
         self.group_N = torch.from_numpy(group_N)
-        self.ell_MN = torch.full((num_members, len(group_N)), torch.nan, dtype=torch.float64)
+        super().__init__(num_members, len(group_N))
         self._rows_of = self.group_N.argsort(stable=True).split(torch.bincount(self.group_N).tolist())
 
     def of_batch(self, rows_E: Tensor) -> BatchGroups:
@@ -55,22 +57,3 @@ class GroupEvidence:
             rows = self._rows_of[group]
             others.append(self.ell_MN[:, rows[~here_N[rows]]].nansum(dim=1))
         return BatchGroups(group_E, torch.stack(others, dim=1))
-
-    def record(self, rows_E: Tensor, ell_ME: Tensor) -> None:
-        """Keep ℓ [M, E] of the rows of a batch."""
-        self.ell_MN[:, rows_E.cpu()] = ell_ME.detach().double().cpu()
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
-        return {"log_likelihood": self.ell_MN}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take what a checkpoint kept of the same rows.
-
-        Raises:
-            ValueError: it is of other rows or members.
-        """
-        kept = state["log_likelihood"]
-        if kept.shape != self.ell_MN.shape:
-            raise ValueError(f"holds {list(kept.shape)} log-likelihoods, not {list(self.ell_MN.shape)}")
-        self.ell_MN = kept.double()

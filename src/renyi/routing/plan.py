@@ -12,6 +12,7 @@ from renyi.labels import IGNORED
 ROUTINGS = ("dense", "sampled", "sparse", "raced", "auto")
 SHARE = "share_of_batch"  # a key in a part of a batch: the part's number of examples divided by the whole batch's
 PLACES = "places_in_batch"  # a key in a part of a batch: the places of its examples in the whole batch
+ROUTED_ROW = "routed_row"  # a key in a batch: the numbers of its rows in their prepared dataset
 
 Batch = dict[str, Any]  # the arguments of a joint forward
 
@@ -66,6 +67,17 @@ class RoutingPlan:
             take_examples(batch, at, self.rows_per_example) | {SHARE: len(at) / len(examples), PLACES: places_E[at]}
             for at in examples.split(max(1, most))
         ]
+
+
+def split(part: Batch, is_first_E: Tensor) -> list[Batch]:
+    """A batch of rows, or a part of one, in two parts by a property of its rows [E]; in one if all have it, or none."""
+    if is_first_E.all() or not is_first_E.any():
+        return [part]
+    places_E = part.get(PLACES, torch.arange(len(is_first_E)))
+    return [
+        take_examples(part, at) | {SHARE: share_of(part) * len(at) / len(is_first_E), PLACES: places_E[at]}
+        for at in (is_first_E.nonzero().flatten(), (~is_first_E).nonzero().flatten())
+    ]
 
 
 def share_of(batch: Mapping[str, Any]) -> float:

@@ -23,7 +23,9 @@ from renyi.batches import batches_by_length
 from renyi.ensemble import JointOutput, LoraEnsemble, evaluating
 from renyi.errors import ConfigError
 from renyi.labels import IGNORED
-from renyi.routing.plan import SHARE, Batch, RoutingPlan, row_lengths, take_examples
+from renyi.objectives import example_responsibilities
+from renyi.routing.kept import KeptScores
+from renyi.routing.plan import ROUTED_ROW, SHARE, Batch, RoutingPlan, row_lengths, take_examples
 from renyi.routing.race import race
 from renyi.routing.statistics import AutoRouting, PassStatistics, member_shares
 
@@ -40,11 +42,17 @@ class Router:
 
     Attributes:
         ensemble: M members. The router does not change them.
-        auto: the measurements that decide "auto". It is the router's only state, and a trainer updates it.
+        auto: the measurements that decide "auto". A trainer updates it.
+        kept: the scores of earlier steps by which a member is drawn for a row, or None if every step scores its rows.
+            Batches then have the numbers of their rows under `ROUTED_ROW`. With `auto` it is the router's only state.
+        runs_first_for_all: whether all members are equal while alpha is 0. Then the first of them is run for every
+            example, and whoever calls gives its gradient to the others.
     """
 
     def __init__(self, ensemble: LoraEnsemble, plan: RoutingPlan):
         self.ensemble, self.auto, self._plan = ensemble, AutoRouting(), plan
+        self.kept: KeptScores | None = None
+        self.runs_first_for_all = False
 
     @property
     def plan(self) -> RoutingPlan:
@@ -56,18 +64,19 @@ class Router:
 
         The values are those of the plain forward without dropout, with two exceptions. With "raced", tokens that were
         not scored get the values of the member that leads. With alpha 0, the responsibilities are the mixture weights
-        in any case. So if one member per example is drawn, the other members get the drawn member's values.
+        in any case, and with kept scores they follow from these. So if one member per example is drawn, only that
+        member is run. The other members get its values, and differ from it by as much as in the kept scores.
 
         Without gradients, or in evaluation mode, this is the plain forward.
 
         Args:
-            batch: arguments of `LoraEnsemble.forward`; it may also hold the key `SHARE`.
+            batch: arguments of `LoraEnsemble.forward`; it may also hold the keys `SHARE` and `ROUTED_ROW`.
             alpha: the order at which this batch is trained.
             through: the wrapper of the ensemble that exchanges gradients (DistributedDataParallel). Its forward has to
                 run as well.
         """
-        wrapper = self.ensemble if through is None else through
-        batch = {name: value for name, value in batch.items() if name != SHARE}
+        wrapper, rows_E = self.ensemble if through is None else through, batch.get(ROUTED_ROW)
+        batch = {name: value for name, value in batch.items() if name not in (SHARE, ROUTED_ROW)}
         rows, length = batch["input_ids"].shape
         learns = self.ensemble.training and torch.is_grad_enabled()
         if not learns or self.plan.is_plain(self._copies * rows, length):
@@ -76,21 +85,27 @@ class Router:
             ids, mask = batch["input_ids"], batch.get("attention_mask")
             batch["labels"] = ids if mask is None else ids.masked_fill(mask == 0, IGNORED)
         if wrapper is self.ensemble:
-            return self._forward(batch, alpha)
-        return _through(wrapper, self.ensemble, self._forward, batch, alpha)
+            return self._forward(batch, alpha, rows_E)
+        return _through(wrapper, self.ensemble, self._forward, batch, alpha, rows_E)
 
-    def _forward(self, batch: Batch, alpha: float) -> Routed:
+    def _forward(self, batch: Batch, alpha: float, rows_E: Tensor | None) -> Routed:
         if not self.ensemble.recomputes_members:
             raise ConfigError(
                 "use_reentrant is true, and this step runs some pairs of members and examples at a time",
                 where="gradient_checkpointing_kwargs",
                 hint="Set use_reentrant to false, or train with routing 'dense' and no token budget.",
             )
-        draws = self.plan.kind in ("sampled", "raced")
-        if draws and alpha == 0 and self.plan.takes(*batch["input_ids"].shape):
-            return self._drawn_forward(batch)
+        if alpha == 0 and self.runs_first_for_all:
+            return self._drawn_forward(batch, None, alpha)
+        if self.plan.kind in ("sampled", "raced") and self.plan.takes(*batch["input_ids"].shape):
+            if alpha == 0:
+                return self._drawn_forward(batch, None, alpha)
+            if self.kept is not None and rows_E is not None and (known_ME := self.kept.visit(rows_E)) is not None:
+                return self._drawn_forward(batch, known_ME.to(batch["input_ids"].device), alpha)
         with torch.no_grad(), evaluating(self.ensemble):
             output, statistics = self._scored(batch, alpha)
+        if self.kept is not None and rows_E is not None:
+            self.kept.record(rows_E, self.ensemble.gathered(output.log_probs.sum(dim=-1)))
         parameters = [p for p in self.ensemble.parameters() if p.requires_grad]
         device = output.log_probs.device.type
         casts, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -151,13 +166,27 @@ class Router:
         found = torch.autograd.grad(log_probs_MPT, parameters, upstream_MPT[..., : log_probs_MPT.shape[-1]])
         torch._foreach_add_(gradients, list(found))
 
-    def _drawn_forward(self, batch: Batch) -> Routed:
-        """One pass with a graph, with one member per example, drawn by mixture weight.
+    def _drawn_forward(self, batch: Batch, known_ME: Tensor | None, alpha: float) -> Routed:
+        """One pass with a graph, with one member per example, drawn by mixture weight, or by responsibility.
 
         A process runs the examples that its own members have drawn, and gets the values of the others.
+
+        Args:
+            batch: as for `forward`.
+            known_ME: kept ℓ of the examples, from which responsibilities of order `alpha` follow; or None.
+            alpha: the order.
         """
         (rows, length), per_example = batch["input_ids"].shape, self.plan.rows_per_example
-        weight_ME = self._one_of(self.ensemble.drawn_weights[:, None].expand(-1, rows // per_example))
+        share_ME = self.ensemble.drawn_weights[:, None].expand(-1, rows // per_example)
+        if known_ME is not None:
+            tokens_E = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+            log_weights, quantity = self.ensemble.drawn_weights.log(), self.ensemble.routing_quantity
+            share_ME = example_responsibilities(known_ME.to(share_ME), tokens_E, alpha, log_weights, quantity)
+        if alpha == 0 and self.runs_first_for_all:
+            weight_ME = torch.zeros_like(share_ME)
+            weight_ME[0] = 1
+        else:
+            weight_ME = self._one_of(share_ME)
         weight_MB = self._own(weight_ME).repeat(1, per_example)
         at = weight_MB.any(dim=0).nonzero().squeeze(1)
         if len(at):
@@ -170,6 +199,10 @@ class Router:
         of_all = JointOutput(*(x if x is output.label_mask else x.expand(len(weight_MB), -1, -1) for x in output))
         without_graph = output.log_probs.detach()
         log_probs = without_graph + weight_MB[..., None] * (output.log_probs - without_graph)
+        if known_ME is not None:  # the distance in ℓ of the others, spread over the tokens
+            apart_ME = known_ME - known_ME.gather(0, weight_ME.argmax(dim=0, keepdim=True))
+            apart_ME = apart_ME / tokens_E.clamp(min=1)
+            log_probs = log_probs + self._own(apart_ME.to(log_probs))[..., None] * output.label_mask
         return Routed(of_all._replace(log_probs=log_probs), PassStatistics(scored=0.0))
 
     def _of_no_row(self, device: torch.device) -> JointOutput:

@@ -36,6 +36,8 @@ class EnsembleConfig(_BeforeConfig):
             line also takes "auto": it fits one adapter and chooses alpha by its curvature (`renyi.runs.auto`).
         alpha_hold_ratio: share of training with alpha 0, in which members learn what the data agree on.
         alpha_ramp_ratio: share of training after the hold in which alpha rises to its value.
+        alpha_hold_shared: whether members begin as one adapter, which is trained for all of them while alpha is 0. That
+            costs as much as a single adapter. Draws of sampled or raced routing part the members afterwards.
         routing_quantity: what is routed: the log-likelihood of a whole example ("sequence"), or its mean per trained
             token ("length_normalised"). The mean routes long examples as softly as short ones. Or every token by itself
             ("token", dense only): one α-loss a token, which goes with mixture="token" at decoding.
@@ -87,6 +89,10 @@ class EnsembleConfig(_BeforeConfig):
     )
     alpha_ramp_ratio: float = field(
         default=0.2, metadata={"help": "Share of training after that in which alpha rises to its value."}
+    )
+    alpha_hold_shared: bool = field(
+        default=False,
+        metadata={"help": "Train one adapter for all members while alpha is 0; with sampled or raced routing."},
     )
     routing_quantity: str = field(
         default="sequence",
@@ -216,6 +222,8 @@ class EnsembleConfig(_BeforeConfig):
             ramp >= 0 and hold + ramp <= 1 + 1e-9,  # 1 - 0.9 is less than 0.1
             f"a share between 0 and {1 - hold:g}, what the hold leaves",
         )
+        if self.alpha_hold_shared:
+            self._check_shared_hold()
         quantity, weights = self.routing_quantity, ("uniform", "learned")
         require("routing_quantity", quantity, quantity in QUANTITIES, f"one of {QUANTITIES}")
         whole = quantity != "token" or self.routing == "dense"
@@ -268,6 +276,16 @@ class EnsembleConfig(_BeforeConfig):
         require("optim", optimizer, not moves or optimizer in LANGEVIN_OPTIMIZERS, f"one of {LANGEVIN_OPTIMIZERS}")
         require("kl_warmup_ratio", warmup, 0 <= warmup <= 1, "a share between 0 and 1")
         require("kl_warmup_ratio", warmup, not warmup or self.prior_std is not None, "0, or a prior_std as well")
+
+    def _check_shared_hold(self) -> None:
+        """Raise `ConfigError` about a setting that does not go with `alpha_hold_shared`."""
+        beside = "beside alpha_hold_shared"
+        draws = self.routing in ("sampled", "raced")
+        require("routing", self.routing, draws, f"'sampled' or 'raced' {beside}: equal members are parted by draws")
+        require("alpha", self.alpha, self.alpha != 0, f"a number above 0 {beside}: at 0 members would stay equal")
+        require("alpha_hold_ratio", self.alpha_hold_ratio, self.alpha_hold_ratio > 0, f"a share above 0 {beside}")
+        require("member_kind", self.member_kind, self.member_kind == "point", f"'point' {beside}")
+        require("member_parallel", self.member_parallel, self.member_parallel == 1, f"1 {beside}")
 
     def _check_groups(self) -> None:
         """Raise `ConfigError` about a setting that does not go with `routing_group`."""

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-ROUTED_ROW = "routed_row"  # the number of a row in its prepared dataset: a key in batches
-
 
 class GroupBatches(Sampler[list[int]]):
     """Batches of at most `batch_size` rows in which groups are whole, in another random order every epoch.

@@ -55,6 +55,7 @@ _FIXED: dict[str, tuple[Any, str]] = {
     "use_transformers_continuous_batching": (False, "it knows no joint members"),
     "member_kind": ("point", "a policy samples and is scored as one adapter"),
     "routing_group": (None, "rollouts are balanced by prompt"),
+    "alpha_hold_shared": (False, "policies sample for themselves"),
 }  # fmt: skip
 
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from renyi.data import GROUP_COLUMN
 from renyi.errors import ConfigError, DataError
-from renyi.routing import GroupEvidence
-from renyi.training.group_batches import ROUTED_ROW, GroupBatches
+from renyi.routing import ROUTED_ROW, GroupEvidence
+from renyi.training.group_batches import GroupBatches
 from renyi.training.objective import Objective
 
 GROUPS_FILE = "routing_groups.safetensors"  # of a checkpoint: what the rows of groups said when they were last run
@@ -74,7 +73,7 @@ class RowGroups:
 
     def save(self, checkpoint: Path) -> None:
         """Write what the training rows said into a checkpoint."""
-        save_file(self.training.state(), checkpoint / GROUPS_FILE)
+        self.training.save(checkpoint / GROUPS_FILE)
 
     def restore(self, checkpoint: Path) -> None:
         """Take what a checkpoint of the same rows holds.
@@ -82,26 +81,40 @@ class RowGroups:
         Raises:
             ValueError: it is of other rows or members.
         """
-        self.training.restore(load_file(checkpoint / GROUPS_FILE))
+        self.training.restore(checkpoint / GROUPS_FILE)
 
 
-def numbered(rows: Any, name: str) -> Dataset:
+def numbered(rows: Any, key: str) -> Dataset:
     """Prepared rows with their numbers, by which their batches are recognised.
+
+    Args:
+        rows: a dataset.
+        key: the setting that needs the numbers.
+
+    Raises:
+        ConfigError: the rows are streamed.
+    """
+    if not isinstance(rows, Dataset):
+        raise ConfigError(
+            "needs all rows by their numbers, and the dataset is streamed",
+            where=key,
+            hint=f"Load the dataset whole, or leave {key} out.",
+        )
+    return rows.add_column(ROUTED_ROW, list(range(len(rows))))
+
+
+def grouped(rows: Any, name: str) -> Dataset:
+    """Prepared rows that have groups, with their numbers.
 
     Raises:
         ConfigError: the rows are streamed.
         DataError: they have no groups.
     """
-    if not isinstance(rows, Dataset):
-        raise ConfigError(
-            "needs all rows of a group, and the dataset is streamed",
-            where="routing_group",
-            hint="Load the dataset whole, or leave routing_group out.",
-        )
+    rows = numbered(rows, "routing_group")
     if GROUP_COLUMN not in rows.column_names:
         raise DataError(
             f"has no column {GROUP_COLUMN!r}",
             where=name,
             hint="Prepared rows need the name of their group there (routing_group).",
         )
-    return rows.add_column(ROUTED_ROW, list(range(len(rows))))
+    return rows

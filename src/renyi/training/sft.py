@@ -19,11 +19,11 @@ from trl import SFTConfig, SFTTrainer
 
 from renyi import data
 from renyi.ensemble import LoraEnsemble, example_log_likelihood
-from renyi.routing import routing_sums, share_of
+from renyi.routing import KeptScores, routing_sums, share_of
 from renyi.training.config import EnsembleConfig, require
-from renyi.training.group_batches import ROUTED_ROW
 from renyi.training.log import mean_of_members
 from renyi.training.packing import check_packing
+from renyi.training.row_groups import numbered
 from renyi.training.trainer import EnsembleTrainer
 
 
@@ -32,9 +32,18 @@ class RenyiSFTConfig(EnsembleConfig, SFTConfig):
     """TRL's SFTConfig plus what an ensemble needs, see `EnsembleConfig`.
 
     `learning_rate` defaults to 2e-4, ten times TRL's, because only adapters are trained.
+
+    Attributes:
+        routing_refresh: with "sampled" and "raced" routing, how many visits a row is routed by one scoring under all
+            members. With 1 it is scored at every visit. With n it is scored once in n epochs. In the others only the
+            member that was drawn is run, and responsibilities follow from the kept scores.
     """
 
     learning_rate: float = field(default=2e-4, metadata={"help": "The initial learning rate for AdamW."})
+    routing_refresh: int = field(
+        default=1,
+        metadata={"help": "Epochs that sampled or raced routing uses the scores of a row before it scores it again."},
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,6 +55,19 @@ class RenyiSFTConfig(EnsembleConfig, SFTConfig):
         packed = "packing" if self.packing else "padding_free"
         apart = self.routing_group is None or not (self.packing or self.padding_free)
         require(packed, True, apart, "false beside routing_group: packing mixes the rows of groups")
+        self._check_refresh(packed)
+
+    def _check_refresh(self, packed: str) -> None:
+        """Raise `ConfigError` about a setting that does not go with `routing_refresh`."""
+        refresh, beside = self.routing_refresh, "beside routing_refresh"
+        require("routing_refresh", refresh, refresh >= 1, "a number of at least 1")
+        if refresh == 1:
+            return
+        draws = self.routing in ("sampled", "raced")
+        require("routing", self.routing, draws, f"'sampled' or 'raced' {beside}: others run every member anyway")
+        require(packed, True, not (self.packing or self.padding_free), f"false {beside}: scores are kept by row")
+        require("routing_group", self.routing_group, self.routing_group is None, f"none {beside}")
+        require("routing_refresh", refresh, self.data_processes == 1, "1 where processes train different rows")
 
 
 class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
@@ -90,6 +112,9 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
         super().__init__(model, args, train_dataset, **kwargs)
         if self.padding_free:
             check_packing(self.model, self.data_collator)
+        if args.routing_refresh > 1:
+            rows = self.train_dataset = numbered(self.train_dataset, "routing_refresh")
+            self.router.kept = KeptScores(self.model.num_members * args.num_draws, len(rows), args.routing_refresh)
 
     def loss_units(self) -> int:
         return data.count_tokens(self.train_dataset).trained
@@ -103,7 +128,7 @@ class RenyiSFTTrainer(EnsembleTrainer, SFTTrainer):
     ) -> Tensor:
         """The α-Rényi loss of a TRL batch, in nats per trained token."""
         alpha = self.current_alpha
-        routed = self.joint_forward(model, {k: v for k, v in inputs.items() if k != ROUTED_ROW}, alpha)
+        routed = self.joint_forward(model, inputs, alpha)
         output = routed.output
         ell_ME, tokens_E = example_log_likelihood(output, inputs.get("position_ids"))
         if self.args.routing_quantity == "token":  # each trained token is an example

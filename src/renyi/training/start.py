@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, set_seed
@@ -157,6 +158,25 @@ def make_ready(ensemble: LoraEnsemble, args: Any) -> None:
         large = ensemble.base.num_parameters() >= LEAST_PARAMETERS
         if args.bf16_if_it_pays and large and bf16_pays():
             args.bf16, args.mixed_precision = True, "bf16"
+
+
+def make_equal(ensemble: LoraEnsemble) -> None:
+    """Give all members the values of the first, for `alpha_hold_shared`.
+
+    Raises:
+        ConfigError: members were trained already, and differ.
+    """
+    trained = [p for name, p in ensemble.named_parameters() if p.requires_grad and not name.endswith("lora_A")]
+    if any((p != p[:1]).any() for p in trained):
+        raise ConfigError(
+            "the members of the given ensemble differ, and one cannot be trained for all",
+            where="alpha_hold_shared",
+            hint="Leave it out, or begin with the base model.",
+        )
+    with torch.no_grad():
+        for parameter in ensemble.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter[:1].expand_as(parameter))
 
 
 def check_kind(ensemble: LoraEnsemble, args: Any, are_policies: bool) -> None:

@@ -19,6 +19,7 @@ from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
 from renyi.routing import (
     PLACES,
+    ROUTED_ROW,
     SHARE,
     Routed,
     Router,
@@ -27,6 +28,7 @@ from renyi.routing import (
     is_packed,
     member_shares,
     pair_sums,
+    split,
     unpacked,
 )
 from renyi.training.memory import LEAST_TOKENS, tokens_that_fit
@@ -45,6 +47,7 @@ class RoutedSteps(Trainer):
     router: Router
     rows_per_example = 1
     routings: tuple[str, ...] = ("dense", "sampled", "sparse", "raced", "auto")
+    scheduled_alpha: float
     splits_batches = True  # whether a batch may be run in parts; False for rollouts, which belong to a whole batch
 
     def start_routing(self) -> None:
@@ -61,6 +64,7 @@ class RoutedSteps(Trainer):
             budget = self._without_checkpoints(budget)
         self._micro_batch = (-1, 0)  # the step, and the micro-batch in it
         self.router = Router(self.model, RoutingPlan(kind, args.routing_threshold, budget, self.rows_per_example))
+        self.router.runs_first_for_all = args.alpha_hold_shared
 
     def _default_budget(self) -> int | None:
         """On a GPU the tokens of one member's largest batch, so that memory does not grow with the members."""
@@ -110,6 +114,9 @@ class RoutedSteps(Trainer):
                 self.accelerator.no_sync(model) if number < len(parts) else nullcontext(),
             ):
                 losses.append(super().training_step(model, part, num_items_in_batch))
+        if self.args.alpha_hold_shared and self.scheduled_alpha == 0:
+            for gradient in (p.grad for p in self.trained_parameters() if p.grad is not None):
+                gradient[1:] = gradient[:1]
         self._seconds = time.perf_counter() - started
         return torch.stack(losses).sum()
 
@@ -119,9 +126,13 @@ class RoutedSteps(Trainer):
         if is_packed(batch) and not plan.is_plain(copies * len(batch["input_ids"]), batch["input_ids"].shape[1]):
             batch = unpacked(batch)
         whole = not self.splits_batches or self.args.routing_group is not None
-        if plan.kind != "dense" or whole:  # the router splits pairs
+        if plan.kind == "sparse" or whole:  # the router splits pairs
             return [batch]
-        return plan.parts(batch, copies)
+        # A drawn member is the only one that is run with a graph.
+        parts, kept = plan.parts(batch, copies if plan.kind == "dense" else 1), self.router.kept
+        if kept is None or self.scheduled_alpha == 0 or ROUTED_ROW not in batch:
+            return parts
+        return [half for part in parts for half in split(part, kept.are_due(part[ROUTED_ROW]))]
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in TRL. Members are drawn as in training, with the same noise in every evaluation."""
@@ -227,7 +238,8 @@ class RoutedSteps(Trainer):
     def _longest(self, many: int) -> list[dict[str, Any]]:
         """The longest rows of the training set."""
         rows: Any = self.train_dataset
-        return [rows[i] for i in self._lengths().argsort(descending=True)[:many].tolist()]
+        longest = self._lengths().argsort(descending=True)[:many].tolist()
+        return [{name: value for name, value in rows[i].items() if name != ROUTED_ROW} for i in longest]
 
     def _lengths(self) -> Tensor:
         """The tokens of every row of the training set [N]; of a pair's row those of all its parts."""

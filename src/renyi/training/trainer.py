@@ -27,11 +27,11 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from renyi import data
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError, TrainingDivergedError
-from renyi.routing import AutoRouting, Sums, share_of
+from renyi.routing import ROUTED_ROW, AutoRouting, Sums, share_of
 from renyi.training import card
 from renyi.training.checkpoints import find_checkpoints, saved, state_at_end, written_whole
 from renyi.training.clipping import clip_by_member
-from renyi.training.group_batches import ROUTED_ROW, WithColumns
+from renyi.training.group_batches import WithColumns
 from renyi.training.hub import push_checkpoint, pushed, refused_by_the_hub, without_token
 from renyi.training.langevin import KeepSnapshots, LangevinNoise, check_noise
 from renyi.training.log import AfterLoopBegan, TrainingLog
@@ -40,11 +40,12 @@ from renyi.training.objective import Objective
 from renyi.training.optimizer import give_spreads_a_rate
 from renyi.training.parallel import MemberAccelerator, load_optimizer, save_optimizer
 from renyi.training.report import FIGURE_FILE, MetricsFile, draw_training
-from renyi.training.row_groups import RowGroups, numbered
-from renyi.training.start import as_ensemble, check_asked, check_batch, check_kind, make_ready, unmasked
+from renyi.training.row_groups import RowGroups, grouped
+from renyi.training.start import as_ensemble, check_asked, check_batch, check_kind, make_equal, make_ready, unmasked
 from renyi.training.steps import RoutedSteps
 
 LOGGING_STATE_FILE = "logging_state.json"
+SCORES_FILE = "routing_scores.safetensors"  # of a checkpoint: what routes rows until they are scored again
 
 
 class EnsembleTrainer(RoutedSteps):
@@ -79,6 +80,8 @@ class EnsembleTrainer(RoutedSteps):
             callbacks = [*callbacks, EarlyStoppingCallback(args.early_stopping_patience)]
         ensemble = as_ensemble(model, args, peft_config, quantization_config)
         check_kind(ensemble, args, are_policies=not self.splits_batches)
+        if args.alpha_hold_shared:
+            make_equal(ensemble)
         make_ready(ensemble, args)
         self.limits = data.Limits.of(ensemble.base)
         if (given := kwargs.get("processing_class")) is not None:
@@ -93,12 +96,11 @@ class EnsembleTrainer(RoutedSteps):
         self.model.__dict__.pop("forward", None)
         if self.splits_batches:
             check_batch(args, self.train_dataset)
-        extra = [ROUTED_ROW] if args.routing_group is not None else []
-        self.data_collator = WithColumns(self.data_collator, [*extra, *data.VOTE_COLUMNS])
+        self.data_collator = WithColumns(self.data_collator, [ROUTED_ROW, *data.VOTE_COLUMNS])
         self.groups: RowGroups | None = None
         if args.routing_group is not None:
-            self.train_dataset = numbered(self.train_dataset, "train dataset")
-            self.eval_dataset = _each(self.eval_dataset, numbered)
+            self.train_dataset = grouped(self.train_dataset, "train dataset")
+            self.eval_dataset = _each(self.eval_dataset, grouped)
             self.groups = RowGroups(self.train_dataset, self.model.num_members)
         self.logged = TrainingLog(args.device, self.model.num_members, self.accelerator.reduce)
         self._restored_logging: dict[str, Any] | None = None
@@ -144,14 +146,15 @@ class EnsembleTrainer(RoutedSteps):
         Read it once a batch, at the start of `compute_loss`, and pass it on as a number. It depends on the model's
         training mode, which code in between may turn off for a while.
         """
-        return self._scheduled_alpha if self.model.training else self.args.alpha
+        return self.scheduled_alpha if self.model.training else self.args.alpha
 
     @property
     def _progress(self) -> float:
         return self.state.global_step / max(self.state.max_steps, 1)
 
     @property
-    def _scheduled_alpha(self) -> float:
+    def scheduled_alpha(self) -> float:  # type: ignore[override]
+        """The order of the next training step."""
         return self.objective.alpha(self._progress)
 
     def minimised(
@@ -370,6 +373,9 @@ class EnsembleTrainer(RoutedSteps):
         self._restored_logging = json.loads(state_file.read_text(encoding="utf-8")) if state_file.exists() else None
         if self.groups is not None:
             self.groups.restore(Path(resume_from_checkpoint))
+        scores_file = Path(resume_from_checkpoint) / SCORES_FILE
+        if self.router.kept is not None and scores_file.exists():
+            self.router.kept.restore(scores_file)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -390,7 +396,7 @@ class EnsembleTrainer(RoutedSteps):
         prefix = next((n.removesuffix("loss") for n in logs if n.endswith("_loss") and n != "train_loss"), "")
         mode = "eval" if prefix else "train"
         if "loss" in logs or "train_loss" in logs:
-            logs["alpha"] = self._scheduled_alpha
+            logs["alpha"] = self.scheduled_alpha
             logs["num_tokens"] = self._total_train_tokens
             if self.objective.learned_weights is not None:
                 logs.update({f"mixture_weight/{m}": w for m, w in enumerate(self.model.weights.tolist())})
@@ -437,6 +443,8 @@ class EnsembleTrainer(RoutedSteps):
             return
         if self.groups is not None:
             self.groups.save(checkpoint)
+        if self.router.kept is not None:
+            self.router.kept.save(checkpoint / SCORES_FILE)
         (checkpoint / LOGGING_STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
     def restore_logging_state(self) -> None:
