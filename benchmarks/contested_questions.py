@@ -18,6 +18,8 @@ systems see the same rows in as many steps:
     alpha-0      M members, each fits everything
     by-row       M members, α-Rényi, each row by itself
     by-author    M members, α-Rényi, eight rows of one author share a responsibility: rows with the answers of one side
+    drawn        as by-row, but one adapter is trained for all members while α is 0, and then one member a row, drawn
+                 by scores that are at most two passes old
 
 Printed for every system, of the answers that were trained (of unseen questions, both): the AUROC with which the
 uncertainty of an answer tells contested questions from one-sided ones, from unseen ones and from trained Alpaca
@@ -49,6 +51,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "alpha-0": {"alpha": 0.0},
     "by-row": {},
     "by-author": {"routing_group": "author"},
+    "drawn": {"routing": "sampled", "routing_refresh": 2, "alpha_hold_shared": True},
 }
 KINDS = {
     "contested": "both answers trained",

@@ -1,14 +1,15 @@
 """What does a whole run of eight members cost on a real chat model, by routing, beside one TRL run on the same rows?
 
-    OMP_NUM_THREADS=1 python benchmarks/real_routing.py --data FOLDER [--model FOLDER] [--seeds 0 1 2] [--rows 480]
+    OMP_NUM_THREADS=1 python benchmarks/real_routing.py --data FOLDER [--model FOLDER] [--seeds 0 1 2] [--rows 160]
 
 Half of the rows are verses in one of three translations (`translations/`), the others Alpaca records with short
-answers (`alpaca_en_demo.json`); rows of at most 64 tokens, one pass, 16 a step, LoRA r = 16 on all linear layers,
+answers (`alpaca_en_demo.json`); rows of at most 64 tokens, three passes, 16 a step, LoRA r = 16 on all linear layers,
 learning rate 1e-3, alpha 0.8. Where members are drawn alpha is ramped without a hold, because a member that is drawn
 sees one example in M. Printed: NLL a token of the mixture on held-out verses and records, its distance from dense
 routing, seconds of processor time of the whole of `train()`, and their ratios to TRL's one adapter as it comes and to
-our one member; shares of pairs trained and of tokens scored. Processor time is read because other work may share the
-machine; with one thread it is the time on a quiet one.
+our one member; shares of pairs trained and of tokens scored. Runs of earlier calls with the same --json are compared
+with, too. Processor time is read because other work may share the machine; with one thread it is the time on a quiet
+one.
 """
 
 import argparse
@@ -39,6 +40,21 @@ RUNS: dict[str, dict[str, Any]] = {
     "sparse": {"routing": "sparse"},
     "sampled": {"routing": "sampled", **DRAWN},
     "raced": {"routing": "raced", **DRAWN},
+    "kept": {"routing": "sampled", "routing_refresh": 2, **DRAWN},
+    "shared": {"routing": "sampled", "alpha_hold_shared": True, "alpha_hold_ratio": 1 / 3, "alpha_ramp_ratio": 0.0},
+    "shared, kept": {
+        "routing": "sampled",
+        "routing_refresh": 2,
+        "alpha_hold_shared": True,
+        "alpha_hold_ratio": 1 / 3,
+        "alpha_ramp_ratio": 0.0,
+    },
+    "shared longer": {
+        "routing": "sampled",
+        "alpha_hold_shared": True,
+        "alpha_hold_ratio": 2 / 3,
+        "alpha_ramp_ratio": 0.0,
+    },
 }
 LONGEST, BATCH, HELD_OUT = 64, 16, 96
 
@@ -67,7 +83,7 @@ def trl_seconds(args: argparse.Namespace, rows: list[dict[str, str]], seed: int)
     lora = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
-            folder, max_length=LONGEST, per_device_train_batch_size=BATCH, num_train_epochs=1.0, seed=seed,
+            folder, max_length=LONGEST, per_device_train_batch_size=BATCH, num_train_epochs=args.epochs, seed=seed,
             learning_rate=args.learning_rate, bf16=bf16_pays(), use_cpu=True, report_to="none", save_strategy="no",
             disable_tqdm=True, dataloader_pin_memory=False, logging_steps=10,
         )  # fmt: skip
@@ -102,8 +118,9 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             clock = Clock()
             given = {"num_members": args.members, "alpha": args.alpha, **RUNS[name]}
             trainer = real_model.train(
-                args.model, rows, seed, rank=args.rank, callbacks=[clock], max_length=LONGEST, num_train_epochs=1.0,
-                per_device_train_batch_size=BATCH, learning_rate=args.learning_rate, **given,
+                args.model, rows, seed, rank=args.rank, callbacks=[clock], max_length=LONGEST,
+                num_train_epochs=args.epochs, per_device_train_batch_size=BATCH, learning_rate=args.learning_rate,
+                **given,
             )  # fmt: skip
             with trainer.accelerator.autocast():
                 data = Dataset.from_list(held_out)
@@ -149,13 +166,16 @@ def told_by(seen: dict[tuple[str, int], dict[str, Any]]) -> Any:
 
 def main() -> None:
     data = "the folder with translations/ and alpaca_en_demo.json"
-    parser = real_model.study_parser(__doc__, data, RUNS, members=8, learning_rate=1e-3)
-    parser.add_argument("--rows", type=int, default=480, help="trained rows")
+    parser = real_model.study_parser(__doc__, data, RUNS, members=8, learning_rate=1e-3, epochs=3.0)
+    parser.add_argument("--rows", type=int, default=160, help="trained rows")
     args = parser.parse_args()
     disable_progress_bars()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.members} members, {args.rows} rows")
+    trained = f"{args.members} members, {args.rows} rows, {args.epochs:g} passes"
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {trained}")
     print("system   seed  seconds  of TRL  of one     NLL  of dense     gap trained  scored")
-    real_model.keep(lines(args), told_by({}), args.json)
+    earlier = args.json.read_text(encoding="utf-8").splitlines() if args.json and args.json.exists() else []
+    kept = {(line["system"], line["seed"]): line for line in map(json.loads, earlier)}
+    real_model.keep(lines(args), told_by(kept), args.json)
 
 
 if __name__ == "__main__":
