@@ -108,7 +108,8 @@ def test_thumbs_are_evaluated_as_they_are_scored(tuned: tuple[Path, Ended], tmp_
     scores = library.load(folder).score_thumbs(rows)
     up = [score.approval if row["label"] else 1 - score.approval for score, row in zip(scores, rows, strict=True)]
     systems = {system["name"]: system for system in told["systems"]}
-    assert list(systems) == ["mixture", "member 0", "member 1", "member 0, MC dropout", "member 0, temperature"]
+    names = ["member 0, MC dropout", "member 0, temperature", "mixture, temperature"]
+    assert list(systems) == ["mixture", "member 0", "member 1", *names]
     assert systems["mixture"]["accuracy"]["value"] == sum(p > 0.5 for p in up) / 40
     assert systems["mixture"]["nll"]["value"] == pytest.approx(-sum(map(math.log, up)) / 40, rel=1e-4)
     assert told["up"] == sum(row["label"] for row in rows) / 40

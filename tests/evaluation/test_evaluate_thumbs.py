@@ -23,7 +23,7 @@ def test_values_by_hand() -> None:
     found = evaluate_thumbs(opinion(first, second), is_up, baselines={"one": opinion(second)}, resamples=0)
     assert found.up == 0.5
     systems = {s.name: s for s in found.figures.systems}
-    assert list(systems) == ["mixture", "member 0", "member 1", "one", "one, temperature"]
+    assert list(systems) == ["mixture", "member 0", "member 1", "one", "one, temperature", "mixture, temperature"]
     right = [p if up else 1 - p for p, up in zip(mixed, is_up, strict=True)]
     assert systems["mixture"].accuracy.value == 0.75
     assert systems["mixture"].nll.value == pytest.approx(-sum(map(math.log, right)) / 4)

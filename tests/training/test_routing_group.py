@@ -71,7 +71,7 @@ def test_few_batches_are_not_full():
 # ---- The estimate across batches ---------------------------------------------------------------------------------
 
 
-def test_parts_of_a_group_add_up_to_the_group():
+def test_parts_of_a_group_add_up_to_the_group(tmp_path):
     """With members that stand still: the losses of the parts sum to the group's, and the last part sees all of it."""
     ell_ME = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     evidence, total = GroupEvidence(["a"] * 7, 3), 0.0
@@ -86,10 +86,11 @@ def test_parts_of_a_group_add_up_to_the_group():
     torch.testing.assert_close(total, renyi_loss(known, 0.7, log_weights))
     torch.testing.assert_close(seen, responsibilities(known, 0.7, log_weights))
     again = GroupEvidence(["a"] * 7, 3)
-    again.restore(evidence.state())
+    evidence.save(tmp_path / "rows")
+    again.restore(tmp_path / "rows")
     torch.testing.assert_close(again.of_batch(torch.tensor([5])).others, known)
     with pytest.raises(ValueError, match="holds"):
-        GroupEvidence(["a"] * 6, 3).restore(evidence.state())
+        GroupEvidence(["a"] * 6, 3).restore(tmp_path / "rows")
 
 
 # ---- Training ----------------------------------------------------------------------------------------------------

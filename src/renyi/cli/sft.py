@@ -31,6 +31,7 @@ class SFT(TrainingCommand):
     keys: ClassVar = {
         "Data": "max_length completion_only_loss assistant_only_loss packing dataset_text_field dataset_train_split "
         "dataset_test_split test_split_size chat_template_path pad_token eos_token",
+        "Routing": "routing_refresh",
     }
     first_keys = "max_length"
     row = "row"

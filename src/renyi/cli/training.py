@@ -57,7 +57,7 @@ _BEFORE = {
 _AFTER = {
     "Training": "learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps "
     "lr_scheduler_type dtype bf16 load_in_4bit gradient_checkpointing seed",
-    "Speed and memory": "token_budget routing routing_threshold routing_refresh member_parallel",
+    "Speed and memory": "token_budget routing routing_threshold member_parallel",
     "Watching": "dry_run logging_steps eval_strategy eval_steps save_steps save_total_limit early_stopping_patience "
     "report_to",
 }
