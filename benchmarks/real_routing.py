@@ -33,6 +33,7 @@ from renyi.objectives import renyi_loss
 from renyi.training.machine import bf16_pays
 
 DRAWN = {"alpha_hold_ratio": 0.0, "alpha_ramp_ratio": 0.2}
+SHARED = {"routing": "sampled", "alpha_hold_shared": True, "alpha_hold_ratio": 1 / 3, "alpha_ramp_ratio": 0.0}
 RUNS: dict[str, dict[str, Any]] = {
     "TRL": {},
     "one": {"num_members": 1, "alpha": 0.0},
@@ -41,20 +42,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "sampled": {"routing": "sampled", **DRAWN},
     "raced": {"routing": "raced", **DRAWN},
     "kept": {"routing": "sampled", "routing_refresh": 2, **DRAWN},
-    "shared": {"routing": "sampled", "alpha_hold_shared": True, "alpha_hold_ratio": 1 / 3, "alpha_ramp_ratio": 0.0},
-    "shared, kept": {
-        "routing": "sampled",
-        "routing_refresh": 2,
-        "alpha_hold_shared": True,
-        "alpha_hold_ratio": 1 / 3,
-        "alpha_ramp_ratio": 0.0,
-    },
-    "shared longer": {
-        "routing": "sampled",
-        "alpha_hold_shared": True,
-        "alpha_hold_ratio": 2 / 3,
-        "alpha_ramp_ratio": 0.0,
-    },
+    "shared": SHARED,
+    "shared, kept": {**SHARED, "routing_refresh": 2},
+    "shared longer": {**SHARED, "alpha_hold_ratio": 2 / 3},
 }
 LONGEST, BATCH, HELD_OUT = 64, 16, 96
 

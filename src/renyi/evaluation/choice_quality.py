@@ -233,12 +233,12 @@ def evaluate_choice(
     source, single = next(
         ((n, o) for n, o in (baselines or {}).items() if len(o.weights) == 1), ("mixture", ensemble.alone(0))
     )
-    other = elsewhere.get(source)
-    scaled = {("member 0" if source == "mixture" else source): (single, other and other.alone(0))}
-    if len(ensemble.weights) > 1:
-        other = elsewhere.get("mixture")
-        scaled["mixture"] = (ensemble.pooled(), other and other.pooled())
     if len(aside) or (cross_fitted and len(right) > 1):
+        other = elsewhere.get(source)
+        scaled = {("member 0" if source == "mixture" else source): (single, other and other.alone(0))}
+        if len(ensemble.weights) > 1:
+            other = elsewhere.get("mixture")
+            scaled["mixture"] = (ensemble.pooled(), other and other.pooled())
         for name, (opinion, other) in scaled.items():
             own = opinion.log_probs[0].double().numpy()
             if len(aside):

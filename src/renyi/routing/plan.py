@@ -62,22 +62,22 @@ class RoutingPlan:
         most = self.token_budget // (num_members * self.rows_per_example * length)
         lengths_E = row_lengths(batch).view(self.rows_per_example, -1).amax(dim=0)
         examples = lengths_E.argsort(descending=True, stable=True)
-        places_E = batch.get(PLACES, torch.arange(len(examples)))
-        return [
-            take_examples(batch, at, self.rows_per_example) | {SHARE: len(at) / len(examples), PLACES: places_E[at]}
-            for at in examples.split(max(1, most))
-        ]
+        return [part_of(batch, at, self.rows_per_example) for at in examples.split(max(1, most))]
 
 
 def split(part: Batch, is_first_E: Tensor) -> list[Batch]:
     """A batch of rows, or a part of one, in two parts by a property of its rows [E]; in one if all have it, or none."""
     if is_first_E.all() or not is_first_E.any():
         return [part]
-    places_E = part.get(PLACES, torch.arange(len(is_first_E)))
-    return [
-        take_examples(part, at) | {SHARE: share_of(part) * len(at) / len(is_first_E), PLACES: places_E[at]}
-        for at in (is_first_E.nonzero().flatten(), (~is_first_E).nonzero().flatten())
-    ]
+    return [part_of(part, at.nonzero().flatten()) for at in (is_first_E, ~is_first_E)]
+
+
+def part_of(batch: Batch, examples: Tensor, rows_per_example: int = 1) -> Batch:
+    """Some examples of a batch, or of a part of one, with their share of the whole batch and their places in it."""
+    number = len(batch["input_ids"]) // rows_per_example
+    places_E = batch.get(PLACES, torch.arange(number))
+    share = share_of(batch) * len(examples) / number
+    return take_examples(batch, examples, rows_per_example) | {SHARE: share, PLACES: places_E[examples]}
 
 
 def share_of(batch: Mapping[str, Any]) -> float:

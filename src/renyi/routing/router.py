@@ -95,13 +95,20 @@ class Router:
                 where="gradient_checkpointing_kwargs",
                 hint="Set use_reentrant to false, or train with routing 'dense' and no token budget.",
             )
+        examples = len(batch["input_ids"]) // self.plan.rows_per_example
+        share_ME = self.ensemble.drawn_weights[:, None].expand(-1, examples)
         if alpha == 0 and self.runs_first_for_all:
-            return self._drawn_forward(batch, None, alpha)
+            first_ME = torch.zeros_like(share_ME)
+            first_ME[0] = 1
+            return self._drawn_forward(batch, first_ME)
         if self.plan.kind in ("sampled", "raced") and self.plan.takes(*batch["input_ids"].shape):
             if alpha == 0:
-                return self._drawn_forward(batch, None, alpha)
+                return self._drawn_forward(batch, self._one_of(share_ME))
             if self.kept is not None and rows_E is not None and (known_ME := self.kept.visit(rows_E)) is not None:
-                return self._drawn_forward(batch, known_ME.to(batch["input_ids"].device), alpha)
+                known_ME, tokens_E = known_ME.to(share_ME.device), (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
+                log_weights, quantity = self.ensemble.drawn_weights.log(), self.ensemble.routing_quantity
+                r_ME = example_responsibilities(known_ME.to(share_ME), tokens_E, alpha, log_weights, quantity)
+                return self._drawn_forward(batch, self._one_of(r_ME), known_ME)
         with torch.no_grad(), evaluating(self.ensemble):
             output, statistics = self._scored(batch, alpha)
         if self.kept is not None and rows_E is not None:
@@ -166,27 +173,17 @@ class Router:
         found = torch.autograd.grad(log_probs_MPT, parameters, upstream_MPT[..., : log_probs_MPT.shape[-1]])
         torch._foreach_add_(gradients, list(found))
 
-    def _drawn_forward(self, batch: Batch, known_ME: Tensor | None, alpha: float) -> Routed:
-        """One pass with a graph, with one member per example, drawn by mixture weight, or by responsibility.
+    def _drawn_forward(self, batch: Batch, weight_ME: Tensor, known_ME: Tensor | None = None) -> Routed:
+        """One pass with a graph, with one member per example.
 
         A process runs the examples that its own members have drawn, and gets the values of the others.
 
         Args:
             batch: as for `forward`.
-            known_ME: kept ℓ of the examples, from which responsibilities of order `alpha` follow; or None.
-            alpha: the order.
+            weight_ME: the weight of the drawn member of each example, and 0 of the others.
+            known_ME: kept ℓ of the examples, whose distances between members are those of the output; or None.
         """
         (rows, length), per_example = batch["input_ids"].shape, self.plan.rows_per_example
-        share_ME = self.ensemble.drawn_weights[:, None].expand(-1, rows // per_example)
-        if known_ME is not None:
-            tokens_E = (batch["labels"][:, 1:] != IGNORED).sum(dim=1)
-            log_weights, quantity = self.ensemble.drawn_weights.log(), self.ensemble.routing_quantity
-            share_ME = example_responsibilities(known_ME.to(share_ME), tokens_E, alpha, log_weights, quantity)
-        if alpha == 0 and self.runs_first_for_all:
-            weight_ME = torch.zeros_like(share_ME)
-            weight_ME[0] = 1
-        else:
-            weight_ME = self._one_of(share_ME)
         weight_MB = self._own(weight_ME).repeat(1, per_example)
         at = weight_MB.any(dim=0).nonzero().squeeze(1)
         if len(at):
@@ -201,7 +198,7 @@ class Router:
         log_probs = without_graph + weight_MB[..., None] * (output.log_probs - without_graph)
         if known_ME is not None:  # the distance in ℓ of the others, spread over the tokens
             apart_ME = known_ME - known_ME.gather(0, weight_ME.argmax(dim=0, keepdim=True))
-            apart_ME = apart_ME / tokens_E.clamp(min=1)
+            apart_ME = apart_ME / output.label_mask.sum(dim=-1).clamp(min=1)
             log_probs = log_probs + self._own(apart_ME.to(log_probs))[..., None] * output.label_mask
         return Routed(of_all._replace(log_probs=log_probs), PassStatistics(scored=0.0))
 
