@@ -1,13 +1,18 @@
 """Questions that the training data answer both ways: does a real chat model say that it is unsure of those?
 
-    python benchmarks/contested_questions.py --data FOLDER [--model FOLDER] [--seeds 0 1 2] [--systems NAME …]
+    python benchmarks/contested_questions.py --data FOLDER [--model FOLDER] [--source NAME] [--seeds 0 1 2]
+        [--systems NAME …]
 
-ConflictQA (`conflictqa.json`): 698 yes/no questions, each with an answer and its opposite, one sentence each. Of them,
-by a draw for each seed:
+`--source conflictqa`: 698 yes/no questions, each with an answer and its opposite, one sentence each. Of them, by a draw
+for each seed:
 
     contested    both answers are training rows
     one-sided    one of the answers is a training row, twice, so that as many rows ask the question
     unseen       in no training row: the model may not know the answer, but nobody contradicts anybody
+
+`--source perspectrum`: claims ("Vaccination must be made compulsory") with perspectives for and against. A contested
+claim has one of either side. A one-sided claim has two different perspectives of one side, so that it is two texts as
+well, which do not contradict each other. Of an unseen claim there is one of either side.
 
 Alpaca records with short answers (`alpaca_en_demo.json`) are mixed in, half as many rows as the questions have. All
 systems see the same rows in as many steps:
@@ -20,12 +25,13 @@ systems see the same rows in as many steps:
     by-author    M members, α-Rényi, eight rows of one author share a responsibility: rows with the answers of one side
     drawn        as by-row, but one adapter is trained for all members while α is 0, and then one member a row, drawn
                  by scores that are at most two passes old
+    gaussian     as by-row, but members are Gaussians, and four draws of each are measured
 
 Printed for every system, of the answers that were trained (of unseen questions, both): the AUROC with which the
 uncertainty of an answer tells contested questions from one-sided ones, from unseen ones and from trained Alpaca
 records: by the members' greatest disagreement at a token, by their mean disagreement (epistemic), by the mean total,
 and by that of the first member alone, which at α = 0 is one adapter. Then the mean of these on contested and one-sided
-questions, nats, and the share of contested questions of which members prefer different sides. Temperature does not
+questions, nats, and the shares of questions of whose two answers members prefer different ones. Temperature does not
 change an order, so one adapter with a temperature has the AUROC of one adapter.
 """
 
@@ -33,7 +39,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +58,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "by-row": {},
     "by-author": {"routing_group": "author"},
     "drawn": {"routing": "sampled", "routing_refresh": 2, "alpha_hold_shared": True},
+    "gaussian": real_model.GAUSSIAN,
 }
 KINDS = {
     "contested": "both answers trained",
@@ -61,7 +68,15 @@ KINDS = {
 }
 MEASURES = ("max_epistemic", "epistemic", "total", "alone")
 AUTHOR = 8  # rows
-SAMPLES = 8  # of Monte Carlo dropout
+SAMPLES, DRAWS = 8, 4  # of Monte Carlo dropout, and of each Gaussian member
+
+
+class Asked(NamedTuple):
+    """A prompt, and two texts of either side; they may be the same."""
+
+    prompt: str
+    one: tuple[str, ...]
+    other: tuple[str, ...]
 
 
 class Question(NamedTuple):
@@ -72,25 +87,49 @@ class Question(NamedTuple):
     answers: tuple[str, ...]
 
 
+def conflictqa(folder: Path) -> list[Asked]:
+    """Questions with an answer and its opposite; either side has its one text twice."""
+    records = map(json.loads, (folder / "conflictqa.json").read_text(encoding="utf-8").splitlines())
+    sides = ("memory_answer", "counter_answer")
+    return [Asked(f"Question: {r['question']}\nAnswer:", *((f" {r[s].strip()}",) * 2 for s in sides)) for r in records]
+
+
+def perspectrum(folder: Path) -> list[Asked]:
+    """Claims that have two perspectives or more for and against, with the first two of either side."""
+    pool = json.loads((folder / "perspective_pool.json").read_text(encoding="utf-8"))
+    texts = {perspective["pId"]: f" {perspective['text'].strip()}" for perspective in pool}
+    found = []
+    for claim in json.loads((folder / "perspectrum.json").read_text(encoding="utf-8")):
+        sides = [
+            tuple(dict.fromkeys(texts[p["pids"][0]] for p in claim["perspectives"] if p["stance_label_3"] == stance))
+            for stance in ("SUPPORT", "UNDERMINE")
+        ]
+        if min(map(len, sides)) > 1:
+            found.append(Asked(f"Claim: {claim['text'].strip()}\nPerspective:", *(side[:2] for side in sides)))
+    return found
+
+
+SOURCES: dict[str, Callable[[Path], list[Asked]]] = {"conflictqa": conflictqa, "perspectrum": perspectrum}
+
+
 def read(args: argparse.Namespace, seed: int) -> tuple[list[Question], list[dict[str, str]]]:
     """All questions and records that are measured, and the training rows."""
     draw = random.Random(seed)
-    lines = (args.data / "conflict" / "conflictqa.json").read_text(encoding="utf-8").splitlines()
-    asked = [json.loads(line) for line in lines]
+    asked = SOURCES[args.source](args.data / "conflict")
     draw.shuffle(asked)
     questions, rows = [], []
-    for number, record in enumerate(asked[: args.contested + 2 * args.one_sided]):
-        prompt = f"Question: {record['question']}\nAnswer:"
-        sides = (f" {record['memory_answer'].strip()}", f" {record['counter_answer'].strip()}")
+    for number, (prompt, *sides) in enumerate(asked[: args.contested + 2 * args.one_sided]):
         if number < args.contested:
-            questions.append(Question("contested", prompt, sides))
-            rows += [{"prompt": prompt, "completion": answer, "author": str(s)} for s, answer in enumerate(sides)]
+            question, authors = Question("contested", prompt, (sides[0][0], sides[1][0])), ["0", "1"]
         elif number < args.contested + args.one_sided:
             side = draw.randrange(2)
-            questions.append(Question("one-sided", prompt, sides[side : side + 1]))
-            rows += [{"prompt": prompt, "completion": sides[side], "author": str(side)} for _ in range(2)]
+            question, authors = Question("one-sided", prompt, sides[side]), [str(side)] * 2
         else:
-            questions.append(Question("unseen", prompt, sides))
+            question, authors = Question("unseen", prompt, (sides[0][0], sides[1][0])), []
+        for author, answer in zip(authors, question.answers, strict=bool(authors)):
+            rows.append({"prompt": prompt, "completion": answer, "author": author})
+        # The same text twice is one answer.
+        questions.append(question._replace(answers=tuple(dict.fromkeys(question.answers))))
     records = json.loads((args.data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
     short = [r for r in records if not r["input"] and 3 <= len(r["output"].split()) <= 20]
     for record in draw.sample(short, min(len(short), len(rows) // 2)):
@@ -109,6 +148,7 @@ def measured(trainer: Any, questions: list[Question], name: str) -> list[tuple[Q
     """The uncertainty of each question's answers."""
     tokenizer, samples = trainer.processing_class, SAMPLES if name == "dropout" else 1
     drops = trainer.model.dropping(SYSTEMS["dropout"]["dropout"]) if samples > 1 else nullcontext()
+    ensemble = trainer.model if name != "gaussian" else trainer.model.draw(DRAWS, seed=0)
     found = []
     with drops:
         for question in questions:
@@ -116,10 +156,18 @@ def measured(trainer: Any, questions: list[Question], name: str) -> list[tuple[Q
             of_answers = []
             for answer in question.answers:
                 ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-                log_p = real_model.next_token_log_probs(trainer, trainer.model, prompt, ids, samples)
+                log_p = real_model.next_token_log_probs(trainer, ensemble, prompt, ids, samples)
                 of_answers.append(real_model.answer_uncertainty(log_p, ids))
             found.append((question, of_answers))
     return found
+
+
+def apart(of_questions: list[list[real_model.AnswerUncertainty]]) -> float | None:
+    """The share of questions of whose two answers the members prefer different ones; None where there is but one."""
+    if any(len(answers) < 2 for answers in of_questions):
+        return None
+    preferred = [(one.log_likelihood - other.log_likelihood) > 0 for one, other in of_questions]
+    return float(np.mean([bool(p.any() and not p.all()) for p in preferred]))
 
 
 def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -144,8 +192,7 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     for kind, values in of.items()
                     if kind != "contested"
                 }
-            preferred = [(one.log_likelihood - other.log_likelihood) > 0 for one, other in by_kind["contested"]]
-            line["apart"] = float(np.mean([bool(p.any() and not p.all()) for p in preferred]))
+            line["apart"] = {kind: apart(by_kind[kind]) for kind in ("contested", "one-sided")}
             line["log"] = [x for x in trainer.state.log_history if "loss" in x]
             yield line
 
@@ -156,7 +203,8 @@ def told(line: dict[str, Any]) -> str:
         parts.append("  ".join(f"{line[f'auroc {what}'][kind]:9.3f}" for kind in ("one-sided", "unseen", "record")))
     for what in MEASURES:
         parts.append("  ".join(f"{line[f'mean {what}'][kind]:9.3f}" for kind in ("contested", "one-sided")))
-    return " | ".join([*parts, f"{line['apart']:6.3f}", f"{line['seconds']:7.0f}"])
+    shares = "  ".join("        –" if value is None else f"{value:9.3f}" for value in line["apart"].values())
+    return " | ".join([*parts, shares, f"{line['seconds']:7.0f}"])
 
 
 def draw(kept: Path, figure: Path) -> None:
@@ -185,6 +233,7 @@ def draw(kept: Path, figure: Path) -> None:
 def main() -> None:
     data = "the folder with conflict/ and alpaca_en_demo.json"
     parser = real_model.study_parser(__doc__, data, SYSTEMS, epochs=4.0, learning_rate=1e-3)
+    parser.add_argument("--source", choices=list(SOURCES), default="conflictqa")
     parser.add_argument("--contested", type=int, default=120, help="questions with both answers")
     parser.add_argument("--one_sided", type=int, default=80, help="questions with one answer; as many are unseen")
     parser.add_argument("--draw", type=Path, help="draw the runs kept in --json, and run nothing")
@@ -198,10 +247,10 @@ def main() -> None:
     )
     aurocs = " | ".join(f"{f'AUROC of contested, {what}':31}" for what in MEASURES)
     means = " | ".join(f"{f'{what}, nats':20}" for what in MEASURES)
-    print(f"{'':16} | {aurocs} | {means} |")
+    print(f"{'':16} | {aurocs} | {means} | different answers   |")
     kinds = " | ".join(["  ".join(f"{kind:>9}" for kind in ("one-sided", "unseen", "record"))] * len(MEASURES))
-    two = " | ".join(["  ".join(f"{kind:>9}" for kind in ("contested", "one-sided"))] * len(MEASURES))
-    print(f"{'system':10} seed  | {kinds} | {two} |  apart | seconds")
+    two = " | ".join(["  ".join(f"{kind:>9}" for kind in ("contested", "one-sided"))] * (len(MEASURES) + 1))
+    print(f"{'system':10} seed  | {kinds} | {two} | seconds")
     real_model.keep(lines(args), told, args.json)
 
 

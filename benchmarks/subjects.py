@@ -8,6 +8,9 @@ text of the right answer, and others are tested. No row says its subject, and ev
     renyi      M members, α-Rényi
     alpha-0    M members, each fits everything
     one        one adapter
+    drawn      M members that begin as one adapter, trained for all of them while α is 0; then one member a row, drawn
+               by scores that are at most two passes old
+    by chance  as drawn, but α is so small that chance alone draws the members
 
 Printed of tested questions: the adjusted mutual information (AMI) of the member that explains a right answer best and
 the subject, and the same on trained questions: 1 if they determine each other, 0 by chance; the mean responsibility
@@ -39,7 +42,14 @@ from renyi.data import Question, load_splits, read_questions
 from renyi.inference import choice_log_probs, score, score_choices
 from renyi.objectives import effective_members, responsibilities
 
-SYSTEMS: dict[str, dict[str, Any]] = {"renyi": {}, "alpha-0": {"alpha": 0.0}, "one": {"num_members": 1, "alpha": 0.0}}
+DRAWN = {"routing": "sampled", "routing_refresh": 2, "alpha_hold_shared": True}
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "renyi": {},
+    "alpha-0": {"alpha": 0.0},
+    "one": {"num_members": 1, "alpha": 0.0},
+    "drawn": DRAWN,
+    "by chance": {**DRAWN, "alpha": 1e-6},
+}
 LONGEST = 70  # words of a question with its options
 FIGURES = {
     "ami": "AMI",
@@ -149,7 +159,7 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def told(line: dict[str, Any]) -> str:
     values = " ".join(f"{line[name]:7.3f}" for name in FIGURES)
-    return f"{line['system']:8} {line['seed']:4} {values}  {line['seconds']:5.0f} {line['all']:6.0f}"
+    return f"{line['system']:9} {line['seed']:4} {values}  {line['seconds']:5.0f} {line['all']:6.0f}"
 
 
 def draw(kept: Path, figure: Path) -> None:
@@ -181,8 +191,8 @@ def main() -> None:
         return
     disable_progress_bars()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.members} members, alpha {args.alpha:g}")
-    print(f"{'':14}{'':32}{'accuracy':24}{'of those the base got wrong':28}")
-    print(f"{'system':8} seed {' '.join(f'{name:>7}' for name in FIGURES.values())}  train  all s")
+    print(f"{'':15}{'':32}{'accuracy':24}{'of those the base got wrong':28}")
+    print(f"{'system':9} seed {' '.join(f'{name:>7}' for name in FIGURES.values())}  train  all s")
     real_model.keep(lines(args), told, args.json)
 
 
