@@ -8,7 +8,8 @@ The small model is a trained one of 656 thousand parameters, the large one a ran
 134 million parameters, or of 8 billion with `--gpu`. There one adapter, one member and M members mixed have a static
 cache and compiled steps (CUDA graphs). There is no end-of-text token, so all write equally many tokens. Times are
 medians, measured in turns. PEFT's adapters are not merged, because many are served from one base. A step is the time of
-one more token, without the prompt.
+one more token, without the prompt. Beside the large model stands what the matrix products of M members take by
+themselves, at the rate that this machine multiplies a feed-forward layer's matrices of as many rows.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from joint_step import model as random_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from scoring import product_rate
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, logging
 
@@ -92,6 +94,10 @@ def main() -> None:
                     for seconds in (answers, steps)
                 )
                 print(f"  {column:20}" + " | ".join(cells), flush=True)
+            if model != "656k":
+                alone = peers.products(batch, tokens)
+                print(f"  {'M members, products':20}{alone:9.4f} s {alone / answers['PEFT, one adapter']:6.2f} ×")
+                line[f"{model}, batch {batch}, products"] = alone
             line[f"{model}, batch {batch}"] = {"tokens": tokens, "seconds": answers, "seconds_a_step": steps}
         del peers
     print(json.dumps(line))
@@ -136,6 +142,17 @@ class Peers:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+    def products(self, batch: int, tokens: int) -> float:
+        """Seconds of the base's products for an answer of all members: the prompt, then token by token."""
+        config, rows = self.ensemble.config, self.members * batch
+        head = config.vocab_size * config.hidden_size
+        layers = sum(p.numel() for p in self.ensemble.base.model.layers.parameters() if p.dtype == torch.bfloat16)
+        of_prompt, of_step = (
+            product_rate(config.hidden_size, config.intermediate_size, number, self.ensemble.device)
+            for number in (rows * PROMPT, rows)
+        )
+        return 2 * rows * (PROMPT * layers / of_prompt + (head + (tokens - 1) * (layers + head)) / of_step)
 
     def runs(self) -> dict[str, Callable[[Tensor, dict[str, Any]], object]]:
         """By the names in COLUMNS."""
