@@ -57,7 +57,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "alpha-0": {"alpha": 0.0},
     "by-row": {},
     "by-author": {"routing_group": "author"},
-    "drawn": {"routing": "sampled", "routing_refresh": 2, "alpha_hold_shared": True},
+    "drawn": real_model.DRAWN,
     "gaussian": real_model.GAUSSIAN,
 }
 KINDS = {

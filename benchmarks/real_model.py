@@ -19,6 +19,8 @@ from renyi.objectives import running_log_weights
 
 # Without a prior: that of some million entries would outweigh some hundred rows. A's entries begin at about 0.024.
 GAUSSIAN: dict[str, Any] = {"member_kind": "gaussian", "initial_std": 0.005}
+# One adapter is trained for all members while α is 0; then one member a row, by scores at most two passes old.
+DRAWN: dict[str, Any] = {"routing": "sampled", "routing_refresh": 2, "alpha_hold_shared": True}
 
 
 def train(

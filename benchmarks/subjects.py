@@ -42,13 +42,12 @@ from renyi.data import Question, load_splits, read_questions
 from renyi.inference import choice_log_probs, score, score_choices
 from renyi.objectives import effective_members, responsibilities
 
-DRAWN = {"routing": "sampled", "routing_refresh": 2, "alpha_hold_shared": True}
 SYSTEMS: dict[str, dict[str, Any]] = {
     "renyi": {},
     "alpha-0": {"alpha": 0.0},
     "one": {"num_members": 1, "alpha": 0.0},
-    "drawn": DRAWN,
-    "by chance": {**DRAWN, "alpha": 1e-6},
+    "drawn": real_model.DRAWN,
+    "by chance": {**real_model.DRAWN, "alpha": 1e-6},
 }
 LONGEST = 70  # words of a question with its options
 FIGURES = {
