@@ -40,7 +40,6 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +52,7 @@ from sklearn.metrics import roc_auc_score
 SYSTEMS: dict[str, dict[str, Any]] = {
     "one": {"num_members": 1, "alpha": 0.0},
     "one-mr": {"num_members": 1, "alpha": 0.0},
-    "dropout": {"num_members": 1, "alpha": 0.0, "dropout": 0.1},
+    "dropout": real_model.DROPOUT,
     "alpha-0": {"alpha": 0.0},
     "by-row": {},
     "by-author": {"routing_group": "author"},
@@ -68,7 +67,6 @@ KINDS = {
 }
 MEASURES = ("max_epistemic", "epistemic", "total", "alone")
 AUTHOR = 8  # rows
-SAMPLES, DRAWS = 8, 4  # of Monte Carlo dropout, and of each Gaussian member
 
 
 class Asked(NamedTuple):
@@ -146,11 +144,8 @@ def read(args: argparse.Namespace, seed: int) -> tuple[list[Question], list[dict
 
 def measured(trainer: Any, questions: list[Question], name: str) -> list[tuple[Question, list[Any]]]:
     """The uncertainty of each question's answers."""
-    tokenizer, samples = trainer.processing_class, SAMPLES if name == "dropout" else 1
-    drops = trainer.model.dropping(SYSTEMS["dropout"]["dropout"]) if samples > 1 else nullcontext()
-    ensemble = trainer.model if name != "gaussian" else trainer.model.draw(DRAWS, seed=0)
-    found = []
-    with drops:
+    tokenizer, found = trainer.processing_class, []
+    with real_model.measured(trainer.model, SYSTEMS[name]) as (ensemble, samples):
         for question in questions:
             prompt = tokenizer(question.prompt, add_special_tokens=False)["input_ids"]
             of_answers = []

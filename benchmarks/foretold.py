@@ -106,7 +106,7 @@ def of_refusal(args: argparse.Namespace, seed: int) -> Iterator[Part]:
     study = argparse.Namespace(**vars(study), rank=16, learning_rate=1e-3, epochs=7.0, beta=0.5)
     train, test = refusal.read(study, seed)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = refusal.tuned(study, folder, train, seed, {"num_members": 1, "alpha": 0.0})
+        trainer = refusal.tuned(study, folder, train, seed, refusal.SYSTEMS["one"], study.rank)
     random.Random(seed).shuffle(test)
     helped = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in test]
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in [*test, *helped]]

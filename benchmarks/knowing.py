@@ -10,6 +10,7 @@ likelihood ("text"), and by its likelihood a token ("a token"). The systems see 
     renyi          M members, α-Rényi
     one-mr         one adapter of M times the rank
     dropout        one adapter trained with dropout, as 8 samples (Monte Carlo dropout)
+    gaussian       as renyi, but members are Gaussians, and four draws of each are measured
 
 Temperatures, of one member and of the mixture, are fitted on half of the test questions for the other half, and the
 other way round. Printed: accuracy, NLL (nats a question), Brier score, ECE (15 bins), AURC by total uncertainty; the
@@ -22,7 +23,6 @@ import random
 import re
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "alpha-0": {"alpha": 0.0},
     "renyi": {},
     "one-mr": {"num_members": 1, "alpha": 0.0},
-    "dropout": {"num_members": 1, "alpha": 0.0, "dropout": 0.1},
+    "dropout": real_model.DROPOUT,
+    "gaussian": real_model.GAUSSIAN,
 }
-SAMPLES = 8  # of Monte Carlo dropout
 LONGEST = 60  # words of a question with its options
 _QUESTION = re.compile(r"question: (.*)\n\nAnswer1: (.*)\n\nAnswer format", re.DOTALL)
 
@@ -72,14 +72,13 @@ def read(args: argparse.Namespace, seed: int) -> tuple[list[Question], list[Ques
     return train, test, draw.sample(elsewhere, args.questions // 2)
 
 
-def opinions(trainer: Any, questions: list[Question], is_dropped: bool) -> dict[str, Opinion]:
-    """What the members, or passes with dropout, think of the options, by each kind of score."""
+def opinions(trainer: Any, questions: list[Question], name: str) -> dict[str, Opinion]:
+    """What the members, their draws, or passes with dropout, think of the options, by each kind of score."""
     passes = []
-    for number in range(SAMPLES if is_dropped else 1):
-        torch.manual_seed(number)
-        drops = trainer.model.dropping(SYSTEMS["dropout"]["dropout"]) if is_dropped else nullcontext()
-        with drops, trainer.accelerator.autocast():
-            passes.append(score_choices(trainer.model, questions, trainer.processing_class, "text"))
+    with real_model.measured(trainer.model, SYSTEMS[name]) as (ensemble, samples), trainer.accelerator.autocast():
+        for number in range(samples):
+            torch.manual_seed(number)
+            passes.append(score_choices(ensemble, questions, trainer.processing_class, "text"))
     kinds: dict[str, Any] = {"text": "text", "a token": "text_normalised"}
     log_probs = {name: torch.cat([choice_log_probs(scores, by) for scores in passes]) for name, by in kinds.items()}
     return {name: Opinion(p, torch.full((len(p),), 1 / len(p))) for name, p in log_probs.items()}
@@ -93,7 +92,7 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             began = time.perf_counter()
             trainer = real_model.train_system(args, rows, seed, name, SYSTEMS[name])
             trained = time.perf_counter() - began
-            here, there = (opinions(trainer, questions, name == "dropout") for questions in (test, elsewhere))
+            here, there = (opinions(trainer, questions, name) for questions in (test, elsewhere))
             for by in here:
                 found = evaluate_choice(
                     here[by],

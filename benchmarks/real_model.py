@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,8 @@ from renyi.objectives import running_log_weights
 GAUSSIAN: dict[str, Any] = {"member_kind": "gaussian", "initial_std": 0.005}
 # One adapter is trained for all members while α is 0; then one member a row, by scores at most two passes old.
 DRAWN: dict[str, Any] = {"routing": "sampled", "routing_refresh": 2, "alpha_hold_shared": True}
+DROPOUT: dict[str, Any] = {"num_members": 1, "alpha": 0.0, "dropout": 0.1}
+SAMPLES, DRAWS = 8, 4  # of Monte Carlo dropout, and of each Gaussian member
 
 
 def train(
@@ -119,6 +123,25 @@ def train_system(
         lr_scheduler_type="linear",
         **{"num_members": args.members, "alpha": args.alpha, **settings},
     )
+
+
+@contextmanager
+def measured(model: LoraEnsemble, settings: dict[str, Any]) -> Iterator[tuple[LoraEnsemble, int]]:
+    """The points that are measured of a system that was trained with `settings`, and how many passes of each.
+
+    Of an adapter with dropout there are `SAMPLES` passes in which it drops, of a Gaussian member `DRAWS` points.
+    """
+    if settings.get("dropout"):
+        with model.dropping(settings["dropout"]):
+            yield model, SAMPLES
+    else:
+        yield (model.draw(DRAWS, seed=0) if model.stack.is_random else model), 1
+
+
+def of_members(passes: Sequence[Tensor], draws: int) -> Tensor:
+    """Log-probabilities of members [M, …], nats, from passes of all their draws [M·D, …]: each a mixture of its own."""
+    found = torch.stack(list(passes)).unflatten(1, (-1, draws))
+    return found.logsumexp((0, 2)) - math.log(len(found) * draws)
 
 
 class AnswerUncertainty(NamedTuple):

@@ -8,8 +8,11 @@ the others refusals. An annotator labels eight prompts, each prompt is labelled 
 who is of which kind. Systems, trained with DPO on the same pairs in as many steps:
 
     one            one adapter
+    one-mr         one adapter of M times the rank
+    dropout        one adapter trained with dropout, as 8 samples (Monte Carlo dropout)
     alpha-0        M members, each fits everything
     by-pair        M members, α-Rényi, each pair by itself
+    gaussian       as by-pair, but members are Gaussians, and four draws of each are measured
     by-annotator   M members, α-Rényi, an annotator's pairs share a responsibility (`routing_group`)
 
 Printed of held-out prompts: the share that each member refuses, greedily (over-refusal); the variance of refusal over
@@ -36,15 +39,18 @@ from sklearn.metrics import adjusted_rand_score
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from renyi import RenyiDPOConfig, RenyiDPOTrainer
+from renyi import LoraEnsemble, RenyiDPOConfig, RenyiDPOTrainer
 from renyi.data import PairPreparation
 from renyi.evaluation import evaluate_refusal, is_refusal
 from renyi.inference import generate, score_pairs
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "one": {"num_members": 1, "alpha": 0.0},
+    "one-mr": {"num_members": 1, "alpha": 0.0},
+    "dropout": real_model.DROPOUT,
     "alpha-0": {"alpha": 0.0},
     "by-pair": {},
+    "gaussian": real_model.GAUSSIAN,
     "by-annotator": {"routing_group": "annotator"},
 }
 REFUSALS = (
@@ -100,53 +106,73 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             began = time.perf_counter()
             torch.manual_seed(seed)
             with tempfile.TemporaryDirectory() as folder:
-                trainer = tuned(args, folder, train, seed, {"num_members": args.members, **SYSTEMS[name]})
-            trained = time.perf_counter() - began
-            prefers = (margins(trainer, test) > 0).astype(float)  # [P, M]: prefers the refusal
+                rank = args.rank * (args.members if name == "one-mr" else 1)
+                trainer = tuned(args, folder, train, seed, {"num_members": args.members, **SYSTEMS[name]}, rank)
+            trained, members = time.perf_counter() - began, trainer.model.num_members
             prompts = [row["prompt"] for row in test[: args.answered]]
-            with trainer.accelerator.autocast():
-                answers = generate(
-                    trainer.model,
-                    prompts,
-                    tokenizer,
-                    batch_size=8,
-                    mixture="member",
-                    max_new_tokens=args.new_tokens,
-                    do_sample=False,
-                )
+            with (
+                real_model.measured(trainer.model, SYSTEMS[name]) as (ensemble, passes),
+                trainer.accelerator.autocast(),
+            ):
+                prefers = (margins(trainer, ensemble, test, passes) > 0).astype(float)  # [P, points]: the refusal
+                learned = margins(trainer, ensemble, train, passes)
+                answers = [[] for _ in prompts]
+                for _ in range(passes):
+                    said = generate(
+                        ensemble,
+                        prompts,
+                        tokenizer,
+                        batch_size=8,
+                        mixture="member",
+                        max_new_tokens=args.new_tokens,
+                        do_sample=False,
+                    )
+                    answers = [[*before, *now] for before, now in zip(answers, said, strict=True)]
             refused = [
-                [is_refusal(answer.text, prompt[0]["content"]) for answer in of_members]
-                for of_members, prompt in zip(answers, prompts, strict=True)
+                [is_refusal(answer.text, prompt[0]["content"]) for answer in of_points]
+                for of_points, prompt in zip(answers, prompts, strict=True)
             ]
-            found = evaluate_refusal(refused, None, trainer.model.weights.tolist())
-            ell = -np.logaddexp(0, -margins(trainer, train)).reshape(-1, LABELS_EACH, trainer.model.num_members).sum(1)
+            points = prefers.shape[1]
+            found = evaluate_refusal(refused, None, [1 / points] * points)
+            labels = -np.logaddexp(0, -learned).reshape(-1, LABELS_EACH, members, points // members)
+            ell = np.logaddexp.reduce(labels.sum(1), axis=-1)
             kinds = [row["wants_help"] for row in train[::LABELS_EACH]]
             yield {
                 "system": name,
                 "seed": seed,
-                "refuses": [rates.all for rates in found.members],
+                "refuses": np.reshape([rates.all for rates in found.members], (members, -1)).mean(1).tolist(),
                 "variance": found.variance.all,
-                "prefers": prefers.mean(0).tolist(),
+                "prefers": prefers.mean(0).reshape(members, -1).mean(1).tolist(),
                 "prefers variance": float(prefers.var(axis=1).mean()),
                 "annotators": float(adjusted_rand_score(kinds, ell.argmax(1))),
                 "train": trained,
                 "seconds": time.perf_counter() - began,
-                "answers": [[answer.text for answer in of_members] for of_members in answers[:8]],
+                "answers": [[answer.text for answer in of_points] for of_points in answers[:8]],
                 "log": [x for x in trainer.state.log_history if "loss" in x],
             }
 
 
-def margins(trainer: RenyiDPOTrainer, rows: list[Row]) -> np.ndarray:
-    """Each member's margin of the chosen answers [P, M]."""
+def margins(trainer: RenyiDPOTrainer, ensemble: LoraEnsemble, rows: list[Row], passes: int) -> np.ndarray:
+    """The margin of the chosen answers of every point of every pass [P, points]."""
     preparation = replace(PairPreparation.of(trainer.args), routing_group=None)
     prepared = preparation.prepare(Dataset.from_list(rows), trainer.processing_class)
-    with trainer.accelerator.autocast():
-        found = score_pairs(trainer.model, prepared, trainer.args.preference_loss, trainer.reference, preparation)
-    return np.array([s.margin for s in found])
+    loss, reference = trainer.args.preference_loss, trainer.reference
+    found = [score_pairs(ensemble, prepared, loss, reference, preparation) for _ in range(passes)]
+    return np.concatenate([[s.margin for s in of_pass] for of_pass in found], axis=1)
 
 
-def tuned(args: argparse.Namespace, folder: str, rows: list[Row], seed: int, settings: Row) -> RenyiDPOTrainer:
-    """Members that were tuned on the pairs."""
+def tuned(
+    args: argparse.Namespace, folder: str, rows: list[Row], seed: int, settings: Row, rank: int
+) -> RenyiDPOTrainer:
+    """Members that were tuned on the pairs. `settings` are the config's, and `dropout`."""
+    settings = dict(settings)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=settings.pop("dropout", 0.0),
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
     config = RenyiDPOConfig(
         folder,
         **{
@@ -173,9 +199,7 @@ def tuned(args: argparse.Namespace, folder: str, rows: list[Row], seed: int, set
         AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
         config,
         Dataset.from_list(rows).select_columns(names),
-        peft_config=LoraConfig(
-            r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        ),
+        peft_config=lora,
         processing_class=AutoTokenizer.from_pretrained(args.model),
     )
     real_model.quieten(trainer)

@@ -8,9 +8,14 @@ text of the right answer, and others are tested. No row says its subject, and ev
     renyi      M members, α-Rényi
     alpha-0    M members, each fits everything
     one        one adapter
+    one-mr     one adapter of M times the rank
+    dropout    one adapter trained with dropout, as 8 samples (Monte Carlo dropout)
     drawn      M members that begin as one adapter, trained for all of them while α is 0; then one member a row, drawn
                by scores that are at most two passes old
     by chance  as drawn, but α is so small that chance alone draws the members
+    gaussian   as drawn, but members are Gaussians from the first step on, and four draws of each are measured
+    by author  as drawn by new scores in each step; five questions of one subject, as one author's, share a
+               responsibility
 
 Printed of tested questions: the adjusted mutual information (AMI) of the member that explains a right answer best and
 the subject, and the same on trained questions: 1 if they determine each other, 0 by chance; the mean responsibility
@@ -25,6 +30,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +52,14 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "renyi": {},
     "alpha-0": {"alpha": 0.0},
     "one": {"num_members": 1, "alpha": 0.0},
+    "one-mr": {"num_members": 1, "alpha": 0.0},
+    "dropout": real_model.DROPOUT,
     "drawn": real_model.DRAWN,
     "by chance": {**real_model.DRAWN, "alpha": 1e-6},
+    "gaussian": {**real_model.GAUSSIAN, **real_model.DRAWN, "alpha_hold_shared": False},
+    "by author": {**real_model.DRAWN, "routing_refresh": 1, "routing_group": "author"},
 }
+AUTHOR = 5  # questions of one subject
 LONGEST = 70  # words of a question with its options
 FIGURES = {
     "ami": "AMI",
@@ -87,12 +98,22 @@ def flat(of_subjects: Sequence[Sequence[Question]]) -> tuple[list[Question], lis
     return [q for of in of_subjects for q in of], [s for s, of in enumerate(of_subjects) for _ in of]
 
 
-def log_likelihood(trainer: Any, questions: Sequence[Question]) -> Tensor:
+def log_likelihood(trainer: Any, ensemble: LoraEnsemble, questions: Sequence[Question], passes: int) -> Tensor:
     """ℓ of the right answers under every member [M, N], nats."""
-    data = Dataset.from_list([row(q) for q in questions])
-    with trainer.accelerator.autocast():
-        scores = score(trainer.model, data, trainer.processing_class, trainer.preparation)
-    return torch.tensor([s.log_likelihood for s in scores], dtype=torch.float64).T
+    found, preparation = [], replace(trainer.preparation, routing_group=None)
+    for _ in range(passes):
+        scores = score(ensemble, Dataset.from_list([row(q) for q in questions]), trainer.processing_class, preparation)
+        found.append(torch.tensor([s.log_likelihood for s in scores], dtype=torch.float64).T)
+    return real_model.of_members(found, ensemble.num_draws)
+
+
+def log_choices(trainer: Any, ensemble: LoraEnsemble, questions: Sequence[Question], passes: int) -> Tensor:
+    """Log-probabilities of all options under every member [M, N, C]."""
+    found = [
+        choice_log_probs(score_choices(ensemble, questions, trainer.processing_class, "text"), "text")
+        for _ in range(passes)
+    ]
+    return real_model.of_members(found, ensemble.num_draws)
 
 
 def base_choices(model: str, questions: Sequence[Question]) -> Tensor:
@@ -107,7 +128,7 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed in args.seeds:
         subjects, trained, tested = read(args, seed)
         (learned, of_learned), (asked, of_asked) = flat(trained), flat(tested)
-        rows = [row(q) for q in learned]
+        rows = [{**row(q), "author": f"{s}, {n // AUTHOR}"} for s, of in enumerate(trained) for n, q in enumerate(of)]
         random.Random(seed).shuffle(rows)
         right_N = torch.tensor([q.answer for q in asked])
         base_N = base_choices(args.model, asked).argmax(-1) == right_N
@@ -115,10 +136,13 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             began = time.perf_counter()
             trainer = real_model.train_system(args, rows, seed, name, SYSTEMS[name])
             seconds = time.perf_counter() - began
-            model, alpha = trainer.model, args.alpha
-            with trainer.accelerator.autocast():
-                choices = choice_log_probs(score_choices(model, asked, trainer.processing_class, "text"), "text")
-            learned_MN, asked_MN = log_likelihood(trainer, learned), log_likelihood(trainer, asked)
+            alpha = args.alpha
+            with (
+                real_model.measured(trainer.model, SYSTEMS[name]) as (ensemble, passes),
+                trainer.accelerator.autocast(),
+            ):
+                choices = log_choices(trainer, ensemble, asked, passes)
+                learned_MN, asked_MN = (log_likelihood(trainer, ensemble, of, passes) for of in (learned, asked))
             r_learned_MN, r_MN = responsibilities(learned_MN, alpha), responsibilities(asked_MN, alpha)
             of_subject = torch.tensor(of_asked)
             matrix_MS = torch.stack([r_MN[:, of_subject == s].mean(1) for s in range(len(subjects))], 1)
@@ -165,7 +189,7 @@ def draw(kept: Path, figure: Path) -> None:
     from matplotlib import pyplot as plt
 
     found = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-    found = [line for line in found if line["system"] != "one"]
+    found = [line for line in found if len(line["matrix"]) > 1]
     fig, axes = plt.subplots(
         len(found), 1, figsize=(7, 1.1 + 1.5 * len(found)), sharex=True, squeeze=False, layout="constrained"
     )

@@ -8,8 +8,10 @@ translations. What is compared, on the same rows and steps:
 
     one            one adapter
     one-3r         one adapter of three times the rank
+    dropout        one adapter trained with dropout, as 8 samples (Monte Carlo dropout)
     alpha-0        three members, each fits everything
     by-row         three members, α-Rényi, each row by itself
+    gaussian       as by-row, but members are Gaussians, and four draws of each are measured
     by-token       three members, α-Rényi, each token by itself (one α-loss a token)
     by-group       three members, α-Rényi; groups of rows share a responsibility: eight verses in one translation from
                    anywhere (as one annotator's), or the verses of one chapter in one translation (a document)
@@ -51,14 +53,26 @@ SOURCES = ("anderson", "haweis", "twenty")
 GIVEN = "twenty"  # with `--prompt text`: the translation that the prompt shows; the others are the sources
 SHORTEST, LONGEST = 40, 150  # characters of a verse, in all translations
 DOCUMENT = 8  # verses
-RUNS = ("one", "one-3r", "alpha-0", "by-row", "by-token", "by-group", "told", "told-prompt")
-
-
+ONE: dict[str, Any] = {"num_members": 1, "alpha": 0.0}
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "one": ONE,
+    "one-3r": ONE,
+    "dropout": real_model.DROPOUT,
+    "alpha-0": {"alpha": 0.0},
+    "by-row": {},
+    "gaussian": real_model.GAUSSIAN,
+    "by-token": {"routing_quantity": "token"},
+    "by-group": {"routing_group": "group"},
+    "told": ONE,
+    "told-prompt": ONE,
+}
 TOLD = {
     "one": "one adapter",
     "one-3r": "one, three times the rank",
+    "dropout": "one, with dropout",
     "alpha-0": "three members, α = 0",
     "by-row": "α = 0.8, by verse",
+    "gaussian": "Gaussians, by verse",
     "by-token": "α = 0.8, by token",
     "by-group": "α = 0.8, groups of eight",
     "told": "told the translation",
@@ -102,10 +116,14 @@ class Row(NamedTuple):
 
 
 class Voice(NamedTuple):
-    """An ensemble and the translation that its prompts name, if they do: its members' likelihoods of a row."""
+    """An ensemble and the translation that its prompts name, if they do: its members' likelihoods of a row.
+
+    Of an adapter with dropout several passes are measured.
+    """
 
     ensemble: LoraEnsemble
     named: int | None = None
+    passes: int = 1
 
 
 # ---- Data ------------------------------------------------------------------------------------------------------------
@@ -196,24 +214,16 @@ def train(
 
 
 def run(args: argparse.Namespace, name: str, rows: Sequence[Row], seed: int) -> tuple[list[Voice], RenyiSFTTrainer]:
-    """Train what one of the names in `RUNS` says."""
-    sources = len(rows[0].verse.texts)
-    one: dict[str, Any] = {"num_members": 1, "alpha": 0.0}
+    """Train one of the `SYSTEMS`."""
+    sources, settings = len(rows[0].verse.texts), SYSTEMS[name]
     if name == "told":
-        trainers = [train(args, [r for r in rows if r.source == s], seed, **one) for s in range(sources)]
+        trainers = [train(args, [r for r in rows if r.source == s], seed, **settings) for s in range(sources)]
         return [Voice(t.model) for t in trainers], trainers[0]
     if name == "told-prompt":
-        trainer = train(args, rows, seed, **one, named=True)
+        trainer = train(args, rows, seed, **settings, named=True)
         return [Voice(trainer.model, s) for s in range(sources)], trainer
-    settings: dict[str, Any] = {
-        "one": one,
-        "one-3r": {**one, "rank": sources * args.rank},
-        "alpha-0": {"alpha": 0.0},
-        "by-row": {},
-        "by-token": {"routing_quantity": "token"},
-        "by-group": {"routing_group": "group"},
-    }[name]
-    trainer = train(args, rows, seed, **settings)
+    rank = {"rank": sources * args.rank} if name == "one-3r" else {}
+    trainer = train(args, rows, seed, **settings, **rank)
     return [Voice(trainer.model)], trainer
 
 
@@ -226,11 +236,14 @@ def log_likelihood(voices: Sequence[Voice], rows: Sequence[Row], trainer: RenyiS
     for voice in voices:
         examples = [row.example(voice.named) for row in rows]
         data = Dataset.from_list([{k: e[k] for k in ("prompt", "completion")} for e in examples])
-        with trainer.accelerator.autocast():
-            scores = score(
-                voice.ensemble, data, trainer.processing_class, Preparation(max_length=160), tokens_per_batch=6144
-            )
-        found.append(torch.tensor([s.log_likelihood for s in scores], dtype=torch.float64).T)
+        passes = []
+        for _ in range(voice.passes):
+            with trainer.accelerator.autocast():
+                scores = score(
+                    voice.ensemble, data, trainer.processing_class, Preparation(max_length=160), tokens_per_batch=6144
+                )
+            passes.append(torch.tensor([s.log_likelihood for s in scores], dtype=torch.float64).T)
+        found.append(real_model.of_members(passes, voice.ensemble.num_draws))
         tokens = [s.tokens for s in scores]
     return torch.cat(found), torch.tensor(tokens, dtype=torch.float64)
 
@@ -307,7 +320,7 @@ def token_aurocs(voices: Sequence[Voice], rows: Sequence[Row], trainer: RenyiSFT
         log_p = []
         for voice in voices:
             prompt = tokenizer(row.example(voice.named)["prompt"], add_special_tokens=False)["input_ids"]
-            log_p.append(real_model.next_token_log_probs(trainer, voice.ensemble, prompt, ids))
+            log_p.append(real_model.next_token_log_probs(trainer, voice.ensemble, prompt, ids, voice.passes))
         log_p_MTV = torch.cat(log_p)
         w = real_model.running_weights(log_p_MTV, ids)
         words = differing(row.verse.texts, row.source)
@@ -361,7 +374,7 @@ def measure(
     ell_MN, tokens_N = log_likelihood(voices, some, trainer)
     result["seen"] = parted(ell_MN, tokens_N, alpha)
     result["seen_ari_verse"] = agreement(ell_MN, [row.source for row in some])[0]
-    if token_rows and len(ell_MN) > 1:
+    if token_rows and sum(voice.passes * voice.ensemble.num_members for voice in voices) > 1:
         chosen = random.Random(0).sample(rows, min(token_rows, len(rows)))
         result["auroc"] = token_aurocs(voices, chosen, trainer)
     return result
@@ -376,7 +389,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a hub id or a folder")
     made.add_argument("--data", type=Path, default=shared / "data" / "translations")
     made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    made.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    made.add_argument("--runs", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
     made.add_argument("--prompt", choices=["reference", "text"], default="reference", help="what a prompt shows")
     made.add_argument("--rows", type=int, default=1600, help="training rows")
     made.add_argument("--each", choices=["once", "thrice"], default="once", help="how often a verse is in the rows")
@@ -419,7 +432,11 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             started = time.perf_counter()
             voices, trainer = run(args, name, rows, seed)
             seconds = time.perf_counter() - started
-            found = measure(voices, trainer, rows, held_out, args.token_rows)
+            with real_model.measured(trainer.model, SYSTEMS[name]) as (points, passes):
+                measured = [
+                    v._replace(ensemble=points, passes=passes) if v.ensemble is trainer.model else v for v in voices
+                ]
+                found = measure(measured, trainer, rows, held_out, args.token_rows)
             settings = {k: v for k, v in vars(args).items() if k not in ("seeds", "runs", "json", "model", "data")}
             yield {
                 "run": name,
@@ -468,7 +485,7 @@ def draw(kept: Path, figure: Path) -> None:
     from matplotlib import pyplot as plt
 
     found = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
-    names = [name for name in RUNS if any(line["run"] == name for line in found)]
+    names = [name for name in SYSTEMS if any(line["run"] == name for line in found)]
     grouped = sorted((line for line in found if line["run"] == "by-group"), key=lambda line: line["seed"])
     shape = {"width_ratios": [1.6, *[1] * len(grouped)]}
     fig, axes = plt.subplots(1, 1 + len(grouped), figsize=(4 + 2.4 * len(grouped), 2.9), gridspec_kw=shape)
