@@ -67,7 +67,30 @@ def test_half_precision_is_as_exact_as_eager_attention() -> None:
     assert (ours - exact).abs().mean() < 1.05 * (eager - exact).abs().mean()
 
 
-def test_only_short_rows_of_half_precision_training_leave_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize(("heads", "keys"), [(6, 2), (4, 4)])
+def test_new_tokens_after_others_equal_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, heads: int, keys: int, tokens: int
+) -> None:
+    """In decoding a row has few new tokens, and keys of all tokens before."""
+    monkeypatch.setattr(attention, "LITTLE", 0)
+    query, key, value = inputs(heads, keys, 12, torch.bfloat16)
+    mask = allowed("left-padded", 12)[:, :, -tokens:]
+    with torch.no_grad():
+        for given in (mask, None):  # without a mask, the only new token sees all keys
+            if given is None and tokens > 1:
+                continue
+            asked = query[:, :, -tokens:]
+            ours, _ = attention.attend(layer(heads // keys), asked, key, value, given)
+            exact, _ = sdpa_attention_forward(
+                layer(heads // keys), asked.double(), key.double(), value.double(), given, is_causal=False
+            )
+            torch.testing.assert_close(ours.double(), exact, rtol=0, atol=0.02)
+
+
+def test_only_half_precision_leaves_the_kernel_for_short_rows_in_training_and_few_new_tokens_without_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[str] = []
 
     def called(name: str) -> None:
@@ -81,15 +104,23 @@ def test_only_short_rows_of_half_precision_training_leave_the_kernel(monkeypatch
         attention.attend(layer(1), query[:, :, -last:], key, value, mask, **kwargs)
         return calls.pop()
 
+    monkeypatch.setattr(attention, "LITTLE", 239)  # numbers of 5 keys of 3 rows and 2 heads, less one
     last = attention.SHORT + 1
     assert way(attention.SHORT) == "products"
     assert way(attention.SHORT + 1) == way(5, dtype=torch.float32) == "sdpa_attention_forward"
     assert way(5, dropout=0.1) == way(5, softcap=30.0) == "sdpa_attention_forward"
     assert way(5, torch.zeros(5, 5)) == way(5, position_bias=torch.zeros(1)) == "sdpa_attention_forward"
     with torch.no_grad():
-        assert way(5) == "sdpa_attention_forward"
-    last = 1  # one token after tokens that were read before
-    assert way(5) == "sdpa_attention_forward"
+        assert way(attention.FEW + 1) == "sdpa_attention_forward"
+        last = 1  # a token after tokens that were read before
+        assert way(5) == "products"
+        assert way(4) == "sdpa_attention_forward"
+        assert way(5, dtype=torch.float32) == "sdpa_attention_forward"
+        last = 2
+        assert way(5, is_causal=False) == "products"
+        assert way(5) == "sdpa_attention_forward"  # causal, but which of the keys come before is not said
+    last = 1
+    assert way(5) == "sdpa_attention_forward"  # with gradients
 
 
 def test_an_ensemble_chooses_by_length_unless_somebody_chose() -> None:

@@ -1,10 +1,13 @@
-"""Attention in half-precision training on a CPU: plain matrix products for short rows.
+"""Attention in half precision on a CPU: plain matrix products where PyTorch's flash kernel is slow.
 
-There, the backward of PyTorch's flash kernel takes a third of a training step at 40 tokens a row. Two matrix products
-and a softmax take a quarter of the kernel's time up to 32 tokens, and as long at 256 (`python
-benchmarks/attention.py`). They keep T × T numbers a head, so rows of more than `SHORT` tokens stay with the kernel.
-So do float32 and passes without gradients, where the kernel is faster. The choice depends on shape and precision
-alone, so a run that is resumed computes the same numbers.
+In training, the kernel's backward takes a third of a step at 40 tokens a row. Two matrix products and a softmax take a
+quarter of the kernel's time up to 32 tokens, and as long at 256. They keep T × T numbers a head, so rows of more than
+`SHORT` tokens stay with the kernel. In decoding, each row has one new token, and the kernel multiplies by it number by
+number: products take a fifth to a half of its time, unless one short row is all there is (`LITTLE`). See `python
+benchmarks/attention.py`.
+
+In float32 the kernel is faster or as fast, and so it is in passes without gradients over more than `FEW` tokens a row.
+The choice depends on shape and precision alone, so a run that is resumed computes the same numbers.
 
 Read next: `joint.py`, which runs the base.
 """
@@ -19,11 +22,13 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "renyi_sdpa_by_length"
 SHORT = 128  # tokens
+FEW = 4  # new tokens of a row
+LITTLE = 1 << 17  # multiplications of a new token with keys: the kernel takes less than calling the products does
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def choose_by_length(base: PreTrainedModel) -> None:
-    """Let a model on a CPU choose its attention by the length of the rows, if it runs PyTorch's kernel now.
+    """Let a model on a CPU choose its attention by the tokens of the rows, if it runs PyTorch's kernel now.
 
     A model that was loaded with another `attn_implementation` keeps it. So does one whose layers do not call attention
     by its name, or that has parts with attention of their own (vision towers).
@@ -53,17 +58,25 @@ def attend(
     Returns:
         [N, T, H, D], and None for the attention weights.
     """
-    device = query.device.type
+    device, tokens, length = query.device.type, query.shape[2], key.shape[2]
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    is_training = module.training and query.requires_grad and device == "cpu" and precision in _HALF
-    is_short = query.shape[2] == key.shape[2] <= SHORT
+    is_causal, scaling = kwargs.get("is_causal"), kwargs.get("scaling")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    is_causal = is_causal and attention_mask is None and tokens > 1
+    if query.requires_grad:
+        pays = module.training and tokens == length <= SHORT
+    else:
+        pays = tokens <= FEW and (tokens == length or not is_causal) and query[:, :, 0].numel() * length > LITTLE
     is_plain = attention_mask is None or attention_mask.dtype == torch.bool
     others = any(kwargs.get(name) for name in ("dropout", "softcap", "output_attentions"))
-    if not (is_training and is_short and is_plain) or others or kwargs.get("position_bias") is not None:
+    if (
+        not (pays and is_plain and device == "cpu" and precision in _HALF)
+        or others
+        or kwargs.get("position_bias") is not None
+    ):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    is_causal, scaling = kwargs.get("is_causal"), kwargs.get("scaling")
-    if attention_mask is None and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if is_causal:
+        attention_mask = torch.ones(tokens, length, dtype=torch.bool, device=query.device).tril()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, key, value = query.to(precision), key.to(precision), value.to(precision)
     return products(query, key, value, attention_mask, scaling), None
