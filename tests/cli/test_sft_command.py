@@ -153,6 +153,13 @@ def test_defaults_run_on_a_machine_without_bf16(settings: Settings) -> None:
     assert ended.code == 0, ended.err
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_the_plan_says_where_attention_is_by_matrix_products(settings: Settings, half: bool) -> None:
+    ended = renyi("sft", "--config", settings(bf16=half, use_cpu=True), "--dry_run")
+    assert ended.code == 0, ended.err
+    assert ("attention by matrix products in rows of up to 128 tokens" in " ".join(ended.out.split())) is half
+
+
 def test_one_target_by_name(settings: Settings) -> None:
     out = renyi("sft", "--config", settings(lora_target_modules="down_proj"), "--dry_run").out
     assert "lora_alpha 32, on down_proj" in out

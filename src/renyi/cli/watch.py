@@ -21,6 +21,7 @@ from renyi.cli.console import bytes_text, facts, headed, typed
 from renyi.cli.members import shown_table
 from renyi.cli.progress import Progress
 from renyi.data import told_cut, told_tokenizer
+from renyi.ensemble.attention import HALF, SHORT, chooses_by_length
 from renyi.inference import MemberTable
 from renyi.layout import REFERENCE_FOLDER
 from renyi.runs.auto import Chosen
@@ -149,6 +150,8 @@ def _passes(trainer: Any) -> str:
     size = f"of at most {budget:,} tokens, all members counted" if budget else "of a whole batch"
     again = "blocks run again in the backward" if args.gradient_checkpointing else "activations are kept"
     told = f"{size} · {again} (gradient_checkpointing: {str(bool(args.gradient_checkpointing)).lower()})"
+    if chooses_by_length(trainer.model.base) and (args.bf16 or args.fp16 or trainer.model.base.dtype in HALF):
+        told += f" · attention by matrix products in rows of up to {SHORT} tokens"
     return told if args.compile_blocks is None else f"{told} · blocks are compiled, which takes a minute or more"
 
 

@@ -24,7 +24,7 @@ NAME = "renyi_sdpa_by_length"
 SHORT = 128  # tokens
 FEW = 4  # new tokens of a row
 LITTLE = 1 << 17  # multiplications of a new token with keys: the kernel takes less than calling the products does
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 
 def choose_by_length(base: PreTrainedModel) -> None:
@@ -40,6 +40,11 @@ def choose_by_length(base: PreTrainedModel) -> None:
         AttentionInterface.register(NAME, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         base.set_attn_implementation(NAME)
+
+
+def chooses_by_length(base: PreTrainedModel) -> bool:
+    """Whether `choose_by_length` changed this model."""
+    return base.config._attn_implementation == NAME
 
 
 def attend(
@@ -70,7 +75,7 @@ def attend(
     is_plain = attention_mask is None or attention_mask.dtype == torch.bool
     others = any(kwargs.get(name) for name in ("dropout", "softcap", "output_attentions"))
     if (
-        not (pays and is_plain and device == "cpu" and precision in _HALF)
+        not (pays and is_plain and device == "cpu" and precision in HALF)
         or others
         or kwargs.get("position_bias") is not None
     ):
