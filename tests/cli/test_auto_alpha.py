@@ -73,6 +73,18 @@ def test_rows_that_are_diagnosed_were_not_fitted_to(
     assert json.loads((tmp_path / "out" / "run.json").read_text())["data"]["train"]["rows"] == 96
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_the_diagnosis_has_the_precision_of_training(
+    settings: Settings, many_rows: Path, monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    seen, diagnose = [], auto_module.diagnose
+    monkeypatch.setattr(
+        auto_module, "diagnose", lambda *a, **k: seen.append(torch.is_autocast_enabled("cpu")) or diagnose(*a, **k)
+    )
+    ended = renyi("sft", "--config", settings(dataset_name=many_rows, num_members=2, bf16=half, **AUTO))
+    assert (ended.code, seen) == (0, [half]), ended
+
+
 def test_an_epoch_of_the_members_is_one_of_all_rows(settings: Settings, many_rows: Path, tmp_path: Path) -> None:
     given = {**AUTO, "max_steps": -1, "num_train_epochs": 1, "per_device_train_batch_size": 8}
     assert renyi("sft", "--config", settings(dataset_name=many_rows, num_members=2, **given)).code == 0

@@ -10,6 +10,7 @@ Read next: `build.py` (the training), `renyi.inference.diagnose` (the curvature)
 """
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,9 +121,11 @@ def _fit_and_spread(settings: Settings, args: Any, folder: Path, watch: Watch) -
         if isinstance(run.trainer, RenyiDPOTrainer):
             preparation: Any = run.preparation
             pairs = Pairs(run.trainer.args.preference_loss, run.trainer.reference, preparation)
-        found = diagnose(
-            run.ensemble, rows, pairs, num_directions=NUM_DIRECTIONS, max_examples=MAX_EXAMPLES, seed=args.seed
-        )
+        # The precision of training; but gradients in fp16 would need the scaling that only training has.
+        with run.trainer.accelerator.autocast() if run.trainer.args.bf16 else nullcontext():
+            found = diagnose(
+                run.ensemble, rows, pairs, num_directions=NUM_DIRECTIONS, max_examples=MAX_EXAMPLES, seed=args.seed
+            )
         start = AdapterSpace(run.ensemble).displaced(spread(found, args.num_members))
         with run.ensemble.acting_as(start):
             run.ensemble.save(folder / "start")
