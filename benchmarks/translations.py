@@ -22,8 +22,9 @@ Printed of held-out chapters: NLL a token of the mixture and of the mean member,
 Rand index (ARI) and the purity of the best member and the translation, by document of eight verses and by verse; the
 same gap and the effective members on training rows; of what tells members apart, the shares that belong to the
 translation and to the verse; the AUROC with which epistemic uncertainty finds the tokens of words at which the three
-translations differ (words are aligned by difflib). `--json FILE` keeps everything, a line a run; `--draw FILE.png`
-draws what such a file has, and trains nothing.
+translations differ (words are aligned by difflib). `--written N` also prints what every member writes for N held-out
+references, greedily, beside the translations. `--json FILE` keeps everything, a line a run; `--draw FILE.png` draws
+what such a file has, and trains nothing.
 """
 
 import argparse
@@ -46,7 +47,7 @@ from transformers import TrainerCallback
 
 from renyi import LoraEnsemble, RenyiSFTTrainer
 from renyi.data import Preparation
-from renyi.inference import score, token_uncertainty
+from renyi.inference import generate, score, token_uncertainty
 from renyi.objectives import effective_members, jensen_gap, renyi_loss, responsibilities
 
 SOURCES = ("anderson", "haweis", "twenty")
@@ -340,12 +341,31 @@ def token_aurocs(voices: Sequence[Voice], rows: Sequence[Row], trainer: RenyiSFT
     }
 
 
+def written(voices: Sequence[Voice], verses: Sequence[Verse], trainer: RenyiSFTTrainer) -> list[list[str]]:
+    """What each member writes for each verse's reference, greedily."""
+    found: list[list[str]] = [[] for _ in verses]
+    for voice in voices:
+        prompts = [Row(v, 0).example(voice.named)["prompt"] for v in verses]
+        with trainer.accelerator.autocast():
+            said = generate(
+                voice.ensemble,
+                prompts,
+                trainer.processing_class,
+                mixture="member",
+                max_new_tokens=40,
+                do_sample=False,
+            )
+        for of_verse, answers in zip(found, said, strict=True):
+            of_verse += [answer.text.strip() for answer in answers]
+    return found
+
+
 def measure(
     voices: Sequence[Voice],
     trainer: RenyiSFTTrainer,
     seen: Sequence[Row],
     held_out: Sequence[Sequence[Verse]],
-    token_rows: int,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Everything that is printed of a run; `held_out` are documents of eight verses."""
     alpha = max(trainer.args.alpha, 0.8) if isinstance(trainer.args.alpha, float) else 0.8
@@ -374,9 +394,15 @@ def measure(
     ell_MN, tokens_N = log_likelihood(voices, some, trainer)
     result["seen"] = parted(ell_MN, tokens_N, alpha)
     result["seen_ari_verse"] = agreement(ell_MN, [row.source for row in some])[0]
-    if token_rows and sum(voice.passes * voice.ensemble.num_members for voice in voices) > 1:
-        chosen = random.Random(0).sample(rows, min(token_rows, len(rows)))
+    if args.token_rows and sum(voice.passes * voice.ensemble.num_members for voice in voices) > 1:
+        chosen = random.Random(0).sample(rows, min(args.token_rows, len(rows)))
         result["auroc"] = token_aurocs(voices, chosen, trainer)
+    if args.written:
+        chosen = random.Random(1).sample(verses, min(args.written, len(verses)))
+        members = written(voices, chosen, trainer)
+        result["written"] = [
+            {"verse": v.prompt.strip(), "texts": v.texts, "members": of} for v, of in zip(chosen, members, strict=True)
+        ]
     return result
 
 
@@ -417,6 +443,7 @@ def parser() -> argparse.ArgumentParser:
         "--documents", type=int, default=24, help="held-out documents of eight verses, of each translation"
     )
     made.add_argument("--token_rows", type=int, default=60, help="held-out verses whose tokens are looked at")
+    made.add_argument("--written", type=int, default=0, help="held-out references for which members write")
     made.add_argument("--json", type=Path, help="a file to which a line is added for each run")
     made.add_argument("--draw", type=Path, help="draw the runs in --json into this file, and train nothing")
     return made
@@ -436,7 +463,7 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 measured = [
                     v._replace(ensemble=points, passes=passes) if v.ensemble is trainer.model else v for v in voices
                 ]
-                found = measure(measured, trainer, rows, held_out, args.token_rows)
+                found = measure(measured, trainer, rows, held_out, args)
             settings = {k: v for k, v in vars(args).items() if k not in ("seeds", "runs", "json", "model", "data")}
             yield {
                 "run": name,
@@ -464,7 +491,13 @@ COLUMNS = (
 
 
 def told(line: dict[str, Any]) -> str:
-    """A run's line of the table."""
+    """A run's line of the table, and what its members wrote, if asked for."""
+    texts = [
+        f"\n  {of['verse']}"
+        + "".join(f"\n    {name:9} {text}" for name, text in zip(SOURCES, of["texts"], strict=False))
+        + "".join(f"\n    member {m:<2} {text}" for m, text in enumerate(of["members"]))
+        for of in line.get("written", ())
+    ]
     held, seen, parts, auroc = line["held_out"], line["seen"], line["shares"], line.get("auroc")
     return " | ".join(
         (
@@ -477,7 +510,7 @@ def told(line: dict[str, Any]) -> str:
             f"{auroc['epistemic']:6.3f} {auroc['share']:.3f}  {auroc['total']:.3f}  " if auroc else " " * 21,
             f"{line['seconds']:.0f}",
         )
-    )
+    ) + "".join(texts)
 
 
 def draw(kept: Path, figure: Path) -> None:
