@@ -2,8 +2,8 @@
 
 In training, the kernel's backward takes a third of a step at 40 tokens a row. Two matrix products and a softmax take a
 quarter of the kernel's time up to 32 tokens, and as long at 256. They keep T × T numbers a head, so rows of more than
-`SHORT` tokens stay with the kernel. In decoding, each row has one new token, and the kernel multiplies by it number by
-number: products take a fifth to a half of its time, unless one short row is all there is (`LITTLE`). See `python
+`SHORT` tokens stay with the kernel. In decoding, each row has one new token, for which the kernel is slow: products
+take a ninth to a half of its time, unless one short row is all there is (`LITTLE`). See `python
 benchmarks/attention.py`.
 
 In float32 the kernel is faster or as fast, and so it is in passes without gradients over more than `FEW` tokens a row.
