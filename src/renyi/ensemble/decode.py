@@ -46,8 +46,8 @@ _REFUSED = (
     "assistant_early_exit",
     "use_mtp",
 )
-# On a CPU a prompt is read in chunks of about this many tokens, summed over rows. Of 256 to 4,096, this was the fastest
-# or within 4 % of it. Smaller chunks multiply fewer rows at once, and each copies the cache.
+# On a CPU a prompt is read in chunks of about this many tokens, summed over rows. Smaller chunks multiply fewer rows at
+# once, and each copies the cache. Larger ones were no faster by more than times vary, and take more memory.
 _CPU_ROWS = 2048
 _CACHES = (None, "dynamic", "offloaded", "quantized", "static")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")
