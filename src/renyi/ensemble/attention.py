@@ -6,8 +6,9 @@ quarter of the kernel's time up to 32 tokens, and as long at 256. They keep T ×
 take a ninth to a half of its time, unless one short row is all there is (`LITTLE`). See `python
 benchmarks/attention.py`.
 
-In float32 the kernel is faster or as fast, and so it is in passes without gradients over more than `FEW` tokens a row.
-The choice depends on shape and precision alone, so a run that is resumed computes the same numbers.
+Elsewhere the kernel stays: in float32 neither is much faster, and in passes without gradients over more than `FEW`
+tokens a row it depends on the machine. The choice depends on shape and precision alone, so a run that is resumed
+computes the same numbers.
 
 Read next: `joint.py`, which runs the base.
 """
@@ -71,7 +72,7 @@ def attend(
     if query.requires_grad:
         pays = module.training and tokens == length <= SHORT
     else:
-        pays = tokens <= FEW and (tokens == length or not is_causal) and query[:, :, 0].numel() * length > LITTLE
+        pays = tokens <= FEW and (tokens == length or not is_causal) and query.numel() // tokens * length > LITTLE
     is_plain = attention_mask is None or attention_mask.dtype == torch.bool
     others = any(kwargs.get(name) for name in ("dropout", "softcap", "output_attentions"))
     if (
