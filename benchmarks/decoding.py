@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 from joint_step import model as random_llama
+from joint_step import product_rate
 from peft import LoraConfig, PeftModel, get_peft_model
-from scoring import product_rate
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, logging
 
@@ -149,7 +149,7 @@ class Peers:
         head = config.vocab_size * config.hidden_size
         layers = sum(p.numel() for p in self.ensemble.base.model.layers.parameters() if p.dtype == torch.bfloat16)
         of_prompt, of_step = (
-            product_rate(config.hidden_size, config.intermediate_size, number, self.ensemble.device)
+            product_rate(config.hidden_size, config.intermediate_size, number, torch.bfloat16, self.device)
             for number in (rows * PROMPT, rows)
         )
         return 2 * rows * (PROMPT * layers / of_prompt + (head + (tokens - 1) * (layers + head)) / of_step)

@@ -10,9 +10,11 @@ where it is below 0.8.
                    ones of one translation
     questions      trained questions with both answers; and trained rows that nothing contradicts
     refusal        labels of two kinds of annotators for held-out prompts; groups of two labels of one kind
+    precision      60 trained verses, diagnosed in float32 and in the precision of training
 
 Printed beside it: the order that `alpha: auto` would choose, and of translations the shares of the variance of rows
-along the leading direction that belong to the translation and to the book (R², adjusted: 0 by chance).
+along the leading direction that belong to the translation and to the book (R², adjusted: 0 by chance). Seconds are
+those since the line before, so the first line of a study has its training, too.
 
 `--data` has `translations/`, `conflict/`, `alpaca_en_demo.json` and `xstest/`.
 """
@@ -22,6 +24,7 @@ import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,11 +53,13 @@ class Part(NamedTuple):
     labels: dict[str, list[str]]
 
 
-def of_rows(trainer: Any, rows: list[dict[str, Any]], groups: list[str] | None = None) -> Diagnosis:
+def of_rows(
+    trainer: Any, rows: list[dict[str, Any]], groups: list[str] | None = None, autocast: bool = True
+) -> Diagnosis:
     prepared = trainer.preparation.prepare(Dataset.from_list(rows), trainer.processing_class)
     if groups is not None:
         prepared = prepared.add_column(GROUP_COLUMN, groups)
-    with trainer.accelerator.autocast():
+    with trainer.accelerator.autocast() if autocast else nullcontext():
         return diagnose(trainer.model, prepared, num_directions=DIRECTIONS)
 
 
@@ -67,23 +72,42 @@ def explained(values: Sequence[float], labels: Sequence[str]) -> float:
 
 
 def of_translations(args: argparse.Namespace, seed: int) -> Iterator[Part]:
-    given = ["--model", args.model, "--data", str(args.data / "translations"), "--rows", "960"]
-    study = translations.parser().parse_args(given)
-    trained, held_out = translations.split(translations.read_verses(study.data, study.prompt), seed)
-    seen = translations.training_rows(trained, study, seed)
-    _, trainer = translations.run(study, "one", seen, seed)
-    study = argparse.Namespace(**{**vars(study), "rows": ROWS_IN_GROUPS})
-    unseen = translations.training_rows(held_out, study, seed)[:ROWS_IN_GROUPS]
+    trainer, seen, unseen = one_adapter_of_verses(args, seed)
     for name, rows in (("trained verses", seen[:ROWS]), ("verses", unseen[:ROWS]), ("groups of eight verses", unseen)):
-        examples = [row.example() for row in rows]
-        plain = [{name: example[name] for name in ("prompt", "completion")} for example in examples]
-        found = of_rows(trainer, plain, [e["group"] for e in examples] if rows is unseen else None)
+        groups = [row.example()["group"] for row in rows] if rows is unseen else None
+        found = of_rows(trainer, plain(rows), groups)
         measured = [rows[number] for number in found.examples]
         labels = {
             "translation": [translations.SOURCES[row.source] for row in measured],
             "book": [row.verse.book for row in measured],
         }
         yield Part(name, found, labels)
+
+
+def of_precision(args: argparse.Namespace, seed: int) -> Iterator[Part]:
+    trainer, seen, _ = one_adapter_of_verses(args, seed)
+    rows = plain(seen[:60])
+    in_training = of_rows(trainer, rows)
+    yield Part("in training's precision", in_training, {})
+    in_full = of_rows(trainer, rows, autocast=False)
+    yield Part("in float32", in_full, {})
+    correlation = abs(np.corrcoef(in_training.loadings, in_full.loadings)[0, 1])  # a direction has no sign
+    print(f"correlation of the loadings: {correlation:.4f}")
+
+
+def one_adapter_of_verses(args: argparse.Namespace, seed: int) -> tuple[Any, list[Any], list[Any]]:
+    """A trained adapter, and rows that were trained and that were not."""
+    given = ["--model", args.model, "--data", str(args.data / "translations"), "--rows", "960"]
+    study = translations.parser().parse_args(given)
+    trained, held_out = translations.split(translations.read_verses(study.data, study.prompt), seed)
+    seen = translations.training_rows(trained, study, seed)
+    _, trainer = translations.run(study, "one", seen, seed)
+    study = argparse.Namespace(**{**vars(study), "rows": ROWS_IN_GROUPS})
+    return trainer, seen, translations.training_rows(held_out, study, seed)[:ROWS_IN_GROUPS]
+
+
+def plain(rows: Sequence[Any]) -> list[dict[str, str]]:
+    return [{name: row.example()[name] for name in ("prompt", "completion")} for row in rows]
 
 
 def of_questions(args: argparse.Namespace, seed: int) -> Iterator[Part]:
@@ -119,7 +143,12 @@ def of_refusal(args: argparse.Namespace, seed: int) -> Iterator[Part]:
             yield Part(name, diagnose(trainer.model, measured, pairs, num_directions=DIRECTIONS), {})
 
 
-STUDIES = {"translations": of_translations, "questions": of_questions, "refusal": of_refusal}
+STUDIES = {
+    "translations": of_translations,
+    "questions": of_questions,
+    "refusal": of_refusal,
+    "precision": of_precision,
+}
 
 
 def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -141,6 +170,7 @@ def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     **{name: explained(found.loadings, of) for name, of in labels.items()},
                     "seconds": time.perf_counter() - began,
                 }
+                began = time.perf_counter()
 
 
 def told(line: dict[str, Any]) -> str:
@@ -158,7 +188,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder with all studies' data")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES))
+    parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES)[:3])
     parser.add_argument("--json", type=Path, help="a file to which a line is added for each diagnosis")
     args = parser.parse_args()
     disable_progress_bars()

@@ -13,7 +13,9 @@ vocabulary of a SmolLM; 0.5B, 1B and 8B shapes with --gpu), LoRA r = 16 on all l
     compiled      blocks compiled: the joint step by `LoraEnsemble.compile`, one adapter likewise
 
 Times are medians of rounds in turns. "ratio" is the joint step by M times one adapter's, "compiled" that of the
-compiled joint step by M times one adapter's as TRL runs it, uncompiled.
+compiled joint step by M times one adapter's as TRL runs it, uncompiled. "of rate" is the joint step's operations a
+second in the base's matrices, forward and backward to activations, as a share of the machine's own rate of matrix
+products, which is measured beside it.
 """
 
 import argparse
@@ -64,6 +66,19 @@ def matrix_entries(shape: str) -> int:
     hidden, forward, layers, heads, key_value_heads, vocabulary, _ = SHAPES[shape]
     attention = 2 * hidden * hidden * (1 + key_value_heads / heads)
     return int(layers * (attention + 3 * hidden * forward) + hidden * vocabulary)
+
+
+def product_rate(hidden: int, inner: int, rows: int, dtype: torch.dtype, device: str) -> float:
+    """Operations a second of the product of a feed-forward layer's matrix with so many rows, the best of ten."""
+    a, b = (torch.randn(n, hidden, device=device).to(dtype) for n in (rows, inner))
+    seconds = []
+    for _ in range(10):
+        began = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * rows * hidden * inner / min(seconds)
 
 
 def steps(
@@ -174,7 +189,7 @@ def main() -> None:
     left_out = (peers if args.no_peers else ()) + (compiled if args.no_compile else ())
     names = [name for name in NAMES if name not in left_out]
     print(
-        "shape dtype     tokens   ratio  compiled  against PEFT loop  "
+        "shape dtype     tokens   ratio  compiled  of rate  against PEFT loop  "
         + "  ".join(f"{n:>15}" for n in NAMES)
         + "  tokens/s"
     )
@@ -188,14 +203,19 @@ def main() -> None:
                 gain = seconds["PEFT loop"] / seconds["joint"] if "PEFT loop" in seconds else float("nan")
                 best = min(seconds["joint"], seconds.get("joint, compiled", math.inf))
                 compiled = ratio * seconds.get("joint, compiled", math.nan) / seconds["joint"]
-                rate = args.members * many / best
+                speed = args.members * many / best
+                hidden, inner, *_ = SHAPES[shape]
+                rate = product_rate(hidden, inner, args.members * many, getattr(torch, dtype), device)
+                share = 4 * matrix_entries(shape) * args.members * many / seconds["joint"] / rate
                 cells = "  ".join(f"{1e3 * seconds[n]:12.1f} ms" if n in seconds else " " * 15 for n in names)
                 print(
-                    f"{shape:5} {dtype:9} {many:6}  {ratio:6.3f}  {compiled:8.3f}  {gain:17.2f}  {cells}  {rate:8.0f}",
+                    f"{shape:5} {dtype:9} {many:6}  {ratio:6.3f}  {compiled:8.3f}  {share:7.0%}  {gain:17.2f}  "
+                    f"{cells}  {speed:8.0f}",
                     flush=True,
                 )
                 row = {"shape": shape, "dtype": dtype, "tokens": many, "ratio": ratio, "compiled": compiled}
-                rows.append({**row, "against_loop": gain, "tokens_a_second": rate, "seconds": seconds})
+                row |= {"of_rate": share, "against_loop": gain, "tokens_a_second": speed}
+                rows.append({**row, "seconds": seconds})
                 del made
     print(json.dumps({"benchmark": "joint_step", "members": args.members, "rows": rows}))
 

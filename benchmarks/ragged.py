@@ -1,4 +1,4 @@
-"""Members have unequal numbers of rows: which way to multiply each row by its member's adapter is fastest?
+"""Which way to multiply each row by its member's adapter is fastest, if members have unequal numbers of rows, or few?
 
     python benchmarks/ragged.py [--rows 16] [--tokens 64 256] [--members 8] [--dtypes bfloat16 float32] [--gpu]
 
@@ -10,6 +10,9 @@ r = 16, in a layer of 576 by 1,536 (4,096 by 14,336 with --gpu):
     padded        each member's rows padded to the most that any has, one `bmm`
     loop          member after member
 
+In decoding each member has few rows, all equally many. The second table has updates of a half-precision layer of 576
+features and back, without gradients, by adapters in its precision and in float32.
+
 Medians of rounds in turns, of 30 updates each.
 """
 
@@ -19,6 +22,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +58,41 @@ def ways(x_PTI: Tensor, member_P: Tensor, A_MRI: Tensor, B_MOR: Tensor) -> dict[
     return {"gathered": gathered, "grouped": grouped, "padded": padded, "loop": loop}
 
 
+def few(rows: int, members: int, device: str) -> dict[str, Callable[[], Tensor]]:
+    """Updates of a layer's output [M, N, O] in bfloat16, by adapters in either precision."""
+    x_MNI, result_MNO = torch.randn(2, members, rows, 576, device=device).bfloat16()
+    A_MRI, B_MRO = torch.randn(members, RANK, 576, device=device), torch.randn(members, RANK, 576, device=device)
+    half_A, half_B = A_MRI.bfloat16(), B_MRO.bfloat16()
+
+    def in_half() -> Tensor:
+        return torch.baddbmm(result_MNO, torch.bmm(x_MNI, half_A.transpose(1, 2)), half_B)
+
+    def in_float32() -> Tensor:
+        low_MNR = torch.bmm(x_MNI.float(), A_MRI.transpose(1, 2))
+        return torch.baddbmm(result_MNO.float(), low_MNR, B_MRO).bfloat16()
+
+    return {"bfloat16": in_half, "float32": in_float32}
+
+
+def backward(run: Callable[[], Tensor], upstream: Tensor) -> None:
+    run().backward(upstream)
+
+
+def seconds(made: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
+    """Median seconds of one call, in turns."""
+    found: dict[str, list[float]] = {name: [] for name in made}
+    for number in range(rounds + 1):
+        for name, run in made.items():
+            began = time.perf_counter()
+            for _ in range(UPDATES):
+                run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number:  # the first round warms up
+                found[name].append((time.perf_counter() - began) / UPDATES)
+    return {name: statistics.median(s) for name, s in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16)
@@ -86,19 +125,17 @@ def main() -> None:
             upstream = torch.randn(args.rows, tokens, outputs, **given)
             for name, run in made.items():
                 assert torch.allclose(run().float(), made["loop"]().float(), rtol=0.05, atol=0.5), name
-            seconds: dict[str, list[float]] = {name: [] for name in made}
-            for number in range(args.rounds + 1):
-                for name, run in made.items():
-                    began = time.perf_counter()
-                    for _ in range(UPDATES):
-                        run().backward(upstream)
-                    if args.gpu:
-                        torch.cuda.synchronize()
-                    if number:
-                        seconds[name].append((time.perf_counter() - began) / UPDATES)
-            row = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
+            trained = {name: partial(backward, run, upstream) for name, run in made.items()}
+            row = {name: 1e3 * s for name, s in seconds(trained, args.rounds, device).items()}
             print(f"{dtype:9} {tokens:6}  " + "   ".join(f"{n} {ms:.2f}" for n, ms in row.items()), flush=True)
             found.append({"dtype": dtype, "tokens": tokens, **row})
+    print("\nmembers  rows of each  µs an update, no gradients")
+    for members in (1, 3, 8):
+        for rows in (1, 2, 4, 8, 16):
+            with torch.no_grad():
+                times = seconds(few(rows, members, device), args.rounds, device)
+            print(f"{members:7} {rows:13}  " + "   ".join(f"{n} {1e6 * s:.0f}" for n, s in times.items()), flush=True)
+            found.append({"members": members, "rows": rows, "seconds": times})
     print(json.dumps({"benchmark": "ragged", "rows": found}))
 
 

@@ -40,6 +40,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "dense": {},
     "sparse": {"routing": "sparse"},
     "sampled": {"routing": "sampled", **DRAWN},
+    "auto": {"routing": "auto"},
     "raced": {"routing": "raced", **DRAWN},
     "kept": {"routing": "sampled", "routing_refresh": 2, **DRAWN},
     "shared": SHARED,

@@ -100,20 +100,6 @@ def measured(file: str, arguments: Sequence[str], name: str) -> dict[str, Any]:
     return found
 
 
-def product_rate(name: str) -> float:
-    """Operations a second of matrix products in the shape of a feed-forward layer, 2,048 rows."""
-    import torch
-
-    left = torch.randn(2048, 576, dtype=getattr(torch, name))
-    right = torch.randn(576, 1536, dtype=left.dtype)
-    seconds = []
-    for _ in range(30):
-        began = time.perf_counter()
-        left @ right
-        seconds.append(time.perf_counter() - began)
-    return 2 * 2048 * 576 * 1536 / statistics.median(seconds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a JSON file of Alpaca records")
@@ -128,7 +114,10 @@ def main() -> None:
     if args.run:
         run(args)
         return
-    rates = {name: product_rate(name) for name in ("bfloat16", "float32")}
+    import torch
+    from joint_step import product_rate
+
+    rates = {x: product_rate(576, 1536, 2048, getattr(torch, x), "cpu") for x in ("bfloat16", "float32")}
     print(", ".join(f"matrix products in {name}: {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items()))
     names = ["TRL", "TRL, tuned", *(f"{m} member{'s' if m > 1 else ''}" for m in args.members)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from joint_step import LORA, model
+from joint_step import LORA, model, product_rate
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -43,13 +43,6 @@ def members_of(base: PreTrainedModel, members: int) -> LoraEnsemble:
             B.copy_(torch.randn(B.shape, generator=generator) * 0.01)
             assert A.dtype == B.dtype == torch.float32
     return ensemble
-
-
-def product_rate(hidden: int, inner: int, rows: int, device: torch.device) -> float:
-    """Operations a second of a product of the model's own shape in bfloat16, the best of ten."""
-    a, b = (torch.randn(n, hidden, device=device).bfloat16() for n in (rows, inner))
-    best = min(_seconds(lambda: torch.nn.functional.linear(a, b)) for _ in range(10))
-    return 2 * rows * hidden * inner / best
 
 
 def _seconds(step: Callable[[], object]) -> float:
@@ -90,7 +83,8 @@ def measure(ensemble: LoraEnsemble, tokens: int, rounds: int) -> dict[str, float
     everyone = ensemble.num_members * ROWS * tokens
     result = {name: everyone / statistics.median(of) for name, of in times.items()}
     config = ensemble.config
-    rate = product_rate(config.hidden_size, config.intermediate_size, ensemble.num_members * ROWS * tokens, device)
+    rows = ensemble.num_members * ROWS * tokens
+    rate = product_rate(config.hidden_size, config.intermediate_size, rows, torch.bfloat16, device.type)
     parameters = sum(p.numel() for n, p in ensemble.base.named_parameters() if "members" not in n and p.dim() == 2)
     result["of_rate"] = 2 * parameters * result["scoring"] / rate
     result["products_a_second"] = rate

@@ -11,6 +11,7 @@ from renyi.data import ThumbPreparation
 from renyi.ensemble import KeptThumbs, Reference, evaluating
 from renyi.inference import score, score_thumbs
 from renyi.inference.continuation import score_continuations
+from renyi.members import layer
 from renyi.members.adapters import joint_layers
 from renyi.objectives import ThumbLoss
 
@@ -103,6 +104,13 @@ def in_half() -> LoraEnsemble:
     return scatter_members(LoraEnsemble.from_base(tiny_model().to(torch.bfloat16), 3, lora()))
 
 
+@pytest.fixture
+def rounded_whole(monkeypatch) -> None:
+    """Updates of few rows are rounded as all others are."""
+    monkeypatch.setattr(layer, "FEW_ROWS", 0)
+
+
+@pytest.mark.usefixtures("rounded_whole")
 def test_inference_has_the_numbers_of_adapters_in_the_bases_precision(in_half):
     ids, mask = padded_batch()
     rows = Dataset.from_list(
@@ -125,12 +133,26 @@ def test_inference_has_the_numbers_of_adapters_in_the_bases_precision(in_half):
     assert score(in_half, rows)[0].log_likelihood != in_half.log_likelihood(ids, mask)[:, 0].tolist()
 
 
+def test_few_rows_have_updates_in_float32_on_a_cpu(in_half):
+    """Decoding sees few. The numbers are those of float32 adapters, and any number of rows is near them."""
+    a_token, many = torch.tensor([[5]]), torch.arange(5, 60)[None]
+    with torch.no_grad(), evaluating(in_half):
+        expected = [in_half.hidden_states(ids, None, {}) for ids in (a_token, many)]
+    with torch.no_grad(), in_half.inference():
+        found = [in_half.hidden_states(ids, None, {}) for ids in (a_token, many)]
+    assert a_token.numel() * in_half.num_members <= layer.FEW_ROWS < many.numel() * in_half.num_members
+    assert torch.equal(found[0], expected[0])
+    assert not torch.equal(found[1], expected[1])
+    torch.testing.assert_close(found[1], expected[1], atol=0.1, rtol=0.1)
+
+
 def test_inference_leaves_the_members_as_they_are(in_half):
     before = {name: tensor.clone() for name, tensor in in_half.state_dict().items()}
+    layers = in_half.stack.layers.values()
     with in_half.inference():
-        assert {A.dtype for A, _ in in_half.stack.matrices().values()} == {torch.bfloat16}
+        assert all({x.dtype for x in of.rounded} == {torch.bfloat16} for of in layers)
+    assert all(of.rounded is of.acting is None for of in layers)
     assert all(torch.equal(tensor, before[name]) for name, tensor in in_half.state_dict().items())
-    assert {A.dtype for A, _ in in_half.stack.matrices().values()} == {torch.float32}
 
 
 def test_other_members_act_in_the_bases_precision_too(in_half):
@@ -149,5 +171,5 @@ def test_a_float32_base_is_left_alone():
     ids, mask = padded_batch()
     expected = ensemble.log_likelihood(ids, mask)
     with ensemble.inference():
-        assert all(layer.acting is None for layer in ensemble.stack.layers.values())
+        assert all(of.acting is None for of in ensemble.stack.layers.values())
         assert torch.equal(ensemble.log_likelihood(ids, mask), expected)

@@ -355,11 +355,13 @@ class LoraEnsemble(TrainableModel, JointModel):
 
         The members themselves stay as they are. Training keeps them in float32 because their steps are small. In a
         forward it gains nothing: the base's layers round their outputs anyway, and float32 products take longer than
-        the layers. Training in `bf16` rounds adapters in the same way, so its log-likelihoods and scores agree.
+        the layers. Training in `bf16` rounds adapters in the same way, so its log-likelihoods and scores agree. On a
+        CPU the products of few rows, as in decoding, are faster in float32, and stay so (`layer.FEW_ROWS`).
         """
         dtype = self.base.dtype
-        rounded = self.stack.in_precision(dtype) if dtype in (torch.float16, torch.bfloat16) else None
-        with evaluating(self), self.stack.acting_as(rounded) if rounded else nullcontext():
+        is_half = dtype in (torch.float16, torch.bfloat16)
+        own = [(A.detach(), B.detach()) for A, B in self.stack.matrices().values()] if is_half else []
+        with evaluating(self), self.stack.acting_as(own, dtype) if is_half else nullcontext():
             yield
 
     @property

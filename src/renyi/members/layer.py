@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from renyi.members.kind import MemberLayer, Noise
 
 _HALF = (torch.bfloat16, torch.float16)
+FEW_ROWS = 32  # of all members. The small products of so few are faster in float32 (`python benchmarks/ragged.py`)
 
 
 class MemberSelection:
@@ -129,6 +130,7 @@ class JointLayer(nn.Module):
 
     Attributes:
         acting: matrices A [K, R, I] and B [K, O, R] to use instead of the members' own; None for the members' own.
+        rounded: the same in the precision of a half-precision base, for more than `FEW_ROWS`; else None.
         cast: the frozen weight and bias in the precision of training, inside `MemberStack.casting`; else None.
 
     Args:
@@ -150,6 +152,7 @@ class JointLayer(nn.Module):
         super().__init__()
         self.base_layer, self.members = base_layer, members
         self.acting: tuple[Tensor, Tensor] | None = None
+        self.rounded: tuple[Tensor, Tensor] | None = None
         self.cast: tuple[Tensor, Tensor | None] | None = None
         self.scaling = scaling
         self.lora_dropout = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -159,10 +162,11 @@ class JointLayer(nn.Module):
         """Map member-major rows [M·N, …, I] to [M·N, …, O]. A packed row [1, M·N, I] has the members in sequence."""
         if self.selection.members == ():
             return self.base_layer(x, *args, **kwargs)
-        A_MRI, B_MOR = self.members.matrices(self.selection.noise) if self.acting is None else self.acting
+        own = self.members.matrices(self.selection.noise) if self.acting is None else self.acting
+        rows = x.numel() // x.shape[-1]
+        A_MRI, B_MOR = own if self.rounded is None or _are_few(rows, x.device) else self.rounded
         A_MRI, B_MOR = self.selection.of(A_MRI), self.selection.of(B_MOR)
         num_members, _, in_features = A_MRI.shape
-        rows = x.numel() // in_features
         if rows % num_members:
             raise ValueError(f"{rows} rows do not divide among {num_members} members: rows must be member-major")
         if self.selection.is_repeated(x) and not x.requires_grad:
@@ -177,9 +181,10 @@ class JointLayer(nn.Module):
         x_MNI = self._dropped(x.to(A_MRI.dtype).reshape(num_members, -1, in_features), _common_dtype(x, result, A_MRI))
         low_MNR = self.members.project(x_MNI, A_MRI, self.selection)
         result_MNO = result.reshape(num_members, -1, result.shape[-1])
-        if result.dtype == low_MNR.dtype:
-            updated = torch.baddbmm(result_MNO, low_MNR, B_MOR.transpose(1, 2), alpha=self.scaling)
-        else:  # a half-precision base with float32 adapters and no autocast: add in float32, as PEFT does
+        if low_MNR.dtype in (result.dtype, torch.float32):  # float32 on a half-precision base: add in float32, as PEFT
+            B_MRO = B_MOR.transpose(1, 2)
+            updated = torch.baddbmm(result_MNO.to(low_MNR.dtype), low_MNR, B_MRO, alpha=self.scaling)
+        else:
             updated = result_MNO + self.scaling * torch.bmm(low_MNR, B_MOR.transpose(1, 2))
         return updated.to(result.dtype).view_as(result)
 
@@ -214,6 +219,11 @@ class JointLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scaling={self.scaling:g}"
+
+
+def _are_few(rows: int, device: torch.device) -> bool:
+    """Whether updates of so few rows take less time in float32 than in half precision, as on a CPU."""
+    return rows <= FEW_ROWS and device.type == "cpu"
 
 
 def _is_pefts(num_members: int, precision: torch.dtype | None) -> bool:

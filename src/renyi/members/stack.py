@@ -4,7 +4,7 @@ This works for every kind of member, because every tensor of a kind has the memb
 Read next: `adapters.py`, the members as PEFT adapters.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,13 +104,6 @@ class MemberStack:
         """Each layer's A [M, R, I] and B [M, O, R]: the members' means, or the matrices given to `acting_as`."""
         return {n: layer.members.mean() if layer.acting is None else layer.acting for n, layer in self.layers.items()}
 
-    def in_precision(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]] | None:
-        """Each layer's matrices rounded to a precision, for `acting_as`; None if they have it already."""
-        own = [(A.detach(), B.detach()) for A, B in self.matrices().values()]
-        if all(A.dtype == dtype for A, _ in own):
-            return None
-        return [(A.to(dtype), B.to(dtype)) for A, B in own]
-
     @property
     def is_fresh(self) -> bool:
         """Whether no member has been trained: every B is zero, so all members are equal to the base."""
@@ -126,19 +119,27 @@ class MemberStack:
         self.selection.noise = None if seed is None else Noise(seed, draws)
 
     @contextmanager
-    def acting_as(self, matrices: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Run forwards with the given A [K, R, I] and B [K, O, R] of each layer instead of the members' own."""
+    def acting_as(
+        self, matrices: Iterable[tuple[Tensor, Tensor]], precision: torch.dtype | None = None
+    ) -> Iterator[None]:
+        """Run forwards with the given matrices of each layer instead of the members' own.
+
+        Args:
+            matrices: each layer's A [K, R, I] and B [K, O, R].
+            precision: that of a half-precision base, to round them to where it saves time; see `JointLayer.rounded`.
+        """
         layers = list(self.layers.values())
-        before, noise = [layer.acting for layer in layers], self.selection.noise
+        before, noise = [(layer.acting, layer.rounded) for layer in layers], self.selection.noise
         self.selection.noise = None
-        for layer, pair in zip(layers, matrices, strict=True):
-            layer.acting = pair
+        for layer, (A_KRI, B_KOR) in zip(layers, matrices, strict=True):
+            layer.acting = A_KRI, B_KOR
+            layer.rounded = None if precision is None else (A_KRI.to(precision), B_KOR.to(precision))
         try:
             yield
         finally:
             self.selection.noise = noise
-            for layer, pair_before in zip(layers, before, strict=True):
-                layer.acting = pair_before
+            for layer, (acting, rounded) in zip(layers, before, strict=True):
+                layer.acting, layer.rounded = acting, rounded
 
     def prior(self, std: float) -> Callable[[], Tensor]:
         """A function that returns the members' divergences from a prior, nats [M].
