@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from renyi.members.kind import MemberLayer, Noise
 
 _HALF = (torch.bfloat16, torch.float16)
-FEW_ROWS = 32  # of all members. The small products of so few are faster in float32 (`python benchmarks/ragged.py`)
+FEW_ROWS = 16  # of all members. The small products of so few are faster in float32 (`python benchmarks/ragged.py`)
 
 
 class MemberSelection:
