@@ -155,6 +155,9 @@ STUDIES = {
 }
 
 
+BY_DEFAULT = [study for study in STUDIES if study != "precision"]
+
+
 def lines(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for seed in args.seeds:
         for study in args.studies:
@@ -192,7 +195,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the folder with all studies' data")
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=list(STUDIES)[:3])
+    parser.add_argument("--studies", nargs="+", choices=list(STUDIES), default=BY_DEFAULT)
     parser.add_argument("--json", type=Path, help="a file to which a line is added for each diagnosis")
     args = parser.parse_args()
     disable_progress_bars()

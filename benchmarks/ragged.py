@@ -19,13 +19,12 @@ Medians of rounds in turns, of 30 updates each.
 import argparse
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from joint_step import measure
 from torch import Tensor
 
 RANK, UPDATES = 16, 30
@@ -79,18 +78,9 @@ def backward(run: Callable[[], Tensor], upstream: Tensor) -> None:
 
 
 def seconds(made: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of one call, in turns."""
-    found: dict[str, list[float]] = {name: [] for name in made}
-    for number in range(rounds + 1):
-        for name, run in made.items():
-            began = time.perf_counter()
-            for _ in range(UPDATES):
-                run()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number:  # the first round warms up
-                found[name].append((time.perf_counter() - began) / UPDATES)
-    return {name: statistics.median(s) for name, s in found.items()}
+    """Median seconds of one update, in turns."""
+    repeated = {name: lambda run=run: [run() for _ in range(UPDATES)] for name, run in made.items()}
+    return {name: s / UPDATES for name, s in measure(repeated, rounds, device).items()}
 
 
 def main() -> None:

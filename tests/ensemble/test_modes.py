@@ -153,6 +153,20 @@ def test_inference_leaves_the_members_as_they_are(in_half):
         assert all({x.dtype for x in of.rounded} == {torch.bfloat16} for of in layers)
     assert all(of.rounded is of.acting is None for of in layers)
     assert all(torch.equal(tensor, before[name]) for name, tensor in in_half.state_dict().items())
+    assert {A.dtype for A, _ in in_half.stack.matrices().values()} == {torch.float32}
+
+
+def test_float32_adapters_leave_a_float64_base_its_precision():
+    """Fresh members are the base."""
+    base, (ids, mask) = tiny_model().double(), padded_batch()
+    ensemble = LoraEnsemble.from_base(base, 2, lora())
+    for of in ensemble.stack.layers.values():
+        of.members.float()
+    with torch.no_grad(), ensemble.inference():
+        found = ensemble.hidden_states(ids, mask, {})
+        with ensemble.using(()):
+            expected = ensemble.hidden_states(ids, mask, {})
+    torch.testing.assert_close(found, expected.expand_as(found), atol=1e-12, rtol=1e-12)
 
 
 def test_other_members_act_in_the_bases_precision_too(in_half):

@@ -181,7 +181,8 @@ class JointLayer(nn.Module):
         x_MNI = self._dropped(x.to(A_MRI.dtype).reshape(num_members, -1, in_features), _common_dtype(x, result, A_MRI))
         low_MNR = self.members.project(x_MNI, A_MRI, self.selection)
         result_MNO = result.reshape(num_members, -1, result.shape[-1])
-        if low_MNR.dtype in (result.dtype, torch.float32):  # float32 on a half-precision base: add in float32, as PEFT
+        is_wider = result.dtype in _HALF and low_MNR.dtype == torch.float32  # then add in float32, as PEFT does
+        if is_wider or result.dtype == low_MNR.dtype:
             B_MRO = B_MOR.transpose(1, 2)
             updated = torch.baddbmm(result_MNO.to(low_MNR.dtype), low_MNR, B_MRO, alpha=self.scaling)
         else:
