@@ -3,13 +3,14 @@
 Read next: `ensemble.py`, whose `LoraEnsemble` derives from this class.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import noop_context_fn
 from transformers import PreTrainedModel
 
@@ -28,6 +29,7 @@ class TrainableModel(nn.Module):
     base: PreTrainedModel
     recomputes_members = True
     _selection: MemberSelection
+    _num_active: Callable[[], int]
 
     @property
     def base_model_name(self) -> str:
@@ -70,8 +72,27 @@ class TrainableModel(nn.Module):
         """
         names = self.base._no_split_modules or ()
         blocks = [module for module in self.base.modules() if type(module).__name__ in names]
+        compiled = torch.compile(_run_block, **settings)
         for block in blocks[1:] or blocks:
-            block.compile(**settings)
+            block._compiled_call_impl = partial(self._call_compiled, compiled, block)
+
+    def _call_compiled(
+        self, compiled: Callable[..., Any], block: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call a compiled block with the members as a dimension of its input, [M, N, …] or, packed, [1, M, N, …].
+
+        The layers divide the rows M·N by M. If the compiler knew only the number of rows, it would have to prove again
+        and again that a quotient times M is the number of rows, and a graph would take minutes.
+        """
+        from torch._dynamo import config, mark_static  # the compiler takes seconds to import
+
+        num_members = self._num_active()
+        dim = 0 if len(hidden_states) % num_members == 0 else 1  # a packed row has the members in sequence
+        by_member = hidden_states.unflatten(dim, (num_members, -1))
+        mark_static(by_member, dim)
+        # Numbers such as the attention's scale never change. As variables they would have the graph traced twice.
+        with config.patch(specialize_float=True):
+            return compiled(block, by_member, dim, *args, **kwargs)
 
     @contextmanager
     def compiling(self, **settings: Any) -> Iterator[None]:
@@ -112,3 +133,8 @@ class TrainableModel(nn.Module):
 def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
     with outer, inner:
         yield
+
+
+def _run_block(block: nn.Module, by_member: Tensor, dim: int, *args: Any, **kwargs: Any) -> Any:
+    rows = by_member.flatten(dim, dim + 1)
+    return block._call_impl(rows, *args, **kwargs)  # noqa: SLF001 - what `block.compile` compiles
