@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from renyi.ensemble.head import LogitTransform, token_scores
-from renyi.training.machine import keep_freed_memory
+from renyi.machine import keep_freed_memory
 
 
 def ways(hidden: Tensor, head: nn.Linear, targets: Tensor, upstream: Tensor) -> dict[str, Callable[[], Tensor]]:

@@ -29,8 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from renyi.inference import score
+from renyi.machine import bf16_pays
 from renyi.objectives import renyi_loss
-from renyi.training.machine import bf16_pays
 
 DRAWN = {"alpha_hold_ratio": 0.0, "alpha_ramp_ratio": 0.2}
 SHARED = {"routing": "sampled", "alpha_hold_shared": True, "alpha_hold_ratio": 1 / 3, "alpha_ramp_ratio": 0.0}

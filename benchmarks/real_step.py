@@ -37,7 +37,7 @@ def trainer_of(args: argparse.Namespace, folder: str, callbacks: Sequence[Any] =
     from trl import SFTConfig, SFTTrainer
 
     from renyi import RenyiSFTConfig, RenyiSFTTrainer
-    from renyi.training.machine import bf16_pays
+    from renyi.machine import bf16_pays
 
     disable_progress_bars()
     records = json.loads(Path(args.data).read_text(encoding="utf-8"))

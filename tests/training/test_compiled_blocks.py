@@ -60,13 +60,90 @@ def test_a_graph_is_traced_once_and_divides_no_sizes():
 
     ensemble.compile(dynamic=True, backend=aot_autograd(fw_compiler=backend))
     for rows, length in ((4, 9), (5, 12), (2, 7)):
-        ids = torch.randint(5, 60, (rows, length), generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            ensemble(ids)
-    assert len(graphs) == counts["total"] - before == 1
-    sizes = {str(size) for node in graphs[0].graph.nodes for size in getattr(node.meta.get("val"), "shape", ())}
+        ensemble(torch.randint(5, 60, (rows, length), generator=torch.Generator().manual_seed(0)))
+    assert counts["total"] - before == 1
+    assert len(graphs) == 2  # forward and backward
+    nodes = [node for graph in graphs for node in graph.graph.nodes]
+    sizes = {str(size) for node in nodes for size in getattr(node.meta.get("val"), "shape", ())}
     assert any("s" in size for size in sizes)
     assert not any("//" in size for size in sizes)
+
+
+def test_only_training_of_all_members_is_compiled():
+    """Drawn members change with every pass, and a graph would be compiled for each draw."""
+    counter, ensemble = CompileCounterWithBackend("eager"), tiny_ensemble(num_members=3).train()
+    ensemble.compile(dynamic=True, backend=counter)
+    ids = torch.randint(5, 60, (4, 9), generator=torch.Generator().manual_seed(0))
+    for members in ([0, 1, 2, 0], [2, 2, 1, 0]):
+        with ensemble.pairing(members):
+            ensemble(ids)
+    with ensemble.using([1]):
+        ensemble(ids)
+    with torch.no_grad():
+        ensemble(ids)
+    assert counter.frame_count == 0
+    ensemble(ids)
+    assert counter.frame_count == 1
+
+
+LONG = {"bf16": True, "max_steps": 100}
+
+
+@pytest.mark.parametrize(
+    ("settings", "compiles"),
+    [
+        (LONG, True),
+        ({**LONG, "routing": "auto"}, True),
+        ({**LONG, "max_steps": 99}, False),
+        ({**LONG, "max_steps": 50, "gradient_accumulation_steps": 2}, True),
+        ({**LONG, "max_steps": -1, "num_train_epochs": 12.5}, True),
+        ({**LONG, "bf16": False}, False),
+        ({**LONG, "routing": "sampled"}, False),
+        ({**LONG, "member_kind": "gaussian"}, False),
+        ({**LONG, "torch_compile": False}, False),
+        ({**LONG, "max_steps": 1, "torch_compile": True}, True),
+    ],
+    ids=str,
+)
+def test_a_long_run_compiles_unless_told(tmp_path, monkeypatch, settings, compiles):
+    """100 steps of 4 rows of 10 tokens on average are just long enough; 32 rows are 8 steps."""
+    rows = text_rows(32, shortest=9, longest=10)  # with the end of the text
+    trainer = trainer_of(tmp_path, rows, num_members=2, **{**settings, "max_steps": 1, "bf16": False})
+    tokens = float(trainer._lengths().double().mean())
+    operations = 4 * trainer.model.base.num_parameters() * 2 * 400 * tokens
+    monkeypatch.setattr("renyi.training.steps.LONG_RUN", operations * 0.995)
+    monkeypatch.setattr("renyi.training.steps.can_compile", lambda: True)
+    assert (trainer_of(tmp_path, rows, num_members=2, **settings).args.compile_blocks is not None) is compiles
+    monkeypatch.setattr("renyi.training.steps.can_compile", lambda: False)
+    asked = settings.get("torch_compile", False)
+    assert (trainer_of(tmp_path, rows, num_members=2, **settings).args.compile_blocks is not None) is asked
+
+
+def test_a_compiler_that_fails_ends_a_run_only_if_it_was_asked_for(tmp_path):
+    def failing(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    plain = trainer_of(tmp_path, **SETTINGS)
+    plain.train()
+    for is_asked in (False, True):
+        trainer = trainer_of(tmp_path, **SETTINGS)
+        trainer.args.compile_blocks = {"backend": failing}
+        trainer.args.compiles_if_it_pays = not is_asked
+        torch.compiler.reset()
+        if is_asked:
+            with pytest.raises(Exception, match="no compiler"):
+                trainer.train()
+        else:
+            trainer.train()
+            assert member_distance(trainer.model, plain.model) == 0
+
+
+def test_a_dry_run_takes_the_compiled_step(tmp_path):
+    counter = CompileCounterWithBackend("eager")
+    trainer = trainer_of(tmp_path, **SETTINGS)
+    trainer.args.compile_blocks = {"backend": counter}
+    trainer.rehearse()
+    assert counter.frame_count == 1
 
 
 @pytest.mark.slow

@@ -38,16 +38,6 @@ def test_nothing_of_the_measured_pass_stays_in_memory() -> None:
     assert tensors() == before
 
 
-def test_a_container_has_the_memory_that_it_is_given(monkeypatch, tmp_path) -> None:
-    machine = memory.main_memory()
-    monkeypatch.setattr(memory, "_LIMIT", tmp_path / "memory.max")
-    for text, expected in (("max\n", machine), ("1000000\n", 1_000_000), (f"{2 * machine}\n", machine)):
-        (tmp_path / "memory.max").write_text(text)
-        assert memory.main_memory() <= expected
-    (tmp_path / "memory.max").write_text("1000000\n")
-    assert memory.main_memory() == 1_000_000
-
-
 def test_checkpoints_are_left_out_where_there_is_room(monkeypatch, tmp_path) -> None:
     trainer = trainer_of(tmp_path, **OPEN)
     assert not trainer.args.activation_checkpointing

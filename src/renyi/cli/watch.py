@@ -152,7 +152,9 @@ def _passes(trainer: Any) -> str:
     told = f"{size} · {again} (gradient_checkpointing: {str(bool(args.gradient_checkpointing)).lower()})"
     if chooses_by_length(trainer.model.base) and (args.bf16 or args.fp16 or trainer.model.base.dtype in HALF):
         told += f" · attention by matrix products in rows of up to {SHORT} tokens"
-    return told if args.compile_blocks is None else f"{told} · blocks are compiled, which takes a minute or more"
+    if args.compile_blocks is not None:
+        told += " · blocks are compiled, which takes a minute or more (torch_compile: true)"
+    return told
 
 
 def _cut(ready: Run) -> dict[str, str]:

@@ -64,11 +64,14 @@ class TrainableModel(nn.Module):
         return self.base.get_output_embeddings()
 
     def compile(self, **settings: Any) -> None:
-        """Compile the base's blocks; the settings are those of `torch.compile`.
+        """Compile the base's blocks for training; the settings are those of `torch.compile`.
 
         All blocks but the first share one graph, and it is used again in every step. The first block is left as it is:
         it would need a graph of its own, because its input has no gradient and is the same for all members. A graph of
         the whole model would have to be compiled again for every number of layers, rows and tokens.
+
+        Forwards without gradients run as they are, and so do those of selected members (`using`, `pairing`), for which
+        a graph would have to be compiled again and again.
         """
         names = self.base._no_split_modules or ()
         blocks = [module for module in self.base.modules() if type(module).__name__ in names]
@@ -84,6 +87,8 @@ class TrainableModel(nn.Module):
         The layers divide the rows M·N by M. If the compiler knew only the number of rows, it would have to prove again
         and again that a quotient times M is the number of rows, and a graph would take minutes.
         """
+        if self._selection.members is not None or not torch.is_grad_enabled():
+            return block._call_impl(hidden_states, *args, **kwargs)  # noqa: SLF001 - what it would call uncompiled
         from torch._dynamo import config, mark_static  # the compiler takes seconds to import
 
         num_members = self._num_active()

@@ -23,6 +23,7 @@ from renyi.ensemble.storage import read_ensemble, resolve_folder
 from renyi.errors import ConfigError
 from renyi.inference.continuation import ContinuationScore, score_continuations
 from renyi.inference.generate import end_tokens
+from renyi.inference.model import fastest
 
 _MAX_TOKENS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # tasks use any of these names
 
@@ -69,7 +70,7 @@ class RenyiLM(TemplateLM):
         self.ensemble = _loaded(folder, base, member)
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "cuda" if torch.cuda.is_available() else "cpu"  # the harness passes cuda:0 by default
-        self.ensemble.to(device)
+        fastest(self.ensemble.to(device))
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer_of(folder, self.ensemble.base_model_name)
         self.mixture, self.seed, self.add_bos_token = mixture, seed, add_bos_token
         self.batch_size = 8 if str(batch_size).startswith("auto") else int(batch_size)

@@ -69,7 +69,9 @@ class EnsembleConfig(_BeforeConfig):
         gradient_checkpointing: run blocks again in the backward instead of keeping what they computed. None: on, as in
             TRL, but on a CPU that has room for one pass's activations.
         checkpoints_if_needed: not a key: whether `gradient_checkpointing` was not given, so that the trainer decides.
-        compile_blocks: not a key: backend and mode where `torch_compile` was asked for.
+        torch_compile: compile the base's blocks. None: where a long run on a CPU earns it back.
+        compiles_if_it_pays: not a key: whether `torch_compile` was not given, so that the trainer decides.
+        compile_blocks: not a key: backend and mode of compiled blocks; None if blocks are not compiled.
         early_stopping_patience: stop after this many evaluations without a better `metric_for_best_model`.
     """
 
@@ -171,8 +173,20 @@ class EnsembleConfig(_BeforeConfig):
     checkpoints_if_needed: bool = field(
         default=False, init=False, metadata={"help": "Whether gradient_checkpointing was left open."}
     )
+    if not TYPE_CHECKING:
+        torch_compile: bool = field(
+            default=None,
+            metadata={
+                "help": "Compile the base's blocks; by default where a long run on a CPU earns it back.",
+                "nargs": "?",
+                "const": True,
+            },
+        )
+    compiles_if_it_pays: bool = field(
+        default=False, init=False, metadata={"help": "Whether torch_compile was left open."}
+    )
     compile_blocks: dict[str, Any] | None = field(
-        default=None, init=False, metadata={"help": "Backend and mode where torch_compile was asked for."}
+        default=None, init=False, metadata={"help": "Backend and mode of compiled blocks."}
     )
     early_stopping_patience: int | None = field(
         default=None,
@@ -182,8 +196,8 @@ class EnsembleConfig(_BeforeConfig):
     def __post_init__(self) -> None:
         args: Any = self  # with the fields of the TRL config
         _check_sizes(args)
-        if args.bf16 is None and not (args.use_cpu or is_torch_bf16_gpu_available()):
-            args.bf16 = False  # TRL turns it on, and transformers refuses it on such a machine
+        if args.bf16 is None and (args.use_cpu or not is_torch_bf16_gpu_available()):
+            args.bf16 = False  # TRL turns it on, also where transformers refuses it or where it is slow
             self.bf16_if_it_pays = True  # the trainer, which knows the model, may turn it on
         if args.gradient_checkpointing is None and args.activation_checkpointing is None:
             args.gradient_checkpointing = self.checkpoints_if_needed = True
@@ -194,7 +208,8 @@ class EnsembleConfig(_BeforeConfig):
         # transformers would compile the ensemble whole, anew for every shape; the trainer compiles its blocks.
         if args.torch_compile or args.torch_compile_backend or args.torch_compile_mode:
             self.compile_blocks = {"backend": args.torch_compile_backend or "inductor", "mode": args.torch_compile_mode}
-            args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+        self.compiles_if_it_pays = self.compile_blocks is None and args.torch_compile is None
+        args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
         check_numbers(self)
         check_precision(self)
         super().__post_init__()

@@ -5,16 +5,15 @@ with room for the activations of one pass this gains nothing. A pass need not ho
 run in parts; see `steps.py`.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from renyi.ensemble import LoraEnsemble
+from renyi.machine import main_memory
 
 # The share of main memory that activations may take. It goes by the memory of the machine and not by what is free at
 # the moment, so that a run that is resumed is split into the same parts.
@@ -24,7 +23,6 @@ SHARE = 1 / 8
 BESIDE = 1.5
 # A pass of fewer tokens would not keep a processor busy.
 LEAST_TOKENS = 1024
-_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container
 _ROW = 160  # tokens of the rows that are tried; longer rows take no more for each token
 
 
@@ -57,10 +55,3 @@ def _saved_bytes(ensemble: LoraEnsemble, rows: int, length: int, autocast: Calla
     finally:
         ensemble.train(was_training)
     return sum(storage.nbytes() for storage in kept.values())
-
-
-def main_memory() -> int:
-    """Bytes of main memory of this machine, or of the container that the process runs in."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _LIMIT.read_text(encoding="ascii").strip() if _LIMIT.is_file() else "max"
-    return min(machine, int(limit)) if limit.isdigit() else machine

@@ -20,9 +20,9 @@ from renyi.ensemble.mesh import MemberMesh
 from renyi.ensemble.storage import is_adapter, read_ensemble
 from renyi.errors import ConfigError, DataError
 from renyi.layout import MANIFEST_FILE
+from renyi.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
 from renyi.members import kind_of
 from renyi.training.config import AUTO
-from renyi.training.machine import LEAST_PARAMETERS, bf16_pays, keep_freed_memory
 
 
 def as_ensemble(

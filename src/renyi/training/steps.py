@@ -7,7 +7,7 @@ what the router does with a batch.
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import Trainer
 
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
+from renyi.machine import can_compile
 from renyi.routing import (
     PLACES,
     ROUTED_ROW,
@@ -37,6 +38,8 @@ from renyi.training.memory import LEAST_TOKENS, tokens_that_fit
 LEAST_BUDGET = 8192
 # The default budget on a CPU. Longer passes are no faster there, and take more memory.
 CPU_BUDGET = 4096
+# From so many operations on, a run on a CPU compiles blocks. It takes a minute, and saves about a tenth of every step.
+LONG_RUN = 3e14
 
 
 class RoutedSteps(Trainer):
@@ -62,6 +65,8 @@ class RoutedSteps(Trainer):
         budget = args.token_budget or self._default_budget()
         if args.checkpoints_if_needed and budget is not None and args.device.type == "cpu":
             budget = self._without_checkpoints(budget)
+        if args.compiles_if_it_pays and self._earns_compiling() and can_compile():
+            args.compile_blocks = {"backend": "inductor", "mode": None}
         self._micro_batch = (-1, 0)  # the step, and the micro-batch in it
         self.router = Router(self.model, RoutingPlan(kind, args.routing_threshold, budget, self.rows_per_example))
         self.router.runs_first_for_all = args.alpha_hold_shared
@@ -89,12 +94,35 @@ class RoutedSteps(Trainer):
         args.gradient_checkpointing = args.activation_checkpointing = False
         return min(budget, fits)
 
+    def _earns_compiling(self) -> bool:
+        """Whether compiled blocks make up for the time that compiling takes. A run that is resumed decides alike."""
+        args, rows = self.args, self.train_dataset
+        is_measured = args.device.type == "cpu" and args.bf16 and args.routing in ("dense", "auto")
+        is_simple = args.world_size == 1 and self.splits_batches and not self.model.stack.is_random
+        if not (is_measured and is_simple and isinstance(rows, Dataset)) or args.recomputes_reentrantly:
+            return False
+        step = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        seen = args.max_steps * step if args.max_steps > 0 else args.num_train_epochs * len(rows)
+        tokens = seen * float(self._lengths().double().mean()) * self.model.num_members
+        return 4 * self.model.base.num_parameters() * tokens >= LONG_RUN  # 2 forward, 2 for the gradient of the input
+
     def trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def casting(self) -> AbstractContextManager[None]:
-        """Keep the frozen base in the precision that training multiplies in, so that no step casts it."""
-        return self.model.stack.casting(torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None)
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Run the model as training does: the frozen base in the precision of its products, and blocks compiled."""
+        args, how = self.args, self.args.compile_blocks
+        precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        with ExitStack() as stack:
+            stack.enter_context(self.model.stack.casting(precision))  # so that no step casts it
+            if how is not None:  # lengths are variables of the graph, so that it serves all batches
+                stack.enter_context(self.model.compiling(dynamic=True, **how))
+            if how is not None and args.compiles_if_it_pays:  # nobody asked, so a failure is a warning and no error
+                from torch._dynamo import config as compiler  # it takes seconds to import
+
+                stack.enter_context(compiler.patch(suppress_errors=True))
+            yield
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -229,7 +257,7 @@ class RoutedSteps(Trainer):
         for parameter in self.trained_parameters():
             parameter.grad = torch.zeros_like(parameter)
         items = self._get_num_items_in_batch([batch], self.args.device)
-        with self.casting():
+        with self.as_trained():
             self.training_step(self.model, self._prepare_inputs(batch), items)
         self.model.zero_grad(set_to_none=True)
         trained = sum(p.numel() * p.element_size() for p in self.trained_parameters())

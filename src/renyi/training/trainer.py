@@ -12,7 +12,6 @@ methods and counters. Trainers add to what is prepared and saved (`_prepare_data
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +252,7 @@ class EnsembleTrainer(RoutedSteps):
             resume_from_checkpoint = str(newest) if newest else None
         if resume_from_checkpoint and (ended := self._ended(Path(resume_from_checkpoint))):
             return ended
-        how = self.args.compile_blocks
-        # Lengths are variables of the graph, so that it serves all batches.
-        with self.casting(), nullcontext() if how is None else self.model.compiling(dynamic=True, **how):
+        with self.as_trained():
             output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
         return output._replace(training_loss=output.metrics["train_loss"])
 

@@ -1,4 +1,4 @@
-"""Half precision on a CPU: chosen where it pays, for models it pays for, and never against what the user said."""
+"""What the machine can do. Half precision is chosen where it pays, and never against what the user said."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import trainer_of
 
-from renyi.training import machine
+from renyi import machine
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, TRL decides")
 
@@ -22,10 +22,18 @@ def test_the_faster_precision_is_found(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, "__matmul__", timed)
         monkeypatch.setattr(machine.time, "perf_counter", lambda now=now: now[0])
+        machine.half_gain.cache_clear()
         assert machine.bf16_pays() is pays
         monkeypatch.setattr(torch.Tensor, "__matmul__", product)
 
 
+@pytest.fixture(autouse=True)
+def _measured_afresh():
+    yield
+    machine.half_gain.cache_clear()
+
+
+@pytest.mark.parametrize("use_cpu", [False, True])
 @pytest.mark.parametrize(
     ("given", "pays", "least", "expected"),
     [
@@ -35,10 +43,12 @@ def test_the_faster_precision_is_found(monkeypatch):
         (False, True, 0, False),
     ],
 )
-def test_bf16_is_on_where_nobody_said_otherwise_and_it_pays(tmp_path, monkeypatch, given, pays, least, expected):
+def test_bf16_is_on_where_nobody_said_otherwise_and_it_pays(
+    tmp_path, monkeypatch, given, pays, least, expected, use_cpu
+):
     monkeypatch.setattr("renyi.training.start.bf16_pays", lambda: pays)
     monkeypatch.setattr("renyi.training.start.LEAST_PARAMETERS", least)
-    trainer = trainer_of(tmp_path, bf16=given, use_cpu=False, max_steps=1)
+    trainer = trainer_of(tmp_path, bf16=given, use_cpu=use_cpu, max_steps=1)
     seen = []
     trainer.model.base.model.norm.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
     trainer.train()
@@ -71,3 +81,31 @@ def test_malloc_is_told_to_keep_large_blocks(monkeypatch, most):
     monkeypatch.setattr(machine.sys, "platform", "darwin")
     machine.keep_freed_memory()
     assert not asked
+
+
+@pytest.mark.parametrize(
+    ("platform", "cxx", "headers", "expected"),
+    [
+        ("linux", "sh", True, True),
+        ("linux", "no-such-compiler", True, False),
+        ("linux", "sh", False, False),
+        ("darwin", "sh", True, False),
+    ],
+)
+def test_compiling_needs_a_compiler_and_the_headers_of_python(monkeypatch, tmp_path, platform, cxx, headers, expected):
+    monkeypatch.setattr(machine.sys, "platform", platform)
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CXX", cxx)
+    if headers:
+        (tmp_path / "Python.h").touch()
+    assert machine.can_compile() is expected
+
+
+def test_a_container_has_the_memory_that_it_is_given(monkeypatch, tmp_path):
+    whole = machine.main_memory()
+    monkeypatch.setattr(machine, "_LIMIT", tmp_path / "memory.max")
+    for text, expected in (("max\n", whole), ("1000000\n", 1_000_000), (f"{2 * whole}\n", whole)):
+        (tmp_path / "memory.max").write_text(text)
+        assert machine.main_memory() <= expected
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert machine.main_memory() == 1_000_000
