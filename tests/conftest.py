@@ -51,3 +51,9 @@ def float64() -> Iterator[None]:
 
     with in_float64():
         yield
+
+
+@pytest.fixture
+def always_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`routing: sparse` runs pairs by themselves even if most of them matter, where it would train as dense does."""
+    monkeypatch.setattr("renyi.routing.statistics.MOST_ACTIVE", 1.0)

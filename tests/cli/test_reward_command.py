@@ -171,6 +171,7 @@ def test_centred_rewards_have_the_mean_0_and_a_constant_changes_nothing(tmp_path
 
 
 @pytest.mark.slow  # three runs
+@pytest.mark.usefixtures("always_sparse")
 def test_a_resumed_run_is_the_uninterrupted_one(settings: Settings, pairs_file: Path, tmp_path: Path) -> None:
     config = settings(dataset_name=pairs_file, routing="sparse", token_budget=64, max_steps=12, save_steps=4)
     assert reward(config, "--output_dir", tmp_path / "whole").code == 0
@@ -204,6 +205,7 @@ def json_of(config: Path) -> dict[str, Any]:
     return dict(yaml.safe_load(config.read_text()))
 
 
+@pytest.mark.usefixtures("always_sparse")
 def test_routing_in_parts_gives_the_gradients_of_the_whole(tmp_path: Path) -> None:
     from tiny import logged, member_distance
 

@@ -101,6 +101,7 @@ def test_at_alpha_zero_members_are_runs_of_their_own(tmp_path):
         assert member_distance(together.model, alone.model, [(member, 0)]) <= SAME
 
 
+@pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 @pytest.mark.parametrize(
     ("settings", "among"),

@@ -64,17 +64,25 @@ def test_losses_are_logged_by_unit_and_loads_by_example():
 
 def test_auto_follows_the_share_of_active_pairs_and_compares_costs():
     auto = AutoRouting()
-    assert (auto.kind, auto.state()) == ("dense", {"scoring_cost": None, "active": 1.0})
+    assert (auto.choice("auto"), auto.state()) == ("dense", {"scoring_cost": None, "active": None})
     auto.observe(SHARES, 0.3)
-    assert auto.active == pytest.approx(1.0 + 0.1 * (6 / 8 - 1.0))
+    assert auto.active == pytest.approx(6 / 8)
     auto.observe(SHARES, 0.9)
-    assert auto.active == pytest.approx(0.975 + 0.1 * (1 / 8 - 0.975))
+    assert auto.active == pytest.approx(0.75 + 0.1 * (1 / 8 - 0.75))
     for cost, active, kind in (
         (0.25, 0.5, "sparse"),
         (0.5, 0.5, "dense"),
         (0.25, 0.71, "dense"),
         (0.25, 0.69, "sparse"),
+        (0.25, None, "dense"),
+        (None, 0.0, "dense"),
     ):
         auto.scoring_cost, auto.active = cost, active
-        assert auto.kind == kind
-    assert auto.state() == {"scoring_cost": 0.25, "active": 0.69}
+        assert auto.choice("auto") == kind
+    assert AutoRouting(0.25, 0.69).state() == {"scoring_cost": 0.25, "active": 0.69}
+
+
+@pytest.mark.parametrize(("active", "kind"), [(None, "sparse"), (0.4, "sparse"), (0.41, "dense"), (1.0, "dense")])
+def test_sparse_leaves_pairs_out_where_that_saves_time(active, kind):
+    assert AutoRouting(active=active).choice("sparse") == kind
+    assert [AutoRouting(active=active).choice(other) for other in ("dense", "raced")] == ["dense", "raced"]

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from tiny import logged, member_distance, text_rows, tiny_ensemble, trainer_of
+from tiny import (
+    dpo_trainer_of,
+    kto_trainer_of,
+    logged,
+    member_distance,
+    pair_rows,
+    reward_trainer_of,
+    text_rows,
+    tiny_ensemble,
+    trainer_of,
+)
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -18,18 +28,24 @@ def _afresh():
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("make", "settings"),
     [
-        pytest.param({}, marks=pytest.mark.slow),
-        pytest.param({"routing": "sampled"}, marks=pytest.mark.slow),
-        {"gradient_checkpointing": True},
+        pytest.param(trainer_of, {}, marks=pytest.mark.slow),
+        pytest.param(trainer_of, {"routing": "sampled"}, marks=pytest.mark.slow),
+        (trainer_of, {"gradient_checkpointing": True}),
+        pytest.param(trainer_of, {"packing": True, "max_length": 16}, marks=pytest.mark.slow),
+        (dpo_trainer_of, {"eval_strategy": "steps", "eval_steps": 3}),
+        pytest.param(kto_trainer_of, {}, marks=pytest.mark.slow),
+        pytest.param(reward_trainer_of, {}, marks=pytest.mark.slow),
     ],
-    ids=lambda settings: " ".join(settings) or "plain",
+    ids=lambda x: " ".join(x) or "plain" if isinstance(x, dict) else x.__name__,
 )
-def test_a_compiled_run_is_the_same_run(tmp_path, settings):
+def test_a_compiled_run_is_the_same_run(tmp_path, make, settings):
     models, losses = [], []
     for given in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        trainer = trainer_of(tmp_path, **SETTINGS, **settings, **given)
+        if "eval_steps" in settings:
+            given["eval_dataset"] = pair_rows(8, seed=1)
+        trainer = make(tmp_path, **SETTINGS, **settings, **given)
         trainer.train()
         models.append(trainer.model)
         losses.append(logged(trainer, "loss"))

@@ -63,6 +63,7 @@ def test_parts_of_accumulated_batches_add_up(tmp_path, plain):
     assert member_distance(trainer.model, plain("sft").model) <= 2e-5
 
 
+@pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize("kind", RUNS)
 def test_sparse_that_leaves_nothing_out_is_dense(tmp_path, plain, kind):
     trainer = RUNS[kind](tmp_path, routing="sparse", routing_threshold=1e-30, **SETTINGS)
@@ -72,6 +73,7 @@ def test_sparse_that_leaves_nothing_out_is_dense(tmp_path, plain, kind):
     assert set(logged(trainer, "routing/dropped")) == {0.0}
 
 
+@pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize(
     ("kind", "routing"),
     [("sft", "sparse"), ("sft", "sampled"), ("sft", "raced"), ("dpo", "sparse"), ("dpo", "sampled")],
@@ -110,6 +112,7 @@ def test_routed_runs_log_what_they_trained(tmp_path, monkeypatch, kind, routing)
         assert set(dropped) == {0.0}
 
 
+@pytest.mark.usefixtures("always_sparse")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -133,6 +136,7 @@ def test_examples_of_a_packed_row_are_routed_as_rows_of_their_own(tmp_path, sett
         assert logged(packed, name) == pytest.approx(logged(rows, name), rel=2e-4), name
 
 
+@pytest.mark.usefixtures("always_sparse")
 def test_packed_rows_of_any_length_can_be_routed(tmp_path):
     given = {**SETTINGS, "routing": "sparse", "packing": True, "packing_strategy": "bfd_split", "max_length": 16}
     trainer = trainer_of(tmp_path, text_rows(24, shortest=4, longest=60), **given)
@@ -167,13 +171,31 @@ def test_auto_is_sparse_where_few_pairs_matter(tmp_path, monkeypatch, std, expec
     monkeypatch.setattr(trainer.objective, "of_examples", watched)
     trainer.train()
     assert trainer.router.auto.scoring_cost == 1.0
-    active = 1.0
-    for share in shares:
+    active = shares[0]
+    for share in shares[1:]:
         active += 0.1 * (share - active)
     assert trainer.router.auto.active == pytest.approx(active)
     assert active < 0.8 if expected == "sparse" else active == 1.0
     trainer.router.auto.scoring_cost = 0.1
     assert trainer.router.plan.kind == expected
+
+
+def test_sparse_trains_as_dense_while_most_pairs_matter(tmp_path, monkeypatch):
+    """All pairs matter while alpha is 0. Then few do, and a moving mean over the batches has to see it."""
+    given = {**SETTINGS, "num_members": 8, "routing": "sparse", "routing_threshold": 0.12, "max_steps": 50}
+    given |= {"alpha": 1.0, "alpha_hold_ratio": 0.16, "learning_rate": 0.0}
+    trainer, kinds = trainer_of(tmp_path, model=scatter_members(tiny_ensemble(8), std=3.0), **given), []
+    step = trainer.training_step
+    monkeypatch.setattr(
+        trainer, "training_step", lambda *given: (kinds.append(trainer.router.plan.kind), step(*given))[1]
+    )
+    trainer.train()
+    dense = kinds.count("dense")
+    assert kinds == ["sparse"] + ["dense"] * dense + ["sparse"] * (49 - dense)
+    assert 8 <= dense < 48
+    active = logged(trainer, "routing/active")
+    assert set(active[: dense + 1]) == {1.0}
+    assert max(active[dense + 1 :]) < 1
 
 
 def test_a_race_scores_less_and_less(tmp_path):

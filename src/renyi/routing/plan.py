@@ -26,7 +26,7 @@ class RoutingPlan:
             "dense": every pair.
             "sampled": one member per example. It is drawn by its share of the gradient and weighted with the inverse of
             that share, so the gradient is unbiased.
-            "sparse": the pairs whose share is at least `threshold`.
+            "sparse": the pairs whose share is at least `threshold`, or every pair while most have it.
             "raced": as "sampled", but members that fall behind are not scored further.
             "auto": "dense" or "sparse", whichever `AutoRouting` chooses.
         threshold: ε, the share below which a pair is left out.

@@ -42,9 +42,9 @@ class Router:
 
     Attributes:
         ensemble: M members. The router does not change them.
-        auto: the measurements that decide "auto". A trainer updates it.
+        auto: the measurements that decide "auto" and "sparse". A trainer updates it.
         kept: the scores of earlier steps by which a member is drawn for a row, or None if every step scores its rows.
-            Batches then have the numbers of their rows under `ROUTED_ROW`. With `auto` it is the router's only state.
+            Batches then have the numbers of their rows under `ROUTED_ROW`. It and `auto` are the router's only state.
         runs_first_for_all: whether all members are equal while alpha is 0. Then the first of them is run for every
             example, and whoever calls gives its gradient to the others.
     """
@@ -56,8 +56,8 @@ class Router:
 
     @property
     def plan(self) -> RoutingPlan:
-        """The plan of the next forward: the given plan, with "auto" replaced by its choice."""
-        return replace(self._plan, kind=self.auto.kind) if self._plan.kind == "auto" else self._plan
+        """The plan of the next forward: the given plan, with "dense" or "sparse" as `AutoRouting` chooses."""
+        return replace(self._plan, kind=self.auto.choice(self._plan.kind))
 
     def forward(self, batch: Batch, alpha: float, through: nn.Module | None = None) -> Routed:
         """The joint forward, whose backward trains the pairs that the plan selects.

@@ -97,7 +97,7 @@ class RoutedSteps(Trainer):
     def _earns_compiling(self) -> bool:
         """Whether compiled blocks make up for the time that compiling takes. A run that is resumed decides alike."""
         args, rows = self.args, self.train_dataset
-        is_measured = args.device.type == "cpu" and args.bf16 and args.routing in ("dense", "auto")
+        is_measured = args.device.type == "cpu" and args.bf16 and args.routing in ("dense", "sparse", "auto")
         is_simple = args.world_size == 1 and self.splits_batches and not self.model.stack.is_random
         if not (is_measured and is_simple and isinstance(rows, Dataset)) or args.recomputes_reentrantly:
             return False
@@ -213,7 +213,7 @@ class RoutedSteps(Trainer):
     def _measure_scoring(self, inputs: dict[str, Any]) -> None:
         """Measure once how long a scoring pass takes, as a share of the dense step before it."""
         auto = self.router.auto
-        if auto.scoring_cost is not None or self.state.global_step < 2 or auto.kind != "dense":
+        if auto.scoring_cost is not None or self.state.global_step < 2 or self.router.plan.kind != "dense":
             return
         began = time.perf_counter()
         with torch.no_grad(), self.compute_loss_context_manager():
