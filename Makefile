@@ -97,7 +97,7 @@ mutants: $(READY)
 # Time and memory, in minutes. On a GPU, run each file by hand with --gpu.
 bench: $(READY)
 	$(BIN)/python benchmarks/head.py
-	$(BIN)/python benchmarks/joint_step.py --dtypes bfloat16 --rounds 2
+	$(BIN)/python benchmarks/joint_step.py --fastest --rounds 2
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/ragged.py
 	$(BIN)/python benchmarks/decoding.py --batch_sizes 1 --repeats 1

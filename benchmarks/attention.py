@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
+from joint_step import precisions
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -56,7 +57,7 @@ def medians(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="+", default=precisions())
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64], help="of decoding")
     parser.add_argument("--keys", type=int, nargs="+", default=[40, 160, 640], help="of decoding")
     parser.add_argument("--rounds", type=int, default=5)

@@ -3,13 +3,14 @@
     python benchmarks/decoding.py [--members 8] [--new_tokens 64] [--large_new_tokens 8] [--repeats 3] [--gpu]
 
 The peers are transformers' own `generate` with one PEFT adapter, with M of them one after another, and with all M in
-PEFT's mixed-adapter batch (`adapter_names=`: every prompt M times, each with its adapter; no mixture, M answers).
-The small model is a trained one of 656 thousand parameters, the large one a randomly initialised Llama in bfloat16: of
-134 million parameters, or of 8 billion with `--gpu`. There one adapter, one member and M members mixed have a static
-cache and compiled steps (CUDA graphs). There is no end-of-text token, so all write equally many tokens. Times are
-medians, measured in turns. PEFT's adapters are not merged, because many are served from one base. A step is the time of
-one more token, without the prompt. Beside the large model stands what the matrix products of M members take by
-themselves, at the rate that this machine multiplies a feed-forward layer's matrices of as many rows.
+PEFT's mixed-adapter batch (`adapter_names=`: every prompt M times, each with its adapter; no mixture, M answers). The
+small model is a trained one of 656 thousand parameters, the large one a randomly initialised Llama in the precision
+that this machine computes fastest: of 134 million parameters, or of 8 billion with `--gpu`. There one adapter, one
+member and M members mixed have a static cache and compiled steps (CUDA graphs). There is no end-of-text token, so all
+write equally many tokens. Times are medians, measured in turns. PEFT's adapters are not merged, because many are served
+from one base. A step is the time of one more token, without the prompt. Beside the large model stands what the matrix
+products of M members take by themselves, at the rate that this machine multiplies a feed-forward layer's matrices of as
+many rows.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from joint_step import model as random_llama
-from joint_step import product_rate
+from joint_step import precisions, product_rate
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, logging
@@ -59,7 +60,7 @@ def large() -> PreTrainedModel:
         num_attention_heads=12,
         num_key_value_heads=12,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return LlamaForCausalLM(config).to(getattr(torch, precisions()[0]))
 
 
 def main() -> None:
@@ -147,9 +148,9 @@ class Peers:
         """Seconds of the base's products for an answer of all members: the prompt, then token by token."""
         config, rows = self.ensemble.config, self.members * batch
         head = config.vocab_size * config.hidden_size
-        layers = sum(p.numel() for p in self.ensemble.base.model.layers.parameters() if p.dtype == torch.bfloat16)
+        layers = sum(p.numel() for p in self.ensemble.base.model.layers.parameters() if not p.requires_grad)
         of_prompt, of_step = (
-            product_rate(config.hidden_size, config.intermediate_size, number, torch.bfloat16, self.device)
+            product_rate(config.hidden_size, config.intermediate_size, number, self.ensemble.dtype, self.device)
             for number in (rows * PROMPT, rows)
         )
         return 2 * rows * (PROMPT * layers / of_prompt + (head + (tokens - 1) * (layers + head)) / of_step)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from joint_step import measure as in_turns
+from joint_step import precisions
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -108,7 +109,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--hidden", type=int)
     parser.add_argument("--vocabulary", type=int)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="+")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--keep_memory", action="store_true")
     parser.add_argument("--gpu", action="store_true")
@@ -124,7 +125,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads; N {rows}, D {features}, V {words}")
     print("dtype     way               ms     of the faster peer  memory MB  of naive's  greatest error, nats")
     found = []
-    for dtype in args.dtypes:
+    for dtype in args.dtypes or precisions(device):
         for row in measure(rows, features, words, dtype, device, args.rounds):
             text = f"{dtype:9} {row['way']:16} {row['ms']:7.1f} {row['of_faster_peer']:12.2f}"
             if "bytes" in row:

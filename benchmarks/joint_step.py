@@ -1,6 +1,6 @@
 """What a training step of M members costs: one joint pass against M passes of one adapter, and against peers.
 
-    python benchmarks/joint_step.py [--members 8] [--tokens 32 256] [--dtypes bfloat16 float32] [--gpu]
+    python benchmarks/joint_step.py [--members 8] [--tokens 32 256] [--dtypes bfloat16 float32 | --fastest] [--gpu]
 
 Forward and backward of log-likelihoods on a random Llama of real shape (134 million parameters on a CPU, with the
 vocabulary of a SmolLM; 0.5B, 1B and 8B shapes with --gpu), LoRA r = 16 on all linear layers, every token trained,
@@ -32,6 +32,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, logging
 
 from renyi import LoraEnsemble
+from renyi.machine import half_gain
 
 SHAPES = {  # hidden size, feed-forward, layers, heads, key-value heads, vocabulary, tied
     "134M": (576, 1536, 30, 9, 3, 49_152, True),
@@ -168,12 +169,19 @@ def measure(made: dict[str, Callable], rounds: int, device: str) -> dict[str, fl
     return {name: statistics.median(s) for name, s in seconds.items()}
 
 
+def precisions(device: str = "cpu") -> list[str]:
+    """The precisions to measure, the fastest one first. A CPU without bfloat16 would take minutes for a step in it."""
+    has_half = device == "cuda" or half_gain(torch.bfloat16) >= 1
+    return ["bfloat16", "float32"] if has_half else ["float32"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--members", type=int, default=8)
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES))
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="+")
+    parser.add_argument("--fastest", action="store_true", help="only the precision that this machine computes fastest")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no_peers", action="store_true")
     parser.add_argument("--no_compile", action="store_true")
@@ -195,7 +203,7 @@ def main() -> None:
     )
     rows = []
     for shape in shapes:
-        for dtype in args.dtypes if not args.gpu else ["bfloat16"]:
+        for dtype in args.dtypes or precisions(device)[: 1 if args.gpu or args.fastest else 2]:
             for many in tokens:
                 made = steps(shape, getattr(torch, dtype), device, args.members, many, names)
                 seconds = measure(made, args.rounds, device)

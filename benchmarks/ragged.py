@@ -24,7 +24,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from joint_step import measure
+from joint_step import measure, precisions
 from torch import Tensor
 
 RANK, UPDATES = 16, 30
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--members", type=int, default=8)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--dtypes", nargs="+")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
@@ -99,7 +99,7 @@ def main() -> None:
     )
     print("dtype     tokens  ms an update, forward and backward")
     found = []
-    for dtype in args.dtypes:
+    for dtype in args.dtypes or precisions(device):
         for tokens in args.tokens:
             torch.manual_seed(0)
             given = {"device": device, "dtype": getattr(torch, dtype)}

@@ -2,11 +2,11 @@
 
     python benchmarks/scoring.py [--model FOLDER_OR_HUB_ID] [--members 4] [--tokens 64 256] [--rounds 3]
 
-M members with float32 adapters on a base in bfloat16, as a folder loads; LoRA r = 16 on all linear layers with random
-B; 16 rows of random tokens. Every token is trained and scored. Without --model the base is a random Llama of 134
-million parameters. Columns:
+M members with float32 adapters on a base in the precision that this machine computes fastest, as a folder is opened;
+LoRA r = 16 on all linear layers with random B; 16 rows of random tokens. Every token is trained and scored. Without
+--model the base is a random Llama of 134 million parameters. Columns:
 
-    training    forward and backward under autocast, as `bf16` trains
+    training    forward and backward, in half precision under autocast, as `bf16` trains
     scoring     the joint forward as `renyi score` runs it: adapters act in the base's precision
     float32     the same with the adapters in float32, as `renyi` did before
     of rate     operations of the base's matrices a second, as a share of the machine's rate of matrix products
@@ -24,7 +24,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from joint_step import LORA, model, product_rate
+from joint_step import LORA, model, precisions, product_rate
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -60,7 +60,7 @@ def measure(ensemble: LoraEnsemble, tokens: int, rounds: int) -> dict[str, float
 
     def training() -> None:
         ensemble.train()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=ensemble.dtype == torch.bfloat16):
             loss = -ensemble(ids).log_probs.sum()
         loss.backward()
         ensemble.zero_grad(set_to_none=True)
@@ -84,13 +84,14 @@ def measure(ensemble: LoraEnsemble, tokens: int, rounds: int) -> dict[str, float
     result = {name: everyone / statistics.median(of) for name, of in times.items()}
     config = ensemble.config
     rows = ensemble.num_members * ROWS * tokens
-    rate = product_rate(config.hidden_size, config.intermediate_size, rows, torch.bfloat16, device.type)
+    rate = product_rate(config.hidden_size, config.intermediate_size, rows, ensemble.dtype, device.type)
     parameters = sum(p.numel() for n, p in ensemble.base.named_parameters() if "members" not in n and p.dim() == 2)
     result["of_rate"] = 2 * parameters * result["scoring"] / rate
     result["products_a_second"] = rate
+    dtype = ensemble.dtype
     ensemble.base.float()
     exact = scoring(lambda of: nullcontext())
-    ensemble.base.bfloat16()
+    ensemble.base.to(dtype)
     for layer in ensemble.stack.layers.values():
         layer.members.float()
     return result | {f"error_{name}": float((ell - exact).abs().mean() / tokens) for name, ell in found.items()}
@@ -104,12 +105,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     print(f"{'tokens':>6} {'training':>9} {'scoring':>9} {'float32':>9} {'scoring/training':>17} {'of rate':>8} error")
-    results = {}
+    results, dtype = {}, getattr(torch, precisions()[0])
     for tokens in args.tokens:
         if args.model is None:
-            base = model("134M", torch.bfloat16, "cpu")
+            base = model("134M", dtype, "cpu")
         else:
-            base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
+            base = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
         ensemble = members_of(base, args.members)
         found = results[tokens] = measure(ensemble, tokens, args.rounds)
         print(

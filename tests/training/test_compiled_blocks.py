@@ -102,6 +102,7 @@ def test_only_training_of_all_members_is_compiled():
     assert counter.frame_count == 1
 
 
+TWO = {"num_members": 2}
 LONG = {"bf16": True, "max_steps": 100}
 
 
@@ -113,7 +114,9 @@ LONG = {"bf16": True, "max_steps": 100}
         ({**LONG, "max_steps": 99}, False),
         ({**LONG, "max_steps": 50, "gradient_accumulation_steps": 2}, True),
         ({**LONG, "max_steps": -1, "num_train_epochs": 12.5}, True),
-        ({**LONG, "bf16": False}, False),
+        ({**LONG, "bf16": False}, True),
+        ({**LONG, "max_steps": 200, "num_members": 1}, True),
+        ({**LONG, "max_steps": 200, "num_members": 1, "bf16": False}, False),
         ({**LONG, "routing": "sampled"}, False),
         ({**LONG, "member_kind": "gaussian"}, False),
         ({**LONG, "torch_compile": False}, False),
@@ -124,15 +127,16 @@ LONG = {"bf16": True, "max_steps": 100}
 def test_a_long_run_compiles_unless_told(tmp_path, monkeypatch, settings, compiles):
     """100 steps of 4 rows of 10 tokens on average are just long enough; 32 rows are 8 steps."""
     rows = text_rows(32, shortest=9, longest=10)  # with the end of the text
-    trainer = trainer_of(tmp_path, rows, num_members=2, **{**settings, "max_steps": 1, "bf16": False})
+    trainer = trainer_of(tmp_path, rows, num_members=2, max_steps=1)
     tokens = float(trainer._lengths().double().mean())
-    operations = 4 * trainer.model.base.num_parameters() * 2 * 400 * tokens
+    frozen = sum(p.numel() for p in trainer.model.base.parameters() if not p.requires_grad)
+    operations = 4 * frozen * 2 * 400 * tokens
     monkeypatch.setattr("renyi.training.steps.LONG_RUN", operations * 0.995)
     monkeypatch.setattr("renyi.training.steps.can_compile", lambda: True)
-    assert (trainer_of(tmp_path, rows, num_members=2, **settings).args.compile_blocks is not None) is compiles
+    assert (trainer_of(tmp_path, rows, **TWO | settings).args.compile_blocks is not None) is compiles
     monkeypatch.setattr("renyi.training.steps.can_compile", lambda: False)
     asked = settings.get("torch_compile", False)
-    assert (trainer_of(tmp_path, rows, num_members=2, **settings).args.compile_blocks is not None) is asked
+    assert (trainer_of(tmp_path, rows, **TWO | settings).args.compile_blocks is not None) is asked
 
 
 def test_a_compiler_that_fails_ends_a_run_only_if_it_was_asked_for(tmp_path):

@@ -43,8 +43,8 @@ class EnsembleConfig(_BeforeConfig):
             ("token", dense only): one α-loss a token, which goes with mixture="token" at decoding.
         routing: which pairs of members and examples are trained. "dense": all. "sampled": one member for each example,
             drawn by its responsibility, so that gradients are unbiased. "sparse": pairs whose responsibility reaches
-            `routing_threshold`, or all while most do. "raced": as "sampled", but a member that falls behind in an example is not scored to
-            its end. "auto": "sparse" where it pays. The log says what was left out.
+            `routing_threshold`, or all while most do. "raced": as "sampled", but a member that falls behind in an
+            example is not scored to its end. "auto": "sparse" where it pays. The log says what was left out.
         routing_group: a column of the rows, such as the annotator or the document, whose rows share one responsibility:
             that of their summed log-likelihood. Batches keep the rows of a group together. For a group larger than a
             batch, the other rows count as they were when they were last run. None: every row has its own.

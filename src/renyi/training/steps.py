@@ -97,14 +97,16 @@ class RoutedSteps(Trainer):
     def _earns_compiling(self) -> bool:
         """Whether compiled blocks make up for the time that compiling takes. A run that is resumed decides alike."""
         args, rows = self.args, self.train_dataset
-        is_measured = args.device.type == "cpu" and args.bf16 and args.routing in ("dense", "sparse", "auto")
+        is_measured = args.device.type == "cpu" and args.routing in ("dense", "sparse", "auto")
         is_simple = args.world_size == 1 and self.splits_batches and not self.model.stack.is_random
-        if not (is_measured and is_simple and isinstance(rows, Dataset)) or args.recomputes_reentrantly:
+        is_pefts = self.model.num_members == 1 and not args.bf16  # one that equals PEFT's adapter to the last digit
+        if not (is_measured and is_simple and isinstance(rows, Dataset)) or is_pefts or args.recomputes_reentrantly:
             return False
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         seen = args.max_steps * step if args.max_steps > 0 else args.num_train_epochs * len(rows)
         tokens = seen * float(self._lengths().double().mean()) * self.model.num_members
-        return 4 * self.model.base.num_parameters() * tokens >= LONG_RUN  # 2 forward, 2 for the gradient of the input
+        frozen = sum(p.numel() for p in self.model.base.parameters() if not p.requires_grad)
+        return 4 * frozen * tokens >= LONG_RUN  # 2 forward, 2 for the gradient of the input
 
     def trained_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
