@@ -57,7 +57,7 @@ def medians(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32, 64, 128, 256, 512])
-    parser.add_argument("--dtypes", nargs="+", default=precisions())
+    parser.add_argument("--dtypes", nargs="+")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64], help="of decoding")
     parser.add_argument("--keys", type=int, nargs="+", default=[40, 160, 640], help="of decoding")
     parser.add_argument("--rounds", type=int, default=5)
@@ -65,7 +65,7 @@ def main() -> None:
     layer = nn.Module()
     layer.num_key_value_groups, layer.is_causal = HEADS // KEYS, True  # type: ignore[assignment]
     print(f"{'':9} {'tokens':>6}" + "".join(f"{kind:>22}" for kind in KINDS))
-    for dtype in args.dtypes:
+    for dtype in args.dtypes or precisions():
         for length in args.lengths:
             shape = partial(torch.randn, TOKENS // length, dtype=getattr(torch, dtype), requires_grad=True)
             inputs = shape(HEADS, length, FEATURES), shape(KEYS, length, FEATURES), shape(KEYS, length, FEATURES)
@@ -73,7 +73,7 @@ def main() -> None:
             cells = "".join(f"{times[kind, True]:>12.2f} ({times[kind, False]:7.2f})" for kind in KINDS)
             print(f"{dtype:9} {length:>6}{cells}", flush=True)
     print(f"\n{'':9} {'rows':>6} {'keys':>6}" + "".join(f"{kind:>12}" for kind in KINDS))
-    for dtype in args.dtypes:
+    for dtype in args.dtypes or precisions():
         for rows in args.rows:
             for length in args.keys:
                 shape = partial(torch.randn, rows, dtype=getattr(torch, dtype))

@@ -128,7 +128,7 @@ def test_a_long_run_compiles_unless_told(tmp_path, monkeypatch, settings, compil
     """100 steps of 4 rows of 10 tokens on average are just long enough; 32 rows are 8 steps."""
     rows = text_rows(32, shortest=9, longest=10)  # with the end of the text
     trainer = trainer_of(tmp_path, rows, num_members=2, max_steps=1)
-    tokens = float(trainer._lengths().double().mean())
+    tokens = float(trainer._lengths.double().mean())
     frozen = sum(p.numel() for p in trainer.model.base.parameters() if not p.requires_grad)
     operations = 4 * frozen * 2 * 400 * tokens
     monkeypatch.setattr("renyi.training.steps.LONG_RUN", operations * 0.995)

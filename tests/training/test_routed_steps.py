@@ -379,7 +379,7 @@ def test_a_rehearsal_takes_the_longest_rows_and_leaves_no_trace(tmp_path):
 )
 def test_a_rehearsal_runs_the_largest_part_of_a_step(tmp_path, monkeypatch, settings, examples):
     trainer = trainer_of(tmp_path, **SETTINGS, **settings)
-    longest = trainer._lengths().sort(descending=True).values[:examples].sum()
+    longest = trainer._lengths.sort(descending=True).values[:examples].sum()
     seen, step = [], trainer.compute_loss
 
     def watched(model, inputs, *args, **kwargs):

@@ -161,7 +161,7 @@ class EnsembleConfig(_BeforeConfig):
     bf16_if_it_pays: bool = field(
         default=False, init=False, metadata={"help": "Whether bf16 was left open, for the trainer to decide."}
     )
-    if not TYPE_CHECKING:  # for a type checker it is the field of transformers and TRL, whose types differ
+    if not TYPE_CHECKING:  # for a type checker they are the fields of transformers and TRL, whose types differ
         gradient_checkpointing: bool = field(
             default=None,
             metadata={
@@ -170,10 +170,6 @@ class EnsembleConfig(_BeforeConfig):
                 "const": True,
             },
         )
-    checkpoints_if_needed: bool = field(
-        default=False, init=False, metadata={"help": "Whether gradient_checkpointing was left open."}
-    )
-    if not TYPE_CHECKING:
         torch_compile: bool = field(
             default=None,
             metadata={
@@ -182,6 +178,9 @@ class EnsembleConfig(_BeforeConfig):
                 "const": True,
             },
         )
+    checkpoints_if_needed: bool = field(
+        default=False, init=False, metadata={"help": "Whether gradient_checkpointing was left open."}
+    )
     compiles_if_it_pays: bool = field(
         default=False, init=False, metadata={"help": "Whether torch_compile was left open."}
     )

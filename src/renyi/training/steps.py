@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class RoutedSteps(Trainer):
         budget = args.token_budget or self._default_budget()
         if args.checkpoints_if_needed and budget is not None and args.device.type == "cpu":
             budget = self._without_checkpoints(budget)
-        if args.compiles_if_it_pays and self._earns_compiling() and can_compile():
+        if args.compiles_if_it_pays and can_compile() and self._earns_compiling():
             args.compile_blocks = {"backend": "inductor", "mode": None}
         self._micro_batch = (-1, 0)  # the step, and the micro-batch in it
         self.router = Router(self.model, RoutingPlan(kind, args.routing_threshold, budget, self.rows_per_example))
@@ -86,7 +87,7 @@ class RoutedSteps(Trainer):
         args = self.args
         if not isinstance(self.train_dataset, Dataset):
             return budget
-        longest = int(self._lengths().amax())
+        longest = int(self._lengths.amax())
         fits = tokens_that_fit(self.model, longest, self.accelerator.autocast)
         example = longest * args.num_draws * len(self.model.members)  # a pass holds one example at least
         if fits < max(LEAST_TOKENS, example, args.token_budget or 0):
@@ -104,7 +105,7 @@ class RoutedSteps(Trainer):
             return False
         step = args.per_device_train_batch_size * args.gradient_accumulation_steps
         seen = args.max_steps * step if args.max_steps > 0 else args.num_train_epochs * len(rows)
-        tokens = seen * float(self._lengths().double().mean()) * self.model.num_members
+        tokens = seen * float(self._lengths.double().mean()) * self.model.num_members
         frozen = sum(p.numel() for p in self.model.base.parameters() if not p.requires_grad)
         return 4 * frozen * tokens >= LONG_RUN  # 2 forward, 2 for the gradient of the input
 
@@ -120,10 +121,10 @@ class RoutedSteps(Trainer):
             stack.enter_context(self.model.stack.casting(precision))  # so that no step casts it
             if how is not None:  # lengths are variables of the graph, so that it serves all batches
                 stack.enter_context(self.model.compiling(dynamic=True, **how))
-            if how is not None and args.compiles_if_it_pays:  # nobody asked, so a failure is a warning and no error
-                from torch._dynamo import config as compiler  # it takes seconds to import
+                if args.compiles_if_it_pays:  # nobody asked, so a failure is a warning and no error
+                    from torch._dynamo import config as compiler  # it takes seconds to import
 
-                stack.enter_context(compiler.patch(suppress_errors=True))
+                    stack.enter_context(compiler.patch(suppress_errors=True))
             yield
 
     def training_step(
@@ -268,9 +269,10 @@ class RoutedSteps(Trainer):
     def _longest(self, many: int) -> list[dict[str, Any]]:
         """The longest rows of the training set."""
         rows: Any = self.train_dataset
-        longest = self._lengths().argsort(descending=True)[:many].tolist()
+        longest = self._lengths.argsort(descending=True)[:many].tolist()
         return [{name: value for name, value in rows[i].items() if name != ROUTED_ROW} for i in longest]
 
+    @cached_property
     def _lengths(self) -> Tensor:
         """The tokens of every row of the training set [N]; of a pair's row those of all its parts."""
         rows: Any = self.train_dataset
