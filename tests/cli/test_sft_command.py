@@ -348,19 +348,42 @@ def test_help_and_version_need_no_library() -> None:
         assert ended.stdout.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize(("given", "then"), [(None, "passive"), ("active", "active")])
-def test_threads_of_a_run_wait_without_spinning(given: str | None, then: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """OpenMP reads the variable when torch is loaded, so it must be there before a command is imported."""
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    if given:
-        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+@pytest.mark.parametrize(
+    ("name", "given", "then"),
+    [
+        ("OMP_WAIT_POLICY", None, "passive"),
+        ("OMP_WAIT_POLICY", "active", "active"),
+        ("THP_MEM_ALLOC_ENABLE", None, "1"),
+        ("THP_MEM_ALLOC_ENABLE", "0", "0"),
+    ],
+)
+def test_what_torch_reads_once_is_set_before_a_command_is_imported(
+    name: str, given: str | None, then: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads of a run wait without spinning, and large tensors begin at a page. What the user has set stays."""
+    monkeypatch.setenv(name, given or "")
+    if given is None:
+        monkeypatch.delenv(name)
     seen = []
     command = SimpleNamespace(run=lambda rest: 0)
-    monkeypatch.setattr(
-        "renyi.cli.main.import_module", lambda name: (seen.append(os.environ["OMP_WAIT_POLICY"]), command)[1]
-    )
+    monkeypatch.setattr("renyi.cli.main.import_module", lambda module: (seen.append(os.environ[name]), command)[1])
     assert main(["info"]) == 0
     assert seen == [then]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch reads the variable on Linux only")
+def test_large_tensors_of_a_command_begin_at_a_page() -> None:
+    """PyTorch still reads the variable: gaps between tensors cost gigabytes."""
+    code = (
+        "import sys, types; from renyi.cli import main as cli\n"
+        "def run(rest):\n"
+        "    import torch; print([torch.empty(1_000_000 + 1000 * n).data_ptr() % 4096 for n in range(8)]); return 0\n"
+        "cli.import_module = lambda name: types.SimpleNamespace(run=run)\n"
+        "sys.exit(cli.main(['info']))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert ended.stdout.splitlines()[-1] == str([0] * 8)
 
 
 def test_the_installed_command(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """Gradient checkpointing is left out where activations fit in memory, and only there."""
 
 import gc
+from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_ensemble, trainer_of
+from torch import nn
 
 from renyi.training import memory
 
@@ -80,3 +82,30 @@ def test_a_rehearsal_checkpoints_as_training_does(tmp_path) -> None:
     trainer = trainer_of(tmp_path, gradient_checkpointing=True)
     trainer.rehearse()
     assert trainer.model.base.is_gradient_checkpointing
+
+
+def test_a_backward_adds_to_zeros_and_gives_nothing_to_what_it_does_not_reach() -> None:
+    """Gradients are PyTorch's: new ones, older ones with the new added, and none where the loss does not depend."""
+    reached, older, unreached = (nn.Parameter(torch.tensor([2.0, 3.0])) for _ in range(3))
+    older.grad = kept = torch.tensor([10.0, 20.0])
+    with memory.room_for_gradients([reached, older, unreached]):
+        room = reached.grad
+        (reached * older).sum().backward()
+    assert [reached.grad, older.grad, unreached.grad] == [room, kept, None]
+    assert (room.tolist(), kept.tolist()) == ([2, 3], [12, 23])
+
+
+def test_a_step_on_a_cpu_makes_room_for_gradients_once_and_before_it(tmp_path, monkeypatch) -> None:
+    trainer = trainer_of(tmp_path, token_budget=40, gradient_accumulation_steps=2, max_steps=2)
+    rooms, loss = [], trainer.compute_loss
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        rooms.append({p.grad.data_ptr() for p in trainer.trained_parameters()})
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", watched)
+    trainer.train()
+    per_step = len(rooms) // 2
+    assert per_step > 2  # parts, so that a gradient made late would have been seen as None
+    for step in (rooms[:per_step], rooms[per_step:]):
+        assert all(room == step[0] for room in step)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import (
     dpo_trainer_of,
     logged,
@@ -389,6 +390,22 @@ def test_a_rehearsal_runs_the_largest_part_of_a_step(tmp_path, monkeypatch, sett
     monkeypatch.setattr(trainer, "compute_loss", watched)
     trainer.rehearse()
     assert seen == [longest]
+
+
+@pytest.mark.parametrize("cut", [3, None])
+def test_a_rehearsal_needs_a_mask_as_steps_do(tmp_path, monkeypatch, cut):
+    """The longest rows have one length here. A step with rows of several lengths needs a mask, which takes memory."""
+    rows = [{"input_ids": [5, 6, 7, 8, 9, 10]} for _ in range(8)] + [{"input_ids": [5, 6, 7, 8, 9, 10][:cut]}]
+    trainer = trainer_of(tmp_path, Dataset.from_list(rows), **SETTINGS)
+    masks, step = [], trainer.compute_loss
+
+    def watched(model, inputs, *args, **kwargs):
+        masks.append(bool(inputs["attention_mask"].all()))
+        return step(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", watched)
+    trainer.rehearse()
+    assert masks == [cut is None]
 
 
 # What does not go together

@@ -51,6 +51,15 @@ GROUPS = {
 }
 COMMANDS = {name: what for group in GROUPS.values() for name, what in group.items()}
 INTERRUPTED = 130
+# Variables that are read once, when a command imports torch.
+_BEFORE_TORCH = {
+    # OpenMP's threads spin while they wait, by default. Then two runs on one machine hold each other's cores and become
+    # many times slower.
+    "OMP_WAIT_POLICY": "passive",
+    # Tensors of 2 MB and more begin at a page. At other places malloc leaves gaps before them, which it cannot join
+    # again: a step with gradient checkpointing took 2 GB of which no tensor was left.
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,9 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if command not in COMMANDS:
             raise ConfigError(f"there is no command {command!r}", hint=f"The commands are {', '.join(COMMANDS)}.")
-        # OpenMP's threads spin while they wait, by default. Then two runs on one machine hold each other's cores and
-        # become many times slower. OpenMP reads this variable once, when the command imports torch.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        for name, value in _BEFORE_TORCH.items():
+            os.environ.setdefault(name, value)
         with quiet_libraries():
             return import_module(f"renyi.cli.{command}").run(rest)
     except RenyiError as error:

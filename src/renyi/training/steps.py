@@ -33,7 +33,7 @@ from renyi.routing import (
     split,
     unpacked,
 )
-from renyi.training.memory import LEAST_TOKENS, tokens_that_fit
+from renyi.training.memory import LEAST_TOKENS, room_for_gradients, tokens_that_fit
 
 # The least default budget: a pass of fewer tokens would not keep a processor busy.
 LEAST_BUDGET = 8192
@@ -136,15 +136,17 @@ class RoutedSteps(Trainer):
         parts = self._parts(inputs)
         started, syncs = time.perf_counter(), self.accelerator.sync_gradients
         first, losses = self._first_place(), []
-        for number, part in enumerate(parts, 1):
-            # Processes exchange gradients once, after the last part.
-            self.accelerator.gradient_state._set_sync_gradients(syncs and number == len(parts))
-            places = part.pop(PLACES, None) if isinstance(part, dict) else None  # GRPO gives a list of prompts
-            with (
-                self._drawn(self.state.global_step, part, first, places),
-                self.accelerator.no_sync(model) if number < len(parts) else nullcontext(),
-            ):
-                losses.append(super().training_step(model, part, num_items_in_batch))
+        on_cpu = self.args.device.type == "cpu"
+        with room_for_gradients(self.trained_parameters() if on_cpu else []):
+            for number, part in enumerate(parts, 1):
+                # Processes exchange gradients once, after the last part.
+                self.accelerator.gradient_state._set_sync_gradients(syncs and number == len(parts))
+                places = part.pop(PLACES, None) if isinstance(part, dict) else None  # GRPO gives a list of prompts
+                with (
+                    self._drawn(self.state.global_step, part, first, places),
+                    self.accelerator.no_sync(model) if number < len(parts) else nullcontext(),
+                ):
+                    losses.append(super().training_step(model, part, num_items_in_batch))
         if self.args.alpha_hold_shared and self.scheduled_alpha == 0:
             for gradient in (p.grad for p in self.trained_parameters() if p.grad is not None):
                 gradient[1:] = gradient[:1]
@@ -257,6 +259,9 @@ class RoutedSteps(Trainer):
         parts = self._parts(self.data_collator(self._longest(self.args.per_device_train_batch_size)))
         largest = max(parts, key=lambda part: part["input_ids"].numel())
         batch = {name: value for name, value in largest.items() if name not in (PLACES, SHARE)}
+        if "attention_mask" in batch and self._lengths.amin() < self._lengths.amax():
+            # The longest rows often have one length and need no mask. Most batches need one, and it takes memory.
+            batch["attention_mask"][-1, -1] = 0
         for parameter in self.trained_parameters():
             parameter.grad = torch.zeros_like(parameter)
         items = self._get_num_items_in_batch([batch], self.args.device)
