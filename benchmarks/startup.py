@@ -73,7 +73,6 @@ def main() -> None:
             ("sft, one step: the plan", ["sft", "--config", str(config)], "base "),
             ("info", ["info", str(ensemble)], "base "),
             ("score, 4 rows", ["score", str(ensemble), str(few)], "log_likelihood"),
-            ("diagnose, 4 rows", ["diagnose", str(ensemble), str(few)], "Jensen"),
             ("generate, 8 tokens", ["generate", str(ensemble), "Hello", "--max_new_tokens", "8"], "Hello"),
         ):
             first, end, peak = watched([*renyi, *command], awaited, folder)
