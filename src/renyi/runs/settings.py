@@ -8,16 +8,18 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trl import ModelConfig, ScriptArguments
 
 from renyi import training
 from renyi.errors import ConfigError
-from renyi.evaluation.sweep_choice import Cell
 from renyi.keys import Where, checked, converted, filled
 from renyi.training.config import EnsembleConfig, require
 from renyi.training.trainer import EnsembleTrainer
+
+if TYPE_CHECKING:
+    from renyi.evaluation.sweep_choice import Cell
 
 
 @dataclass
@@ -259,8 +261,10 @@ class SweepSettings:
         return cls(run, tuple(sweep.alphas), tuple(sweep.members))
 
     @property
-    def cells(self) -> list[Cell]:
+    def cells(self) -> "list[Cell]":
         """Every pair of members and alpha, in that order. One member appears once, because its alpha has no effect."""
+        from renyi.evaluation.sweep_choice import Cell  # scikit-learn comes with it, which other commands do not need
+
         return sorted({Cell(m, 0.0 if m == 1 else alpha) for m in self.members for alpha in self.alphas})
 
 

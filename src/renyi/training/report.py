@@ -7,14 +7,15 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from renyi.errors import SaveError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 METRICS_FILE = "metrics.jsonl"
 FIGURE_FILE = "training.png"
@@ -71,10 +72,7 @@ def draw_training(log_history: Sequence[Row], title: str, file: Path, unit: str 
         return
     held_out = [row for row in log_history if "eval_nll_mixture" in row]
     heights = [3, 2, 2] + [2] * (ACCURACY in train[0])
-    figure = Figure(figsize=(8, 1.4 + sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    losses, *accuracies, routing, loads = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    figure.suptitle(title)
+    figure, (losses, *accuracies, routing, loads) = _panels(1.4, heights, title)
     _draw_losses(losses, train, held_out, unit)
     for axes in accuracies:
         _draw_accuracies(axes, train, held_out)
@@ -84,7 +82,7 @@ def draw_training(log_history: Sequence[Row], title: str, file: Path, unit: str 
     _write_figure(figure, file)
 
 
-def _draw_losses(axes: Axes, train: list[Row], held_out: list[Row], unit: str) -> None:
+def _draw_losses(axes: "Axes", train: list[Row], held_out: list[Row], unit: str) -> None:
     steps = _column(train, "step")
     members, mixture = _column(train, "nll_members"), _column(train, "nll_mixture")
     axes.fill_between(steps, mixture, members, color="tab:blue", alpha=0.15, label="Jensen gap")
@@ -99,7 +97,7 @@ def _draw_losses(axes: Axes, train: list[Row], held_out: list[Row], unit: str) -
     axes.legend(frameon=False)
 
 
-def _draw_accuracies(axes: Axes, train: list[Row], held_out: list[Row]) -> None:
+def _draw_accuracies(axes: "Axes", train: list[Row], held_out: list[Row]) -> None:
     steps = _column(train, "step")
     for m in range(len(_loads(train))):
         accuracy = _column(train, f"{ACCURACY}/{m}")
@@ -113,7 +111,7 @@ def _draw_accuracies(axes: Axes, train: list[Row], held_out: list[Row]) -> None:
     axes.legend(frameon=False, loc="lower right")
 
 
-def _draw_routing(axes: Axes, train: list[Row]) -> None:
+def _draw_routing(axes: "Axes", train: list[Row]) -> None:
     steps = _column(train, "step")
     axes.plot(steps, _column(train, "alpha"), color="tab:red", **_line(steps))
     axes.set_ylabel("α in force", color="tab:red")
@@ -124,7 +122,7 @@ def _draw_routing(axes: Axes, train: list[Row]) -> None:
     effective.set_ylim(0.9, len(_loads(train)) + 0.1)
 
 
-def _draw_loads(axes: Axes, train: list[Row]) -> None:
+def _draw_loads(axes: "Axes", train: list[Row]) -> None:
     steps, loads = _column(train, "step"), _loads(train)
     if len(steps) == 1:  # an area needs two ends
         steps, loads = [steps[0], steps[0] + 1], [load * 2 for load in loads]
@@ -148,12 +146,9 @@ def draw_powerflow(log_history: Sequence[Row], title: str, file: Path, power: fl
         return
     written = [row for row in rows if "completions/mean_length" in row]  # the other rows used rollouts again
     heights = [3, 2, 2, 2] + [2] * (len(_loads(rows)) > 1)
-    figure = Figure(figsize=(8, 0.6 + sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    log_probs, balance, slopes, lengths, *loads = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    figure.suptitle(title)
+    figure, (log_probs, balance, slopes, lengths, *loads) = _panels(0.6, heights, title)
 
-    def curve(axes: Axes, name: str, label: str, colour: str, rows: list[Row] = rows) -> None:
+    def curve(axes: "Axes", name: str, label: str, colour: str, rows: list[Row] = rows) -> None:
         steps = _column(rows, "step")
         axes.plot(steps, _column(rows, name), color=f"tab:{colour}", label=label, **_line(steps))
 
@@ -169,8 +164,8 @@ def draw_powerflow(log_history: Sequence[Row], title: str, file: Path, power: fl
     curve(slopes, "slope/length", "on the length", "orange")
     slopes.axhline(power, color="tab:blue", linestyle=":", label=f"power {power:g}")
     slopes.set_ylabel("slope")
-    ends = (_column(written, f"completions/{name}_length") for name in ("min", "max"))
-    lengths.fill_between(_column(written, "step"), *ends, color="tab:blue", alpha=0.15, label="shortest to longest")
+    steps, *ends = (_column(written, name) for name in ("step", "completions/min_length", "completions/max_length"))
+    lengths.fill_between(steps, ends[0], ends[1], color="tab:blue", alpha=0.15, label="shortest to longest")
     curve(lengths, "completions/mean_length", "mean", "blue", written)
     lengths.set_ylabel("tokens a rollout")
     lengths.set_ylim(bottom=0)
@@ -182,7 +177,18 @@ def draw_powerflow(log_history: Sequence[Row], title: str, file: Path, power: fl
     _write_figure(figure, file)
 
 
-def _write_figure(figure: Figure, file: Path) -> None:
+def _panels(margin: float, heights: list[int], title: str) -> tuple["Figure", list["Axes"]]:
+    """A figure, and its panels from top to bottom. `heights` of the panels and the `margin` are in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # at the end of a run, not at its start
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, margin + sum(heights)), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    return figure, list(figure.subplots(len(heights), 1, sharex=True, height_ratios=heights))
+
+
+def _write_figure(figure: "Figure", file: Path) -> None:
     try:
         figure.savefig(file, dpi=120)
     except OSError as error:
