@@ -20,13 +20,25 @@ import yaml
 
 ROWS, TOKENS = 64, 64
 CODE_OF_LOADING = """
-import resource, sys
+import sys, threading
+import psutil
 from renyi import LoraEnsemble
 from transformers import LlamaForCausalLM
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+
+def own():  # without pages of files, which the system can take back
+    memory = psutil.Process().memory_info()
+    return memory.rss - memory.shared
+
+def watch():
+    while not loaded.wait(0.003):
+        seen.append(own())
+
+seen, loaded = [own()], threading.Event()
+threading.Thread(target=watch).start()
 ensemble = LoraEnsemble.load(sys.argv[1])
-print((peak() - before) / sum(p.numel() * p.element_size() for p in ensemble.parameters()))
+seen.append(own())
+loaded.set()
+print((max(seen) - seen[0]) / sum(p.numel() * p.element_size() for p in ensemble.parameters()))
 """
 
 
@@ -79,7 +91,7 @@ def main() -> None:
             print(f"{what:34} {first:16.1f} {end:7.1f} {peak:8.2f}   {awaited!r}", flush=True)
         loading = [sys.executable, "-c", CODE_OF_LOADING, str(ensemble)]
         done = subprocess.run(loading, capture_output=True, text=True, check=True)
-        print(f"loading the ensemble takes {float(done.stdout):.2f} times the bytes of its parameters")
+        print(f"loading takes {float(done.stdout):.2f} times the bytes of the parameters, without pages of files")
 
 
 if __name__ == "__main__":
