@@ -4,7 +4,7 @@
 
 Every command is a process of its own, on 64 Alpaca rows of at most 64 tokens. The model is on this machine already.
 "first output" is when the line named in the table was there, "all" when the command had ended. Memory is the peak of
-the process. The ensemble that is scored and asked was trained for one step, by the command of the second line.
+the process. The ensemble that is scored and asked is the one that "sft, one step" trained.
 """
 
 import argparse
@@ -23,7 +23,7 @@ CODE_OF_LOADING = """
 import sys, threading
 import psutil
 from renyi import LoraEnsemble
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM  # so that what is imported does not count
 
 def own():  # without pages of files, which the system can take back
     memory = psutil.Process().memory_info()

@@ -262,10 +262,8 @@ class RoutedSteps(Trainer):
         if "attention_mask" in batch and self._lengths.amin() < self._lengths.amax():
             # The longest rows often have one length and need no mask. Most batches need one, and it takes memory.
             batch["attention_mask"][-1, -1] = 0
-        for parameter in self.trained_parameters():
-            parameter.grad = torch.zeros_like(parameter)
         items = self._get_num_items_in_batch([batch], self.args.device)
-        with self.as_trained():
+        with self.as_trained(), room_for_gradients(self.trained_parameters()):
             self.training_step(self.model, self._prepare_inputs(batch), items)
         self.model.zero_grad(set_to_none=True)
         trained = sum(p.numel() * p.element_size() for p in self.trained_parameters())
