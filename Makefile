@@ -94,15 +94,20 @@ mutants: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[mutants]'
 	$(BIN)/python tests/mutants.py --workers $(WORKERS) $(if $(SAMPLE),--sample $(SAMPLE)) $(ARGS)
 
-# Time and memory, in minutes. On a GPU, run each file by hand with --gpu.
+# Time and memory, in minutes. On a GPU, run each file by hand with --gpu. Only tables are shown: no progress bars, no
+# warnings of libraries to each other.
+bench: export PYTHONWARNINGS := ignore
+bench: export TQDM_DISABLE := 1
+bench: export TRANSFORMERS_VERBOSITY := error
+bench: export KINETO_LOG_LEVEL := 99
 bench: $(READY)
 	$(BIN)/python benchmarks/head.py
-	$(BIN)/python benchmarks/joint_step.py --fastest --rounds 2
+	$(BIN)/python benchmarks/joint_step.py --fastest --rounds 2 --leave_out vmap "one, compiled"
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/ragged.py
 	$(BIN)/python benchmarks/decoding.py --batch_sizes 1 --repeats 1
 	$(BIN)/python benchmarks/member_parallel.py
-	$(BIN)/python benchmarks/dpo_step.py --rounds 2
+	$(BIN)/python benchmarks/dpo_step.py --rounds 1
 
 # On a machine with a GPU, in about eight minutes. ARGS has more arguments of benchmarks/gpu.py.
 gpu: $(READY)

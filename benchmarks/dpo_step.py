@@ -6,22 +6,25 @@
 The same pairs (4 a step) and LoRA (r = 16, all linear layers) for all, and no gradient checkpointing. Without --model
 the real small model learns pairs of random words, 96 tokens a side. With it, real pairs of at most 96 tokens a side: a
 JSON file of records with `conversations`, `chosen` and `rejected`. With --compile ours compile their blocks, and TRL's
-do not. Runs take turns; a figure is the median over all steps but each run's first two, which have a column of their
-own. A step ends with the optimizer's.
+do not. Every run is a process of its own, and runs take turns. A figure is the median over all steps but each run's
+first two, which have a column of their own. A step ends with the optimizer's.
 """
 
 import argparse
 import json
+import logging
 import statistics
+import sys
 import tempfile
-import time
-from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from real_step import measured
+from step_clock import StepClock
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from renyi import RenyiDPOConfig, RenyiDPOTrainer
@@ -30,28 +33,11 @@ from renyi.machine import bf16_pays
 PAIRS, PROMPT, COMPLETION, WARM_UP = 4, 48, 48, 2
 
 
-class Clock(TrainerCallback):
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._wait()
-        self.began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self._wait()
-        self.seconds.append(time.perf_counter() - self.began)
-
-    def _wait(self) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-
-
-def real_pairs(file: Path, tokenizer) -> Dataset:
-    """Pairs whose prompt leaves room for a completion."""
-    texts = [[r["conversations"][-1]["value"] + "\n", r["chosen"]["value"], r["rejected"]["value"]] for r in
-             json.loads(file.read_text(encoding="utf-8"))]  # fmt: skip
-    return pairs_of([text for text in texts if len(tokenizer(text[0])["input_ids"]) <= PROMPT])
+def real_pairs(file: Path, tokenizer, many: int) -> Dataset:
+    """The first pairs whose prompt leaves room for a completion."""
+    records = json.loads(file.read_text(encoding="utf-8"))
+    texts = [[r["conversations"][-1]["value"] + "\n", r["chosen"]["value"], r["rejected"]["value"]] for r in records]
+    return pairs_of([text for text in texts if len(tokenizer(text[0])["input_ids"]) <= PROMPT][:many])
 
 
 def random_pairs(tokenizer) -> Dataset:
@@ -69,35 +55,34 @@ def pairs_of(texts: list[list[str]]) -> Dataset:
     return Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in texts])
 
 
-def seconds_a_step(args: argparse.Namespace, members: int | None, precompute: bool) -> list[float]:
-    """The seconds of each step of our trainer, warm-up included; of TRL's trainer if `members` is None."""
-    torch.compiler.reset()
+def run(args: argparse.Namespace) -> None:
+    """Train as `args.run` says, and print the seconds of each step."""
+    disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)  # tokens of random words merge otherwise beside others
     path = args.model or args.shared / "models" / "tinystories-656k"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if args.gpu else torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    rows = real_pairs(args.data, tokenizer) if args.data else random_pairs(tokenizer)
-    clock = Clock()
-    settings = {
+    rows = real_pairs(args.data, tokenizer, PAIRS * (args.steps + WARM_UP)) if args.data else random_pairs(tokenizer)
+    name, reference = args.run.split(", ")
+    clock = StepClock()
+    settings: dict[str, Any] = {
         "max_steps": args.steps + WARM_UP, "per_device_train_batch_size": PAIRS, "max_length": PROMPT + COMPLETION,
-        "precompute_ref_log_probs": precompute, "bf16": args.gpu or (args.model is not None and bf16_pays()),
-        "use_cpu": not args.gpu, "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True,
-        "dataloader_pin_memory": False, "logging_steps": args.steps,
+        "precompute_ref_log_probs": reference == "precomputed", "use_cpu": not args.gpu,
+        "bf16": args.gpu or (args.model is not None and bf16_pays()), "gradient_checkpointing": False,
+        "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "logging_steps": args.steps,
     }  # fmt: skip
-    given = {"train_dataset": rows, "processing_class": tokenizer, "callbacks": [clock]}
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    given: dict[str, Any] = {"train_dataset": rows, "processing_class": tokenizer, "callbacks": [clock]}
+    given["peft_config"] = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     with tempfile.TemporaryDirectory() as folder:
         trainer: DPOTrainer
-        if members is None:
-            trainer = DPOTrainer(model, args=DPOConfig(folder, **settings), peft_config=lora, **given)
+        if name == "TRL":
+            trainer = DPOTrainer(model, args=DPOConfig(folder, **settings), **given)
         else:
-            own = RenyiDPOConfig(
-                folder, num_members=members, alpha=0.8, alpha_hold_ratio=0.0, torch_compile=args.compile, **settings
-            )
-            trainer = RenyiDPOTrainer(model, own, peft_config=lora, **given)
-        for noisy in (ProgressCallback, PrinterCallback):
-            trainer.remove_callback(noisy)
+            settings |= {"num_members": int(name.split()[0]), "alpha": 0.8, "alpha_hold_ratio": 0.0}
+            trainer = RenyiDPOTrainer(model, RenyiDPOConfig(folder, torch_compile=args.compile, **settings), **given)
+        trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return clock.seconds
+    print(json.dumps({"seconds": clock.seconds}))
 
 
 def main() -> None:
@@ -110,30 +95,32 @@ def main() -> None:
     parser.add_argument("--model", help="a folder, or a name on the hub")
     parser.add_argument("--data", type=Path, help="a JSON file of pairs")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if (args.model is None) != (args.data is None):
         parser.error("--model and --data go together")
-    disable_progress_bars()
+    if args.run:
+        run(args)
+        return
     where = torch.cuda.get_device_name() if args.gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"torch {torch.__version__}, {where}")
-    seen: dict[tuple[int | None, bool], list[float]] = defaultdict(list)
-    first: dict[tuple[int | None, bool], float] = {}
+    names = ["TRL", *(f"{members} member{'s' * (members > 1)}" for members in args.members)]
+    runs = [f"{name}, {reference}" for reference in ("computed", "precomputed") for name in names]
+    found: dict[str, list[list[float]]] = {name: [] for name in runs}
     for _ in range(args.rounds):
-        for precompute in (False, True):
-            for members in (None, *args.members):
-                seconds = seconds_a_step(args, members, precompute)
-                seen[members, precompute] += seconds[WARM_UP:]
-                first.setdefault((members, precompute), sum(seconds[:WARM_UP]))
-    print("                 reference    ms a step  against TRL  per member  first two s")
+        for name in runs:
+            found[name].append(measured(__file__, sys.argv[1:], name)["seconds"])
+    print(f"{'reference':24} {'ms a step':>10} {'of TRL':>7} {'a member':>9} {'first two s':>12}")
     line = {}
-    for (members, precompute), seconds in sorted(seen.items(), key=lambda item: (item[0][1], item[0][0] or 0)):
-        name = "TRL DPOTrainer" if members is None else f"{members} member{'s' * (members > 1)}"
-        step, baseline = (statistics.median(x) for x in (seconds, seen[None, precompute]))
-        ratio = step / baseline
-        kind = "precomputed" if precompute else "computed"
-        print(f"{name:15}  {kind:11}  {1e3 * step:9.1f}  {ratio:11.2f}  {ratio / (members or 1):10.2f}  "
-              f"{first[members, precompute]:11.1f}")  # fmt: skip
-        line[f"{members or 'trl'} {kind}"] = {"ms": 1e3 * step, "against_trl": ratio}
+    for name, seconds in found.items():
+        step = statistics.median(s for one in seconds for s in one[WARM_UP:])
+        if name.startswith("TRL"):
+            of_trl, members = step, 1
+        else:
+            members = int(name.split()[0])
+        ratio, first = step / of_trl, max(sum(one[:WARM_UP]) for one in seconds)
+        print(f"{name:24} {1e3 * step:>10.1f} {ratio:>7.2f} {ratio / members:>9.2f} {first:>12.1f}", flush=True)
+        line[name] = {"ms": 1e3 * step, "of_trl": ratio}
     print(json.dumps(line))
 
 

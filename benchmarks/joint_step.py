@@ -1,6 +1,7 @@
 """What a training step of M members costs: one joint pass against M passes of one adapter, and against peers.
 
-    python benchmarks/joint_step.py [--members 8] [--tokens 32 256] [--dtypes bfloat16 float32 | --fastest] [--gpu]
+    python benchmarks/joint_step.py [--members 8] [--tokens 32 256] [--dtypes bfloat16 float32 | --fastest]
+        [--leave_out NAME …] [--gpu]
 
 Forward and backward of log-likelihoods on a random Llama of real shape (134 million parameters on a CPU, with the
 vocabulary of a SmolLM; 0.5B, 1B and 8B shapes with --gpu), LoRA r = 16 on all linear layers, every token trained,
@@ -42,6 +43,7 @@ SHAPES = {  # hidden size, feed-forward, layers, heads, key-value heads, vocabul
     "tiny": (64, 128, 2, 4, 2, 2048, True),  # to try that all runs
 }
 NAMES = ("joint", "joint, compiled", "one member", "one adapter", "one, compiled", "PEFT loop", "vmap")
+NEEDED = ("joint", "one adapter")  # for the ratio
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -109,7 +111,7 @@ def steps(
         if compiles:
             for block in peft.get_base_model().model.layers:
                 block.compile(backend=backend)
-        return lambda: peft(input_ids=ids, labels=ids).loss.backward()
+        return lambda: peft(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
     def loop() -> Callable[[], None]:
         peft = get_peft_model(model(shape, dtype, device), LoraConfig(**LORA), adapter_name="0")
@@ -120,7 +122,7 @@ def steps(
         def run() -> None:
             for m in range(members):
                 peft.set_adapter(str(m))
-                peft(input_ids=ids, labels=ids).loss.backward()
+                peft(input_ids=ids, labels=ids, use_cache=False).loss.backward()
 
         return run
 
@@ -146,7 +148,7 @@ def vmapped(shape: str, dtype: torch.dtype, device: str, members: int, ids: Tens
     }
 
     def loss(adapter: dict[str, Tensor]) -> Tensor:
-        logits = torch.func.functional_call(base, adapter, (), {"input_ids": ids}).logits
+        logits = torch.func.functional_call(base, adapter, (), {"input_ids": ids, "use_cache": False}).logits
         return torch.nn.functional.cross_entropy(logits[0, :-1].float(), ids[0, 1:])
 
     def run() -> None:
@@ -183,8 +185,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+")
     parser.add_argument("--fastest", action="store_true", help="only the precision that this machine computes fastest")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no_peers", action="store_true")
-    parser.add_argument("--no_compile", action="store_true")
+    parser.add_argument("--leave_out", nargs="+", choices=[n for n in NAMES if n not in NEEDED], default=[])
     parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -193,12 +194,10 @@ def main() -> None:
     tokens = args.tokens or ([32, 512, 2048] if args.gpu else [32, 256])
     where = torch.cuda.get_device_name() if args.gpu else platform.processor() or "CPU"
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, M = {args.members}")
-    peers, compiled = ("PEFT loop", "vmap"), ("joint, compiled", "one, compiled")
-    left_out = (peers if args.no_peers else ()) + (compiled if args.no_compile else ())
-    names = [name for name in NAMES if name not in left_out]
+    names = [name for name in NAMES if name not in args.leave_out]
     print(
         "shape dtype     tokens   ratio  compiled  of rate  against PEFT loop  "
-        + "  ".join(f"{n:>15}" for n in NAMES)
+        + "  ".join(f"{n:>15}" for n in names)
         + "  tokens/s"
     )
     rows = []
@@ -215,7 +214,7 @@ def main() -> None:
                 hidden, inner, *_ = SHAPES[shape]
                 rate = product_rate(hidden, inner, args.members * many, getattr(torch, dtype), device)
                 share = 4 * matrix_entries(shape) * args.members * many / seconds["joint"] / rate
-                cells = "  ".join(f"{1e3 * seconds[n]:12.1f} ms" if n in seconds else " " * 15 for n in names)
+                cells = "  ".join(f"{1e3 * seconds[n]:12.1f} ms" for n in names)
                 print(
                     f"{shape:5} {dtype:9} {many:6}  {ratio:6.3f}  {compiled:8.3f}  {share:7.0%}  {gain:17.2f}  "
                     f"{cells}  {speed:8.0f}",

@@ -28,9 +28,9 @@ from renyi.training.steps import peak_memory
 
 
 def run(members: int, examples: int, tokens: int, budget: int | None, shape: str, device: str) -> dict[str, int]:
-    """Train three steps. Bytes of the base, of the members with their optimizer state, and of the peak.
+    """Train two steps. Bytes of the base, of the members with their optimizer state, and of the peak.
 
-    Without members it is TRL's trainer with one adapter.
+    The second step has optimizer state. Without members it is TRL's trainer with one adapter.
     """
     disable_progress_bars()
     logging.set_verbosity_error()
@@ -44,7 +44,7 @@ def run(members: int, examples: int, tokens: int, budget: int | None, shape: str
     with tempfile.TemporaryDirectory() as folder:
         settings: dict[str, Any] = {
             "output_dir": folder,
-            "max_steps": 3,
+            "max_steps": 2,
             "bf16": dtype == torch.bfloat16,
             "use_cpu": device == "cpu",
             "per_device_train_batch_size": examples,

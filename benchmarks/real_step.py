@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,21 +59,11 @@ def trainer_of(args: argparse.Namespace, folder: str, callbacks: Sequence[Any] =
 def run(args: argparse.Namespace) -> None:
     """Train as `args.run` says, and print the seconds of each step and the peak of memory."""
     import torch
-    from transformers import TrainerCallback
+    from step_clock import StepClock
 
     from renyi.training.steps import peak_memory
 
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.began = time.perf_counter()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.began)
-
-    clock = Clock()
+    clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
         if args.run.startswith("TRL"):
             trainer = trainer_of(args, folder, [clock])

@@ -408,6 +408,16 @@ def test_a_rehearsal_needs_a_mask_as_steps_do(tmp_path, monkeypatch, cut):
     assert masks == [cut is None]
 
 
+def test_a_rehearsal_scores_members_before_one_is_drawn(tmp_path, monkeypatch):
+    """While alpha is 0 they are not scored, but at most steps alpha is above 0."""
+    trainer = trainer_of(tmp_path, **SETTINGS | {"alpha_hold_ratio": 0.5}, routing="sampled")
+    passes, scored = [], trainer.router._scored
+    monkeypatch.setattr(trainer.router, "_scored", lambda *given: passes.append(given) or scored(*given))
+    trainer.rehearse()
+    assert len(passes) == 1
+    assert trainer.scheduled_alpha == 0
+
+
 # What does not go together
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
 
 from renyi.ensemble import LoraEnsemble
 from renyi.errors import ConfigError
@@ -263,8 +263,13 @@ class RoutedSteps(Trainer):
             # The longest rows often have one length and need no mask. Most batches need one, and it takes memory.
             batch["attention_mask"][-1, -1] = 0
         items = self._get_num_items_in_batch([batch], self.args.device)
-        with self.as_trained(), room_for_gradients(self.trained_parameters()):
-            self.training_step(self.model, self._prepare_inputs(batch), items)
+        # At the end alpha has its final value. While it is 0, members that are drawn are not scored before.
+        before, self.state = self.state, TrainerState(global_step=1, max_steps=1)
+        try:
+            with self.as_trained(), room_for_gradients(self.trained_parameters()):
+                self.training_step(self.model, self._prepare_inputs(batch), items)
+        finally:
+            self.state = before
         self.model.zero_grad(set_to_none=True)
         trained = sum(p.numel() * p.element_size() for p in self.trained_parameters())
         return peak_memory(self.args.device) + 2 * trained  # AdamW keeps two moments
