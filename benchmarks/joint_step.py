@@ -13,10 +13,11 @@ vocabulary of a SmolLM; 0.5B, 1B and 8B shapes with --gpu), LoRA r = 16 on all l
     one member    ours with M = 1
     compiled      blocks compiled: the joint step by `LoraEnsemble.compile`, one adapter likewise
 
-Times are medians of rounds in turns. "ratio" is the joint step by M times one adapter's, "compiled" that of the
-compiled joint step by M times one adapter's as TRL runs it, uncompiled. "of rate" is the joint step's operations a
-second in the base's matrices, forward and backward to activations, as a share of the machine's own rate of matrix
-products, which is measured beside it.
+Times are medians of rounds in turns. malloc keeps freed memory, as in our trainers, for all alike: else it would depend
+on what ran before how many page faults a step takes. "ratio" is the joint step by M times one adapter's, "compiled"
+that of the compiled joint step by M times one adapter's as TRL runs it, uncompiled. "of rate" is the joint step's
+operations a second in the base's matrices, forward and backward to activations, as a share of the machine's own rate of
+matrix products, which is measured beside it.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, logging
 
 from renyi import LoraEnsemble
-from renyi.machine import half_gain
+from renyi.machine import half_gain, keep_freed_memory
 
 SHAPES = {  # hidden size, feed-forward, layers, heads, key-value heads, vocabulary, tied
     "134M": (576, 1536, 30, 9, 3, 49_152, True),
@@ -189,6 +190,7 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
     logging.set_verbosity_error()
+    keep_freed_memory()
     device = "cuda" if args.gpu else "cpu"
     shapes = args.shapes or (["0.5B", "1B", "8B"] if args.gpu else ["134M"])
     tokens = args.tokens or ([32, 512, 2048] if args.gpu else [32, 256])
