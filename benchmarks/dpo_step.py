@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars
+from joint_step import LORA
 from peft import LoraConfig
-from real_step import measured
+from real_step import WARM_UP, measured
 from step_clock import StepClock
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import DPOConfig, DPOTrainer
@@ -30,7 +31,7 @@ from trl import DPOConfig, DPOTrainer
 from renyi import RenyiDPOConfig, RenyiDPOTrainer
 from renyi.machine import bf16_pays
 
-PAIRS, PROMPT, COMPLETION, WARM_UP = 4, 48, 48, 2
+PAIRS, PROMPT, COMPLETION = 4, 48, 48
 
 
 def real_pairs(file: Path, tokenizer, many: int) -> Dataset:
@@ -71,8 +72,8 @@ def run(args: argparse.Namespace) -> None:
         "bf16": args.gpu or (args.model is not None and bf16_pays()), "gradient_checkpointing": False,
         "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "logging_steps": args.steps,
     }  # fmt: skip
-    given: dict[str, Any] = {"train_dataset": rows, "processing_class": tokenizer, "callbacks": [clock]}
-    given["peft_config"] = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    given: dict[str, Any] = {"train_dataset": rows, "peft_config": LoraConfig(**LORA)}
+    given |= {"processing_class": tokenizer, "callbacks": [clock]}
     with tempfile.TemporaryDirectory() as folder:
         trainer: DPOTrainer
         if name == "TRL":

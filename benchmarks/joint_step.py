@@ -13,11 +13,10 @@ vocabulary of a SmolLM; 0.5B, 1B and 8B shapes with --gpu), LoRA r = 16 on all l
     one member    ours with M = 1
     compiled      blocks compiled: the joint step by `LoraEnsemble.compile`, one adapter likewise
 
-Times are medians of rounds in turns. malloc keeps freed memory, as in our trainers, for all alike: else it would depend
-on what ran before how many page faults a step takes. "ratio" is the joint step by M times one adapter's, "compiled"
-that of the compiled joint step by M times one adapter's as TRL runs it, uncompiled. "of rate" is the joint step's
-operations a second in the base's matrices, forward and backward to activations, as a share of the machine's own rate of
-matrix products, which is measured beside it.
+Times are medians of rounds in turns. malloc keeps freed memory, as in our trainers, for all alike. "ratio" is the joint
+step by M times one adapter's, "compiled" that of the compiled joint step by M times one adapter's as TRL runs it,
+uncompiled. "of rate" is the joint step's operations a second in the base's matrices, forward and backward to
+activations, as a share of the machine's own rate of matrix products, which is measured beside it.
 """
 
 import argparse

@@ -25,19 +25,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+import torch
+from datasets import Dataset, disable_progress_bars
+from joint_step import LORA, product_rate
+from peft import LoraConfig
+from step_clock import StepClock
+from trl import SFTConfig, SFTTrainer
+
+from renyi import RenyiSFTConfig, RenyiSFTTrainer
+from renyi.machine import bf16_pays
+from renyi.training.steps import peak_memory
+
 BATCH, WARM_UP = 16, 2
 
 
 def trainer_of(args: argparse.Namespace, folder: str, callbacks: Sequence[Any] = (), **settings: Any) -> Any:
     """The trainer of `args.run` on the study's rows. `settings` go before the study's own."""
-    from datasets import Dataset, disable_progress_bars
-    from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
-
-    from renyi import RenyiSFTConfig, RenyiSFTTrainer
-    from renyi.machine import bf16_pays
-
     disable_progress_bars()
     records = json.loads(Path(args.data).read_text(encoding="utf-8"))
     rows = Dataset.from_list([{"prompt": r["instruction"] + "\n", "completion": r["output"]} for r in records[:400]])
@@ -58,11 +61,6 @@ def trainer_of(args: argparse.Namespace, folder: str, callbacks: Sequence[Any] =
 
 def run(args: argparse.Namespace) -> None:
     """Train as `args.run` says, and print the seconds of each step and the peak of memory."""
-    import torch
-    from step_clock import StepClock
-
-    from renyi.training.steps import peak_memory
-
     clock = StepClock()
     with tempfile.TemporaryDirectory() as folder:
         if args.run.startswith("TRL"):
@@ -103,9 +101,6 @@ def main() -> None:
     if args.run:
         run(args)
         return
-    import torch
-    from joint_step import product_rate
-
     rates = {x: product_rate(576, 1536, 2048, getattr(torch, x), "cpu") for x in ("bfloat16", "float32")}
     print(", ".join(f"matrix products in {name}: {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items()))
     names = ["TRL", "TRL, tuned", *(f"{m} member{'s' if m > 1 else ''}" for m in args.members)]
