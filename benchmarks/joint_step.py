@@ -13,10 +13,12 @@ vocabulary of a SmolLM; 0.5B, 1B and 8B shapes with --gpu), LoRA r = 16 on all l
     one member    ours with M = 1
     compiled      blocks compiled: the joint step by `LoraEnsemble.compile`, one adapter likewise
 
-Times are medians of rounds in turns. malloc keeps freed memory, as in our trainers, for all alike. "ratio" is the joint
-step by M times one adapter's, "compiled" that of the compiled joint step by M times one adapter's as TRL runs it,
-uncompiled. "of rate" is the joint step's operations a second in the base's matrices, forward and backward to
-activations, as a share of the machine's own rate of matrix products, which is measured beside it.
+Times are medians of rounds in turns. In a round, what has one adapter or member runs M times, so that it takes about as
+long as the joint step: on a machine that is shared, the same product may take twice as long a few seconds later. malloc
+keeps freed memory, as in our trainers, for all alike. "ratio" is the joint step by M times one adapter's, "compiled"
+that of the compiled joint step by M times one adapter's as TRL runs it, uncompiled. "of rate" is the joint step's
+operations a second in the base's matrices, forward and backward to activations, as a share of the machine's own rate of
+matrix products in its turns, and "of best" as a share of the best of ten products.
 """
 
 import argparse
@@ -25,7 +27,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -44,6 +46,8 @@ SHAPES = {  # hidden size, feed-forward, layers, heads, key-value heads, vocabul
 }
 NAMES = ("joint", "joint, compiled", "one member", "one adapter", "one, compiled", "PEFT loop", "vmap")
 NEEDED = ("joint", "one adapter")  # for the ratio
+ALONE = ("one member", "one adapter", "one, compiled")  # run M times in a round
+PRODUCTS = 20  # in a round
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -71,13 +75,18 @@ def matrix_entries(shape: str) -> int:
     return int(layers * (attention + 3 * hidden * forward) + hidden * vocabulary)
 
 
+def feed_forward(hidden: int, inner: int, rows: int, dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
+    """The product of a feed-forward layer's matrix with so many rows."""
+    a, b = (torch.randn(n, hidden, device=device).to(dtype) for n in (rows, inner))
+    return lambda: torch.nn.functional.linear(a, b)
+
+
 def product_rate(hidden: int, inner: int, rows: int, dtype: torch.dtype, device: str) -> float:
     """Operations a second of the product of a feed-forward layer's matrix with so many rows, the best of ten."""
-    a, b = (torch.randn(n, hidden, device=device).to(dtype) for n in (rows, inner))
-    seconds = []
+    product, seconds = feed_forward(hidden, inner, rows, dtype, device), []
     for _ in range(10):
         began = time.perf_counter()
-        torch.nn.functional.linear(a, b)
+        product()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
@@ -157,17 +166,25 @@ def vmapped(shape: str, dtype: torch.dtype, device: str, members: int, ids: Tens
     return run
 
 
-def measure(made: dict[str, Callable], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds, in turns."""
+def measure(
+    made: dict[str, Callable[[], object]], rounds: int, device: str, times: Mapping[str, int] | int = 1
+) -> dict[str, float]:
+    """Median seconds of one run, in turns. In its turn each runs `times` times, by name where not all run as often.
+
+    Two rounds of one run each come first and do not count: they compile, and the process grows until its memory lies as
+    the turns need it.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in made}
-    for number in range(rounds + 1):
+    for number in range(-2, rounds):
         for name, run in made.items():
+            many = 1 if number < 0 else times if isinstance(times, int) else times.get(name, 1)
             began = time.perf_counter()
-            run()
+            for _ in range(many):
+                run()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if number:  # the first round warms up
-                seconds[name].append(time.perf_counter() - began)
+            if number >= 0:
+                seconds[name].append((time.perf_counter() - began) / many)
     return {name: statistics.median(s) for name, s in seconds.items()}
 
 
@@ -197,7 +214,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {where}, {torch.get_num_threads()} threads, M = {args.members}")
     names = [name for name in NAMES if name not in args.leave_out]
     print(
-        "shape dtype     tokens   ratio  compiled  of rate  against PEFT loop  "
+        "shape dtype     tokens   ratio  compiled  of rate  of best  against PEFT loop  "
         + "  ".join(f"{n:>15}" for n in names)
         + "  tokens/s"
     )
@@ -205,24 +222,28 @@ def main() -> None:
     for shape in shapes:
         for dtype in args.dtypes or precisions(device)[: 1 if args.gpu or args.fastest else 2]:
             for many in tokens:
+                hidden, inner, *_ = SHAPES[shape]
                 made = steps(shape, getattr(torch, dtype), device, args.members, many, names)
-                seconds = measure(made, args.rounds, device)
+                sizes = (hidden, inner, args.members * many, getattr(torch, dtype), device)
+                made["products"] = feed_forward(*sizes)
+                times = dict.fromkeys(ALONE, args.members) | {"products": PRODUCTS}
+                seconds = measure(made, args.rounds, device, times)
                 ratio = seconds["joint"] / (args.members * seconds["one adapter"])
                 gain = seconds["PEFT loop"] / seconds["joint"] if "PEFT loop" in seconds else float("nan")
                 best = min(seconds["joint"], seconds.get("joint, compiled", math.inf))
                 compiled = ratio * seconds.get("joint, compiled", math.nan) / seconds["joint"]
                 speed = args.members * many / best
-                hidden, inner, *_ = SHAPES[shape]
-                rate = product_rate(hidden, inner, args.members * many, getattr(torch, dtype), device)
-                share = 4 * matrix_entries(shape) * args.members * many / seconds["joint"] / rate
+                operations = 4 * matrix_entries(shape) * args.members * many / seconds["joint"]
+                share = operations / (2 * hidden * inner * args.members * many / seconds["products"])
+                of_best = operations / product_rate(*sizes)
                 cells = "  ".join(f"{1e3 * seconds[n]:12.1f} ms" for n in names)
                 print(
-                    f"{shape:5} {dtype:9} {many:6}  {ratio:6.3f}  {compiled:8.3f}  {share:7.0%}  {gain:17.2f}  "
-                    f"{cells}  {speed:8.0f}",
+                    f"{shape:5} {dtype:9} {many:6}  {ratio:6.3f}  {compiled:8.3f}  {share:7.0%}  {of_best:7.0%}  "
+                    f"{gain:17.2f}  {cells}  {speed:8.0f}",
                     flush=True,
                 )
                 row = {"shape": shape, "dtype": dtype, "tokens": many, "ratio": ratio, "compiled": compiled}
-                row |= {"of_rate": share, "against_loop": gain, "tokens_a_second": speed}
+                row |= {"of_rate": share, "of_best": of_best, "against_loop": gain, "tokens_a_second": speed}
                 rows.append({**row, "seconds": seconds})
                 del made
     print(json.dumps({"benchmark": "joint_step", "members": args.members, "rows": rows}))

@@ -77,12 +77,6 @@ def backward(run: Callable[[], Tensor], upstream: Tensor) -> None:
     run().backward(upstream)
 
 
-def seconds(made: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of one update, in turns."""
-    repeated = {name: lambda run=run: [run() for _ in range(UPDATES)] for name, run in made.items()}
-    return {name: s / UPDATES for name, s in measure(repeated, rounds, device).items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16)
@@ -116,14 +110,14 @@ def main() -> None:
             for name, run in made.items():
                 assert torch.allclose(run().float(), made["loop"]().float(), rtol=0.05, atol=0.5), name
             trained = {name: partial(backward, run, upstream) for name, run in made.items()}
-            row = {name: 1e3 * s for name, s in seconds(trained, args.rounds, device).items()}
+            row = {name: 1e3 * s for name, s in measure(trained, args.rounds, device, UPDATES).items()}
             print(f"{dtype:9} {tokens:6}  " + "   ".join(f"{n} {ms:.2f}" for n, ms in row.items()), flush=True)
             found.append({"dtype": dtype, "tokens": tokens, **row})
     print("\nmembers  rows of each  µs an update, no gradients")
     for members in (1, 3, 8):
         for rows in (1, 2, 4, 8, 16):
             with torch.no_grad():
-                times = seconds(few(rows, members, device), args.rounds, device)
+                times = measure(few(rows, members, device), args.rounds, device, UPDATES)
             print(f"{members:7} {rows:13}  " + "   ".join(f"{n} {1e6 * s:.0f}" for n, s in times.items()), flush=True)
             found.append({"members": members, "rows": rows, "seconds": times})
     print(json.dumps({"benchmark": "ragged", "rows": found}))

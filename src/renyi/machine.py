@@ -58,7 +58,7 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         if not mallopt(_M_MMAP_THRESHOLD, 1 << 30):
             mallopt(_M_MMAP_THRESHOLD, 1 << 25)  # the most that older versions allow
-        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(_M_TRIM_THRESHOLD, -1)  # never; the largest number would be 2 GiB, and a step may free more at once
 
 
 def main_memory() -> int:
