@@ -101,9 +101,9 @@ bench: export TQDM_DISABLE := 1
 bench: export TRANSFORMERS_VERBOSITY := error
 bench: export KINETO_LOG_LEVEL := 99
 bench: $(READY)
-	$(BIN)/python benchmarks/head.py
+	$(BIN)/python benchmarks/head.py --rounds 3
 	$(BIN)/python benchmarks/joint_step.py --fastest --rounds 1 --leave_out "one member" vmap "one, compiled"
-	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/memory.py --tokens 64
 	$(BIN)/python benchmarks/ragged.py
 	$(BIN)/python benchmarks/decoding.py --batch_sizes 1 --repeats 1
 	$(BIN)/python benchmarks/member_parallel.py
