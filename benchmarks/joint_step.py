@@ -174,10 +174,11 @@ def measure(
     Two rounds of one run each come first and do not count: they compile, and the process grows until its memory lies as
     the turns need it.
     """
+    often = {name: times if isinstance(times, int) else times.get(name, 1) for name in made}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for number in range(-2, rounds):
         for name, run in made.items():
-            many = 1 if number < 0 else times if isinstance(times, int) else times.get(name, 1)
+            many = often[name] if number >= 0 else 1
             began = time.perf_counter()
             for _ in range(many):
                 run()
@@ -233,9 +234,9 @@ def main() -> None:
                 best = min(seconds["joint"], seconds.get("joint, compiled", math.inf))
                 compiled = ratio * seconds.get("joint, compiled", math.nan) / seconds["joint"]
                 speed = args.members * many / best
-                operations = 4 * matrix_entries(shape) * args.members * many / seconds["joint"]
-                share = operations / (2 * hidden * inner * args.members * many / seconds["products"])
-                of_best = operations / product_rate(*sizes)
+                rate = 4 * matrix_entries(shape) * args.members * many / seconds["joint"]
+                share = rate / (2 * hidden * inner * args.members * many / seconds["products"])
+                of_best = rate / product_rate(*sizes)
                 cells = "  ".join(f"{1e3 * seconds[n]:12.1f} ms" for n in names)
                 print(
                     f"{shape:5} {dtype:9} {many:6}  {ratio:6.3f}  {compiled:8.3f}  {share:7.0%}  {of_best:7.0%}  "

@@ -88,7 +88,10 @@ def test_malloc_is_told_to_keep_large_blocks(monkeypatch, most):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is told to keep memory")
 def test_more_than_two_gib_are_kept():
-    """The end of the heap (`sbrk`) stays where it was when three blocks of 900 MB, never touched, are freed."""
+    """The end of the heap (`sbrk`) stays where it was when 2.7 GB, never touched, are freed.
+
+    Blocks are smaller than the M_MMAP_THRESHOLD of every version, so that they lie in the heap.
+    """
     code = """
 import ctypes
 from renyi.machine import keep_freed_memory
@@ -96,7 +99,8 @@ libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
 libc.free.argtypes = [ctypes.c_void_p]
 keep_freed_memory()
-blocks = [libc.malloc(900_000_000) for _ in range(3)]
+blocks = [libc.malloc(30_000_000) for _ in range(90)]
+assert all(blocks)
 end = libc.sbrk(0)
 for block in blocks:
     libc.free(block)
